@@ -1,0 +1,239 @@
+"""
+Everything that we claim about speed on an NVIDIA GPU, in one table.
+
+    python benchmarks/gpu.py                          # all of it, about eight minutes
+    python benchmarks/gpu.py --parts ceilings,attention,profile
+
+Parts: ceilings (a large bf16 matrix product, a large copy); attention (each path that is present, at the
+trainer's shapes, against float64 and for time); profile (one training step by kernel family); train (through
+the real launcher, `--budget` seconds). It needs no network: the corpus is the Python source of the packages
+that happen to be installed, so val_bpb compares between runs of one machine only. On a machine without a GPU
+it runs the same code at a toy size on the CPU.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("AUTORESEARCH_HOME", "/tmp/autoresearch-gpu")
+
+REFERENCE = dict(n_layer=8, n_embd=512, head_dim=128, window_pattern="SSSL", short_window=1024,
+                 total_batch_size=524288, device_batch_size=128, eval_batch_size=128)
+TOY = dict(n_layer=2, n_embd=128, head_dim=32, window_pattern="SL", short_window=64,
+           total_batch_size=2048, device_batch_size=8, eval_batch_size=8)
+FAMILIES = [  # kernel name -> family, the first that matches
+    ("attention", r"flash|fmha|flex|attention|sdpa|FlashAttn|cute_dsl|kernel_cutlass"),
+    ("matmul", r"nvjet|gemm|cutlass|xmma|cublas|addmm|aten::mm|aten::bmm"),
+    ("copy", r"memcpy|memset|copy|CatArray"),
+    ("embedding", r"embedding|index|sort|Radix|thrust|cub"),
+    ("compiled", r"triton|CompiledFx"),
+]
+
+
+def write_config(gpu, start):
+    """A configuration with one track of everything installed and the platform under test."""
+    packages = sorted({d.metadata["Name"] for d in importlib.metadata.distributions()
+                       if sum(f.suffix == ".py" for f in d.files or []) > 20}) if gpu else ["mpmath", "networkx"]
+    config = {
+        "tracks": {"local": {"packages": packages, "vocab_size": 8192 if gpu else 1024, "seq_len": 2048 if gpu else 256, "val_tokens": 2**21 if gpu else 2**15}},
+        "platforms": {"bench": {"backend": "cuda" if gpu else "torch-cpu", "trainer": "train_cuda.py", "track": "local", "bf16": gpu,
+                                "peak_bf16_tflops": 989.5 if gpu else 0.0, "startup_seconds": 280, "start": start}},
+    }
+    path = Path(os.environ["AUTORESEARCH_HOME"]) / "bench.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config))
+    os.environ["AUTORESEARCH_CONFIG"] = str(path)
+
+
+def timed(function, device, repeats=10):
+    """Median seconds of a call, after three."""
+    import torch
+
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        t0 = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - t0)
+    return sorted(times)[repeats // 2]
+
+
+def ceilings(device):
+    import torch
+
+    from backends.cuda import matmul_tflops
+
+    tflops = matmul_tflops(torch.device(device), torch.bfloat16, seconds=2)
+    a = torch.randn(2**30 if device == "cuda" else 2**24, device=device)
+    b = torch.empty_like(a)
+    seconds = timed(lambda: b.copy_(a), device)
+    print(f"bf16 matrix product: {tflops:.1f} TFLOP/s" if tflops > 1 else f"bf16 matrix product: {1e3 * tflops:.0f} GFLOP/s")
+    print(f"copy: {2 * 4 * a.numel() / seconds / 1e9:.0f} GB/s read and written")
+    return tflops
+
+
+def attention(device, start, seq_len):
+    """Every path at the trainer's shapes: error of output and gradients against float64, time of forward and backward."""
+    import torch
+
+    import train_cuda as trainer
+
+    B, H, D = start["device_batch_size"], start["n_embd"] // start["head_dim"], start["head_dim"]
+    full, paths = seq_len, {}
+    paths["blocks"] = trainer.block_attention
+    if device == "cuda":
+        import torch.nn.functional as F
+
+        paths["sdpa"] = lambda q, k, v, w: F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2) if w >= full else None
+        paths["flex"] = trainer.flex_attention
+        for name, make in (("flash3", trainer.flash3), ("flash4", trainer.flash4)):
+            kernel = make()
+            if kernel:
+                paths[name] = kernel
+    print(f"attention [B {B}, T {seq_len}, H {H}, D {D}], forward and backward")
+    for window in dict.fromkeys((full, start["short_window"], 256 if full > 256 else 32)):
+        torch.manual_seed(0)
+        small = [torch.randn(2, seq_len, H, D, device=device).bfloat16().requires_grad_() for _ in range(3)]
+        exact = [t.detach().double().requires_grad_() for t in small]
+        large = [torch.randn(B, seq_len, H, D, device=device).bfloat16().requires_grad_() for _ in range(3)]
+        g = torch.randn(2, seq_len, H, D, device=device)
+        trainer.block_attention(*exact, window).backward(g.double())
+        for name, path in paths.items():
+            call = torch.compile(path, dynamic=False) if name in ("blocks", "flex") else path
+            try:
+                y = call(*small, window)
+                if y is None:
+                    continue
+                for t in small:
+                    t.grad = None
+                y.backward(g.to(y.dtype))
+                errors = [float((a.grad.double() - b.grad).norm() / b.grad.norm()) for a, b in zip(small, exact)]
+                if name == "blocks" and device == "cuda":
+                    print(f"  window {window:5}  {name:7} gradient error {max(errors):.1e}  (not timed)")
+                    continue
+                upstream = torch.randn_like(large[0])
+                forward = timed(lambda: call(*large, window), device)
+                both = timed(lambda: torch.autograd.grad(call(*large, window), large, upstream), device)
+                print(f"  window {window:5}  {name:7} gradient error {max(errors):.1e}  forward {1e3 * forward:7.2f} ms  both {1e3 * both:7.2f} ms", flush=True)
+            except Exception as e:
+                print(f"  window {window:5}  {name:7} failed: {type(e).__name__}: {str(e).strip().splitlines()[0][:150] if str(e).strip() else ''}", flush=True)
+
+
+def profile(device, tflops):
+    """One training step of the trainer by kernel family."""
+    import torch
+
+    import train_cuda as trainer
+    from backends.cuda import Experiment
+
+    exp = Experiment()
+    torch.set_float32_matmul_precision("high")
+    model = trainer.build_model(exp.track, exp.platform)
+    trunk, optimizer = trainer.compiled(model.trunk), trainer.Optimizer(model)
+    step = lambda: trainer.train_step(model, trunk, optimizer, exp.dummy_batch, 0.5)
+    t0 = time.perf_counter()
+    step()
+    print(f"compilation: {time.perf_counter() - t0:.0f} s")
+    seconds = timed(step, device, 5)
+    tokens = trainer.TOTAL_BATCH_SIZE
+    rate, flops = tokens / seconds, model.flops_per_token() * tokens / seconds / 1e12
+    print(f"step: {1e3 * seconds:.1f} ms, {rate:,.0f} tokens/s, {flops:.1f} TFLOP/s, {100 * flops / tflops:.0f}% of the measured matrix product")
+    kinds = [torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds) as p:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    totals, kernels = {}, []
+    for event in p.key_averages():
+        spent = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        family = next((name for name, pattern in FAMILIES if re.search(pattern, event.key, re.I)), "other")
+        totals[family] = totals.get(family, 0) + spent
+        kernels.append((spent, event.count, event.key))
+    whole = sum(totals.values())
+    for family, spent in sorted(totals.items(), key=lambda item: -item[1]):
+        print(f"  {family:10} {spent / 1e3:8.2f} ms  {100 * spent / whole:4.1f}%")
+    for spent, count, key in sorted(kernels, reverse=True)[:22]:
+        print(f"    {spent / 1e3:7.2f} ms {count:4} x {key[:100]}")
+    if device == "cuda":
+        print(f"memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def train(budget, trainer, label, seed):
+    """A run through the launcher. Prints its result and when the first step was counted."""
+    began = time.time()
+    command = [sys.executable, "-m", "launcher.cli", "run", "--platform", "bench", "-m", label, "--budget", str(budget), "--seed", str(seed)]
+    done = subprocess.run(command + (["--trainer", str(trainer)] if trainer else []), cwd=ROOT, capture_output=True, text=True)
+    wanted = ("val_bpb", "training_seconds", "total_seconds", "peak_memory_mb", "tokens_per_second", "mfu_percent", "num_steps", "status", "reason", "marks")
+    print(f"train {label}: " + ", ".join(line for line in done.stdout.splitlines() if line.split(":")[0] in wanted))
+    run = re.search(r"^run: (\S+)", done.stdout, re.M)
+    if run:
+        events = [json.loads(line) for line in (Path(os.environ["AUTORESEARCH_HOME"]) / "runs" / run[1] / "events.jsonl").read_text().splitlines()]
+        at = {e["event"]: e["at"] for e in events}
+        print(f"  {at.get('start', 0):.1f} s from the command to the first counted step, {at.get('result', 0) - at.get('stop', 0):.1f} s of checks and scoring, "
+              f"{time.time() - began:.0f} s in all")
+    if done.returncode not in (0, 3):
+        print(done.stdout[-1500:], done.stderr[-1500:])
+
+
+def variant(settings, label):
+    """A copy of the trainer with constants replaced: {"MATRIX_LR": "0.05"}."""
+    text = (ROOT / "train_cuda.py").read_text()
+    for name, value in settings.items():
+        text, count = re.subn(rf"^{name} = .*$", f"{name} = {value}", text, flags=re.M)
+        assert count == 1, f"the trainer has no constant {name}"
+    path = Path(os.environ["AUTORESEARCH_HOME"]) / "variants" / label / "train_cuda.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="ceilings,attention,profile,train")
+    parser.add_argument("--budget", type=float, nargs="*", default=[60, 300])
+    parser.add_argument("--seed", type=int, nargs="*", default=[1])
+    parser.add_argument("--set", nargs="*", default=[], help="NAME=VALUE constants of the trainer for the train part")
+    parser.add_argument("--label", default="reference")
+    options = parser.parse_args()
+
+    import torch
+
+    gpu = torch.cuda.is_available()
+    device, start = ("cuda", REFERENCE) if gpu else ("cpu", TOY)
+    write_config(gpu, start)
+    os.environ["AUTORESEARCH_PLATFORM"] = "bench"
+    import prepare
+
+    prepared = prepare.prepare(prepare.load_track("local"))
+    name = torch.cuda.get_device_name() if gpu else "cpu"
+    print(f"device: {name}, torch {torch.__version__}; corpus: {prepared.num_train_rows * prepared.seq_len / 1e6:.0f}M tokens")
+    parts = options.parts.split(",")
+    tflops = ceilings(device) if {"ceilings", "profile"} & set(parts) else 0
+    if "attention" in parts:
+        attention(device, start, prepared.seq_len)
+    if "profile" in parts:
+        profile(device, tflops)
+        if gpu:
+            torch.cuda.empty_cache()
+    if "train" in parts:
+        settings = dict(item.split("=", 1) for item in options.set)
+        for budget in options.budget:
+            for seed in options.seed:
+                train(budget, variant(settings, options.label) if settings else None, f"{options.label}-{budget:g}s-seed{seed}", seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The `autoresearch` command. Every command imports what it needs when it is called: --help is instant."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+
+class Group(click.Group):
+    """Turns a user's mistake into one line and an exit code; nobody gets a traceback for a typo."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            from prepare import UserError
+
+            if not isinstance(error, UserError):
+                raise
+            click.echo(f"autoresearch: {error}", err=True)
+            sys.exit(error.code)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+def main():
+    """An AI agent does language-model research overnight, on whatever accelerator you own."""
+
+
+platform_option = click.option("--platform", metavar="NAME", help="Use this entry of platforms.yaml, whatever the machine is.")
+track_option = click.option("--track", metavar="NAME", help="Learn this track instead of the platform's own.")
+message_option = click.option("-m", "--message", "description", default="", help="What this experiment changes, in a line.")
+
+
+@main.command()
+@message_option
+@platform_option
+@track_option
+@click.option("--budget", type=click.FloatRange(min=1, max=86400), default=None, help="Seconds of training; other than 300 is marked and never ranks.")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=1, show_default=True)
+@click.option("--trainer", type=click.Path(path_type=Path), help="Run this file instead of the platform's trainer.")
+@click.option("--keep-weights", is_flag=True, help="Keep the model even if it is not the best.")
+def run(description, platform, track, budget, seed, trainer, keep_weights):
+    """Run one experiment: five minutes of training, then the score.
+
+    \b
+    autoresearch run -m "warmdown over 0.7 of the budget"
+    Exit code: 0 keep, 3 discard, 1 crash, 4 timeout, 5 invalid, 130 interrupted, 2 usage.
+    """
+    from launcher.run import Options
+    from launcher.run import run as run_experiment
+    from prepare import TIME_BUDGET
+
+    sys.exit(run_experiment(Options(description, platform, track, budget or TIME_BUDGET, seed, trainer, keep_weights)))
+
+
+@main.command()
+@click.option("--track", metavar="NAME", help="Prepare this track; the platform's own if left out.")
+@platform_option
+@click.option("--force", is_flag=True, help="Prepare again although it is prepared.")
+def prepare(track, platform, force):
+    """Prepare a track: corpus, tokenizer, packed rows.
+
+    \b
+    autoresearch prepare --track pysource
+    """
+    import prepare as corpus
+    from launcher.run import choose_platform
+
+    track = corpus.load_track(track or choose_platform(platform)[0].track)
+    click.echo(corpus.prepare(track, force=force).path)
+
+
+@main.command()
+@platform_option
+@click.option("--json", "as_json", is_flag=True, help="Facts and match as JSON.")
+def platforms(platform, as_json):
+    """Show what this machine is, which platform that makes it, and why.
+
+    \b
+    autoresearch platforms
+    """
+    import json
+
+    from backends.platforms import describe, load_platforms, machine_facts
+    from launcher.run import choose_platform
+
+    facts = machine_facts()
+    chosen, why = choose_platform(platform)
+    if as_json:
+        click.echo(json.dumps({"facts": describe(facts), "platform": chosen.name, "why": why, "trainer": chosen.trainer, "track": chosen.track}))
+        return
+    for key, value in describe(facts).items():
+        click.echo(f"{key}: {value}")
+    click.echo(f"platform: {chosen.name}\nwhy: {why}\ntrainer: {chosen.trainer}\ntrack: {chosen.track}\n")
+    for name, p in load_platforms().items():
+        size = f"{p.start['n_layer']} layers, width {p.start['n_embd']}, {p.start['total_batch_size']:,} tokens a step"
+        click.echo(f"{'*' if name == chosen.name else ' '} {name:14} {p.backend:10} {p.track:12} {size}")
+
+
+if __name__ == "__main__":
+    main()

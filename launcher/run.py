@@ -1,0 +1,376 @@
+"""One experiment: prepare, lock, run, judge, write the line."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from backends.platforms import current_track, describe, load_platforms, mac_state, machine_facts, match_platform
+from launcher import verdict
+from launcher.child import Stopped, alive, supervise
+from launcher.ledger import Ledger, Row
+from launcher.watch import Awake, Watch
+from prepare import ROOT, RULES, TIME_BUDGET, UserError, cache_dir, config_path, prepare
+
+EXIT_CODES = {"keep": 0, "discard": 3, "crash": 1, "timeout": 4, "invalid": 5}
+INTERRUPTED = 130
+LINE_EVERY = 30         # seconds between progress lines when there is no terminal
+LOG_TAIL = 25           # lines of train.log shown after a crash
+
+
+@dataclass
+class Options:
+    """What `autoresearch run` was asked to do."""
+
+    description: str = ""
+    platform: str | None = None
+    track: str | None = None
+    budget: float = TIME_BUDGET
+    seed: int = 1
+    trainer: Path | None = None
+    keep_weights: bool = False
+    marks: tuple = ()
+    commit: str | None = None
+
+
+def home():
+    """Where results.tsv and runs/ lie: the repository, or $AUTORESEARCH_HOME."""
+    return Path(os.environ.get("AUTORESEARCH_HOME") or ROOT)
+
+
+def ledger():
+    return Ledger(home() / "results.tsv")
+
+
+def runs_dir():
+    return home() / "runs"
+
+
+def choose_platform(name=None):
+    """(Platform, why): the named one, or this machine's."""
+    platforms = load_platforms()
+    if name is None:
+        return match_platform(machine_facts(), platforms)
+    if name not in platforms:
+        raise UserError(f"unknown platform '{name}': {config_path().name} has {', '.join(platforms)}", 2)
+    return platforms[name], "named with --platform"
+
+
+# ---------------------------------------------------------------------------
+# The harness and the repository
+# ---------------------------------------------------------------------------
+
+def harness_files():
+    return sorted([ROOT / "prepare.py", config_path(), *(ROOT / "backends").glob("*.py"), *(ROOT / "launcher").glob("*.py")])
+
+
+def harness_hash():
+    """Content hash of everything that an experiment must leave alone."""
+    digest = hashlib.sha256()
+    for path in harness_files():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def git(*arguments):
+    """Output of a git command in the repository, "" when it fails (no git, no repository)."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def harness_modified():
+    """The harness differs from the repository's last commit."""
+    paths = ["prepare.py", "platforms.yaml", "backends", "launcher"]
+    return bool(git("rev-parse", "--git-dir")) and bool(git("status", "--porcelain", "--", *paths))
+
+
+def source_hash(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------
+# One device, one experiment
+# ---------------------------------------------------------------------------
+
+class DeviceLock:
+    """Only one experiment on a device at a time, whoever starts it. Waits, and says for what."""
+
+    def __init__(self, backend):
+        folder = cache_dir() / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        device = "cpu" if backend.endswith("-cpu") else "gpu" + os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        self.lock, self.holder = FileLock(folder / f"{device}.lock"), folder / f"{device}.json"
+
+    def __enter__(self):
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting: another experiment holds the device ({self.holder_text()})")
+            self.lock.acquire()
+        return self
+
+    def name(self, run_id):
+        self.holder.write_text(json.dumps({"run": run_id, "pid": os.getpid()}))
+
+    def holder_text(self):
+        try:
+            data = json.loads(self.holder.read_text())
+            return f"run {data['run']}, launcher process {data['pid']}"
+        except (OSError, ValueError, KeyError):
+            return "just starting"
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+# ---------------------------------------------------------------------------
+# Progress
+# ---------------------------------------------------------------------------
+
+def say(message):
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """One live line on a terminal, a line every LINE_EVERY seconds elsewhere."""
+
+    def __init__(self, budget):
+        self.budget, self.began, self.last, self.text = budget, time.monotonic(), time.monotonic(), "starting: imports, compilation, warm-up"
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, event):
+        kind = event and event["event"]
+        if kind == "start":
+            self.text = f"training on {event['device']} ({event['platform']}), track {event['track']}, seed {event['seed']}"
+            self.show(always=True)
+        elif kind == "log":
+            left = max(0.0, self.budget - event["elapsed"])
+            self.text = (f"step {event['step']} | loss {event['smooth']:.4f} | {event['tokens_per_s']:,} tok/s | "
+                         f"mfu {event['mfu']:.1f}% | {left:.0f} s left")
+        elif kind == "stop":
+            self.text = "checking and scoring"
+        elif kind == "score":
+            self.text = f"scoring {event['done']}/{event['rows']} rows"
+        if event is None or kind in ("log", "score"):
+            self.show()
+
+    def show(self, always=False):
+        now = time.monotonic()
+        if self.live:
+            print(f"\r{self.text} [{now - self.began:.0f} s]\x1b[K", end="", file=sys.stderr, flush=True)
+        elif always or now - self.last >= LINE_EVERY:
+            self.last = now
+            say(f"{now - self.began:4.0f} s  {self.text}")
+
+    def close(self):
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------
+
+def run(options):
+    """Run one experiment, and its repetition with a second seed when the first result lies within the noise.
+
+    Returns the exit code. Every path through here leaves a complete ledger line.
+    """
+    recover()
+    row = run_once(options)
+    if row.status == "discard" and row.reason.startswith("repeat:"):
+        say(row.reason)
+        row = run_once(Options(**{**vars(options), "seed": options.seed + 1}), first=row)
+    if row.reason == "interrupted":
+        return INTERRUPTED
+    return 0 if row.scored and not row.ranks else EXIT_CODES[row.status]
+
+
+def run_once(options, first=None):
+    """One run of the trainer. `first`: the row that this one repeats with another seed. Returns its ledger row."""
+    platform, why = choose_platform(options.platform)
+    trainer = Path(options.trainer or ROOT / platform.trainer).resolve()
+    if not trainer.is_file():
+        raise UserError(f"there is no trainer {trainer}", 2)
+    settings = {"AUTORESEARCH_PLATFORM": platform.name, "AUTORESEARCH_SEED": str(options.seed), "AUTORESEARCH_BUDGET": str(options.budget)}
+    os.environ["AUTORESEARCH_TRACK"] = options.track or platform.track
+    track, val_tokens = current_track(platform)
+    prepared = prepare(track)
+    facts = machine_facts()
+    marks = list(options.marks) + (["short"] if options.budget != TIME_BUDGET else [])
+    if harness_modified():
+        say("warning: the harness (prepare.py, backends/, launcher/, platforms.yaml) differs from the last commit; the row is marked")
+        marks.append("harness-modified")
+    if track.fingerprint and prepared.fingerprint != track.fingerprint:
+        marks.append("other-corpus")
+    laptop = mac_state()
+    for key, mark in (("on_battery", "battery"), ("low_power_mode", "low-power")):
+        if laptop.get(key):
+            say(f"warning: {mark}: the result does not compare with others and will not rank")
+            marks.append(mark)
+
+    with DeviceLock(platform.backend) as lock, Awake():
+        run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+        run_dir = runs_dir() / run_id
+        run_dir.mkdir(parents=True)
+        lock.name(run_id)
+        copy = run_dir / trainer.name
+        shutil.copyfile(trainer, copy)
+        row = Row(commit=options.commit or git("rev-parse", "--short=7", "HEAD") or "none", description=options.description or "no description",
+                  run=run_id, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), platform=platform.name, device=facts.device,
+                  track=track.name, seed=options.seed, rules=RULES, fingerprint=prepared.fingerprint, harness=harness_hash(),
+                  budget=options.budget, val_tokens=-(-val_tokens // track.seq_len) * track.seq_len, source=source_hash(copy))
+        write_json(run_dir / "run.json", {"row": {k: getattr(row, k) for k in row.__slots__}, "pid": os.getpid(), "why": why, "facts": describe(facts),
+                                          "laptop": laptop, "python": sys.version.split()[0], "packages": versions(), "trainer": trainer.name})
+        say(f"run {run_id}: {platform.name} ({why}), track {track.name}, {options.budget:g} s of training, seed {options.seed}")
+        watch, progress = Watch(platform.backend), Progress(options.budget)
+        interrupted = None
+        try:
+            outcome = supervise(copy, run_dir, settings, platform, options.budget, watch, progress)
+        except Stopped as stop:
+            interrupted = stop
+        finally:
+            progress.close()
+        if interrupted:
+            row.status, row.reason, row.marks = "crash", "interrupted", ",".join(marks)
+            ledger().append(row)
+            (run_dir / "model.safetensors").unlink(missing_ok=True)
+            say(f"interrupted ({interrupted}): run {run_id} was ended and recorded")
+            return row
+
+        found, notes = watch.verdict()
+        for mark, text in zip(found, notes):
+            say(f"warning: {mark}: {text}; the row does not rank")
+        row.marks = ",".join(dict.fromkeys(marks + found))
+        fill(row, outcome, prepared, watch)
+        judge(row, first, notes)
+        ledger().append(row)
+        settle_weights(row, run_dir, options.keep_weights)
+    report(row, run_dir, outcome)
+    return row
+
+
+def fill(row, outcome, prepared, watch):
+    """Numbers of the result into the row, and the checks that only the launcher can make."""
+    result = outcome.result
+    row.training_seconds, row.total_seconds, row.energy_kj = outcome.training_seconds, outcome.total_seconds, round(watch.energy_j / 1000, 3)
+    if not outcome.status:
+        if harness_hash() != row.harness:
+            outcome.status, outcome.reason = "invalid", "the harness changed on disk during the run"
+        elif prepared.current_fingerprint() != row.fingerprint:
+            outcome.status, outcome.reason = "invalid", "tokenizer or rows changed on disk during the run: autoresearch prepare --force"
+        elif result.get("val_tokens") != row.val_tokens:
+            outcome.status, outcome.reason = "invalid", f"{result.get('val_tokens')} tokens were scored, not {row.val_tokens}"
+        elif (result.get("track"), result.get("platform"), result.get("seed")) != (row.track, row.platform, row.seed):
+            outcome.status, outcome.reason = "invalid", "the result names another track, platform or seed than the run was given"
+    if outcome.status:
+        row.status, row.reason = outcome.status, outcome.reason
+        return
+    row.val_bpb, row.val_stderr = result["val_bpb"], result["val_stderr"]
+    row.memory_gb = round(result["peak_memory_mb"] / 1024, 2)
+    row.tokens_M, row.num_steps, row.num_params_M = result["total_tokens_M"], result["num_steps"], result["num_params_M"]
+    row.depth, row.mfu_percent = result["depth"], result["mfu_percent"]
+    row.tokens_per_second = round(1e6 * row.tokens_M / row.training_seconds) if row.training_seconds else 0.0
+    row.petaflops = round(1e6 * row.tokens_M * result["flops_per_token"] / 1e15, 3)
+
+
+def judge(row, first, notes):
+    """The verdict of a scored row: keep or discard, and why. A row that cannot rank gets none."""
+    if row.status:
+        return
+    row.status = "discard"
+    if not row.ranks:
+        row.reason = "no verdict: " + "; ".join(notes + ["a budget other than the rules'"] * ("short" in row.mark_list))
+        return
+    rows = ledger().rows(complain=lambda message: None)
+    best = [r.val_bpb for r in verdict.champion(rows, row.board) if r.source != row.source]
+    own = [r.val_bpb for r in rows if r.ranks and r.board == row.board and r.source == row.source and r.seed != row.seed] if first or not best else []
+    if not best and own:
+        row.reason = "the trainer is the best so far, repeated"
+        row.status = "keep"
+        return
+    decision, reason = verdict.decide([*own, row.val_bpb], best, verdict.noise_of(rows, row.board))
+    row.status, row.reason = ("discard", f"repeat: {reason}; once more with seed {row.seed + 1}") if decision == "repeat" else (decision, reason)
+
+
+def settle_weights(row, run_dir, asked_for):
+    """Keep the weights of the best run of a board and those asked for; drop the others."""
+    weights = run_dir / "model.safetensors"
+    if asked_for and weights.exists():
+        (run_dir / "keep-weights").touch()
+        return
+    if row.status != "keep" or not row.ranks:
+        weights.unlink(missing_ok=True)
+        return
+    for other in ledger().rows(complain=lambda message: None):
+        if other.run != row.run and other.board == row.board and other.run:
+            folder = runs_dir() / other.run
+            if not (folder / "keep-weights").exists():
+                (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+def report(row, run_dir, outcome):
+    """The last lines of a run, greppable, on stdout; a crash shows the end of its log."""
+    if row.status == "crash" and outcome.exit_code != 0:
+        lines = (run_dir / "train.log").read_text(errors="replace").splitlines()
+        print("\n".join(lines[-LOG_TAIL:]))
+    for key, value in outcome.result.items():
+        if key != "event" and row.scored:
+            print(f"{key}: {value}")
+    print(f"run: {row.run}\nstatus: {row.status}\nreason: {row.reason}" + (f"\nmarks: {row.marks}" if row.marks else ""), flush=True)
+
+
+def recover():
+    """Runs whose launcher was killed get their line: nothing that was started is missing from the ledger."""
+    if not runs_dir().is_dir():
+        return
+    import psutil
+
+    known = None
+    for path in sorted(runs_dir().glob("*/run.json")):
+        if (path.parent / "recorded").exists():
+            continue
+        known = {row.run for row in ledger().rows(complain=lambda message: None)} if known is None else known
+        if path.parent.name not in known:
+            try:
+                data = json.loads(path.read_text())
+                owner = psutil.Process(data["pid"]) if psutil.pid_exists(data["pid"]) else None
+                if owner and alive(owner) and owner.create_time() < path.stat().st_mtime:
+                    continue  # still running
+                row = Row(**{k: v for k, v in data["row"].items()})
+            except (ValueError, KeyError, TypeError, psutil.Error):
+                continue
+            row.status, row.reason = "crash", "the launcher was killed during the run"
+            ledger().append(row)
+            (path.parent / "model.safetensors").unlink(missing_ok=True)
+            say(f"run {row.run} was cut off when its launcher was killed; it is recorded as a crash")
+        (path.parent / "recorded").touch()
+
+
+def versions():
+    """Versions of what computes."""
+    found = {}
+    for package in ("torch", "triton", "mlx", "numpy", "tiktoken", "flash-attn-4", "kernels"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def write_json(path, data):
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(data, indent=1))
+    os.replace(scratch, path)

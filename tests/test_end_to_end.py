@@ -1,0 +1,23 @@
+"""The real command as a child process, and what it leaves behind."""
+
+import json
+
+from launcher.ledger import COLUMNS, Ledger
+
+
+def test_run_leaves_a_complete_ledger_line(autoresearch, house):
+    done = autoresearch("run", "-m", "a\tfirst\ntry", "--budget", "3", "--platform", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [row] = Ledger(house / "results.tsv").rows()
+    lines = (house / "results.tsv").read_text().splitlines()
+    assert lines[0].split("\t")[:5] == ["commit", "val_bpb", "memory_gb", "status", "description"]
+    assert len(lines) == 2 and len(lines[1].split("\t")) == len(COLUMNS)
+    assert row.description == "a first try" and row.mark_list[0] == "short" and not row.ranks
+    assert 0.5 < row.val_bpb < 8 and row.val_stderr > 0
+    assert 3 <= row.training_seconds < 6
+    assert f"val_bpb: {row.val_bpb}" in done.stdout.replace("val_bpb: ", "val_bpb: ").splitlines() or f"val_bpb: {row.val_bpb:.6f}".rstrip("0") in done.stdout
+    run_dir = house / "runs" / row.run
+    assert {"run.json", "train_cuda.py", "train.log", "events.jsonl", "result.json"} <= {p.name for p in run_dir.iterdir()}
+    events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert [e for e in events if e not in ("log", "score")] == ["start", "stop", "result"]
+    assert json.loads((run_dir / "result.json").read_text())["val_bpb"] == row.val_bpb
