@@ -13,6 +13,7 @@ import gc
 import math
 import shutil
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -74,23 +75,29 @@ def compiled(function):
 # Attention
 # ---------------------------------------------------------------------------
 
-def attention(q, k, v, window):
-    """Causal attention over the last `window` positions, the position itself included.
+def attention_kernel(window, seq_len, device, dtype):
+    """The fastest causal attention present, as f(q, k, v), over the last `window` positions, the own one included.
 
-    q, k, v: [B, T, n_head, head_dim] in one dtype. Returns the same shape. The fastest kernel present is used:
-    FlashAttention (Hopper and newer), else FlexAttention for windows and PyTorch's own for whole rows; on the
-    CPU plain matrix products in blocks.
+    q, k, v: [B, seq_len, n_head, head_dim]; f returns the same shape. On a GPU that is FlashAttention (Hopper
+    and newer), else FlexAttention for windows and PyTorch's own for whole rows; on the CPU plain matrix
+    products in blocks. It is chosen when the model is built, so that the compiler sees one path.
     """
-    T = q.shape[1]
-    if not q.is_cuda:
-        return block_attention(q, k, v, window)
-    kernel = flash_kernel()
-    if kernel is not None and q.dtype != torch.float32:
-        return kernel(q, k, v, min(window, T))
-    if window < T and T % 128 == 0:
-        return flex_attention(q, k, v, window)
-    if window < T:
-        return block_attention(q, k, v, window)
+    window = min(window, seq_len)
+    if device == "cpu":
+        return partial(block_attention, window=window)
+    if dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 9:
+        kernel = flash4() or flash3()
+        if kernel:
+            return partial(kernel, window=window)
+    if window == seq_len:
+        return sdpa_attention
+    if seq_len % 128 == 0:
+        return flex_attention(window, seq_len, device)
+    return partial(block_attention, window=window)
+
+
+def sdpa_attention(q, k, v):
+    """PyTorch's scaled_dot_product_attention, over the whole row."""
     return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
 
 
@@ -113,39 +120,15 @@ def block_attention(q, k, v, window, block=128):
     return torch.cat(out, dim=1).view(B, H, T, D).transpose(1, 2)
 
 
-def flex_attention(q, k, v, window):
-    """FlexAttention: blocks outside the window are skipped."""
-    from torch.nn.attention.flex_attention import flex_attention as flex
+def flex_attention(window, seq_len, device):
+    """FlexAttention, which skips the blocks outside the window."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return flex(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=window_blocks(q.shape[1], window, q.device)).transpose(1, 2)
-
-
-_blocks = {}
+    blocks = create_block_mask(lambda b, h, i, j: (j <= i) & (j > i - window), None, None, seq_len, seq_len, device=device)
+    return lambda q, k, v: flex_attention(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=blocks).transpose(1, 2)
 
 
-def window_blocks(T, window, device):
-    """The block mask of a window, made once."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    if (T, window, device) not in _blocks:
-        _blocks[T, window, device] = create_block_mask(
-            lambda b, h, i, j: (j <= i) & (j > i - window), None, None, T, T, device=device)
-    return _blocks[T, window, device]
-
-
-_flash = []
-
-
-def flash_kernel():
-    """FlashAttention as f(q, k, v, window), or None: FlashAttention-4 from the extra `flash`, else FlashAttention-3 from `kernels`."""
-    if not _flash:
-        kernel = None
-        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9:
-            kernel = flash4() or flash3()
-        _flash.append(kernel)
-    return _flash[0]
-
-
+@cache
 def flash3():
     """FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) through the kernels package; Hopper only."""
     if torch.cuda.get_device_capability()[0] != 9:
@@ -159,6 +142,7 @@ def flash3():
     return lambda q, k, v, window: fa3.flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
 
 
+@cache
 def flash4():
     """FlashAttention-4 (the CuTe DSL kernels of flash-attn-4), as one opaque operation to torch.compile."""
     try:
@@ -246,9 +230,10 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     GATE_CHANNELS = 32  # of the input, that decide how much value embedding a head takes
 
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, device, dtype):
         super().__init__()
-        self.n_head, self.head_dim, self.window = config.n_head, config.head_dim, config.window(layer)
+        self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.attend = attention_kernel(config.window(layer), config.seq_len, device, dtype)
         D = config.n_embd
         self.qkv = nn.Parameter(torch.empty(3, D, D))
         self.proj = nn.Parameter(torch.empty(D, D))
@@ -262,7 +247,7 @@ class Attention(nn.Module):
             gate = 2 * torch.sigmoid(linear(x[..., : self.gate.shape[1]], self.gate))
             v = v + gate.unsqueeze(-1) * ve.view(v.shape)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        return linear(attention(q, k, v, self.window).reshape(B, T, D), self.proj)
+        return linear(self.attend(q, k, v).reshape(B, T, D), self.proj)
 
 
 class MLP(nn.Module):
@@ -276,9 +261,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, device, dtype):
         super().__init__()
-        self.attn, self.mlp = Attention(config, layer), MLP(config)
+        self.attn, self.mlp = Attention(config, layer, device, dtype), MLP(config)
 
     def forward(self, x, ve, cos, sin):
         x = x + self.attn(norm(x), ve, cos, sin)
@@ -286,14 +271,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, config, dtype):
+    def __init__(self, config, device, dtype):
         super().__init__()
         self.config = config
         V, D, L = config.vocab_size, config.n_embd, config.n_layer
         self.wte = nn.Parameter(torch.empty(V, D, dtype=dtype))
         self.value_embeds = nn.ParameterDict(
             {str(i): nn.Parameter(torch.empty(V, D, dtype=dtype)) for i in range(L) if config.has_value_embedding(i)})
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(L))
+        self.blocks = nn.ModuleList(Block(config, i, device, dtype) for i in range(L))
         self.lm_head = nn.Parameter(torch.empty(V, D))
         self.resid_lambdas = nn.Parameter(torch.empty(L))
         self.x0_lambdas = nn.Parameter(torch.empty(L))
@@ -344,8 +329,9 @@ class GPT(nn.Module):
 def build_model(track, platform):
     """A new model on the platform's device, initialised from the seed in force."""
     config = Config(track.vocab_size, track.seq_len, N_LAYER, N_EMBD, HEAD_DIM, WINDOW_PATTERN, SHORT_WINDOW)
-    with torch.device("cuda" if platform.backend == "cuda" else "cpu"):
-        model = GPT(config, compute_dtype(platform))
+    device = "cuda" if platform.backend == "cuda" else "cpu"
+    with torch.device(device):
+        model = GPT(config, device, compute_dtype(platform))
     model.init_weights()
     return model
 

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,10 +96,8 @@ def attention(device, start, seq_len):
     full, paths = seq_len, {}
     paths["blocks"] = trainer.block_attention
     if device == "cuda":
-        import torch.nn.functional as F
-
-        paths["sdpa"] = lambda q, k, v, w: F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2) if w >= full else None
-        paths["flex"] = trainer.flex_attention
+        paths["sdpa"] = lambda q, k, v, window: trainer.sdpa_attention(q, k, v) if window >= full else None
+        paths["flex"] = None  # made for each window
         for name, make in (("flash3", trainer.flash3), ("flash4", trainer.flash4)):
             kernel = make()
             if kernel:
@@ -112,9 +111,10 @@ def attention(device, start, seq_len):
         g = torch.randn(2, seq_len, H, D, device=device)
         trainer.block_attention(*exact, window).backward(g.double())
         for name, path in paths.items():
-            call = torch.compile(path, dynamic=False) if name in ("blocks", "flex") else path
+            call = torch.compile(trainer.flex_attention(window, full, device), dynamic=False) if name == "flex" else partial(path, window=window)
+            call = torch.compile(call, dynamic=False) if name == "blocks" else call
             try:
-                y = call(*small, window)
+                y = call(*small)
                 if y is None:
                     continue
                 for t in small:
@@ -125,8 +125,8 @@ def attention(device, start, seq_len):
                     print(f"  window {window:5}  {name:7} gradient error {max(errors):.1e}  (not timed)")
                     continue
                 upstream = torch.randn_like(large[0])
-                forward = timed(lambda: call(*large, window), device)
-                both = timed(lambda: torch.autograd.grad(call(*large, window), large, upstream), device)
+                forward = timed(lambda: call(*large), device)
+                both = timed(lambda: torch.autograd.grad(call(*large), large, upstream), device)
                 print(f"  window {window:5}  {name:7} gradient error {max(errors):.1e}  forward {1e3 * forward:7.2f} ms  both {1e3 * both:7.2f} ms", flush=True)
             except Exception as e:
                 print(f"  window {window:5}  {name:7} failed: {type(e).__name__}: {str(e).strip().splitlines()[0][:150] if str(e).strip() else ''}", flush=True)
@@ -146,7 +146,7 @@ def profile(device, tflops):
     step = lambda: trainer.train_step(model, trunk, optimizer, exp.dummy_batch, 0.5)
     t0 = time.perf_counter()
     step()
-    print(f"compilation: {time.perf_counter() - t0:.0f} s")
+    print(f"compilation: {time.perf_counter() - t0:.0f} s, {sum(torch._dynamo.utils.counters['graph_break'].values())} graph breaks")
     seconds = timed(step, device, 5)
     tokens = trainer.TOTAL_BATCH_SIZE
     rate, flops = tokens / seconds, model.flops_per_token() * tokens / seconds / 1e12
