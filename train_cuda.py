@@ -277,7 +277,7 @@ class GPT(nn.Module):
         V, D, L = config.vocab_size, config.n_embd, config.n_layer
         self.wte = nn.Parameter(torch.empty(V, D, dtype=dtype))
         self.value_embeds = nn.ParameterDict(
-            {str(i): nn.Parameter(torch.empty(V, D, dtype=dtype)) for i in range(L) if config.has_value_embedding(i)})
+            {f"layer{i}": nn.Parameter(torch.empty(V, D, dtype=dtype)) for i in range(L) if config.has_value_embedding(i)})
         self.blocks = nn.ModuleList(Block(config, i, device, dtype) for i in range(L))
         self.lm_head = nn.Parameter(torch.empty(V, D))
         self.resid_lambdas = nn.Parameter(torch.empty(L))
@@ -310,7 +310,7 @@ class GPT(nn.Module):
         x = x0 = norm(F.embedding(idx, self.wte))
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
-            ve = F.embedding(idx, self.value_embeds[str(i)]) if str(i) in self.value_embeds else None
+            ve = F.embedding(idx, self.value_embeds[f"layer{i}"]) if self.config.has_value_embedding(i) else None
             x = block(x, ve, cos, sin)
         return norm(x)
 

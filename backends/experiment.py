@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from backends import checks
-from backends.platforms import current_platform, current_track, machine_facts, mac_state
+from backends.platforms import current_platform, current_track, mac_state, machine_facts, peak_tflops
 from prepare import TIME_BUDGET, UserError, bits_per_byte, prepare, row_totals
 
 LOG_EVERY = 0.2         # seconds between points of the loss curve
@@ -127,7 +127,7 @@ class Experiment:
         self._refuse(checks.untrained(float(np.mean(self._nats(model, rows[:, :-1], rows[:, 1:]))), self.track.vocab_size))
         if self._seed_changed():
             self._refuse("the trainer set its own random seed: the launcher chooses it, so that runs differ by more than luck")
-        self._peak_flops = 1e12 * (self.platform.peak_bf16_tflops or self._measured_tflops())
+        self._peak_flops = 1e12 * (peak_tflops(self.platform, machine_facts()) or self._measured_tflops())
         if getattr(self, "_ahead", None):
             self._refuse("exp.batch was called before exp.start: warm up on exp.dummy_batch()")
         self._synchronize()

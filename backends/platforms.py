@@ -179,6 +179,21 @@ def cpu_facts():
     return Facts("torch-cpu", f"{model}, {cores} cores", round(psutil.virtual_memory().total / 2**30, 1), bf16=bf16, cores=cores)
 
 
+# Dense bf16 TFLOP/s of one Apple GPU core: 128 lanes, two operations a cycle, at the generation's clock. M1: 1.278 GHz
+# (2.6 TFLOP/s from 8 cores, Apple's figure); M2: 1.398 GHz (3.6 from 10); M3: 1.38 GHz (28.3 from the Ultra's 80);
+# M4: 1.578 GHz (clock as widely measured; Apple names none). M5 has matrix units in each core: 1024 operations a
+# cycle at about 1.75 GHz (T. Zakharko, Investigating the GPU Neural Accelerators on Apple A19/M5, 2025).
+APPLE_CORE_TFLOPS = {"M1": 0.327, "M2": 0.358, "M3": 0.353, "M4": 0.404, "M5": 1.79}
+
+
+def peak_tflops(platform, facts):
+    """Peak dense bf16 TFLOP/s of the device; 0 when nobody states it, and it must be measured."""
+    generation = re.match(r"Apple (M\d+)", facts.device)
+    if platform.backend == "mlx" and generation and not platform.peak_bf16_tflops:
+        return round(APPLE_CORE_TFLOPS.get(generation[1], 0.0) * facts.cores, 2)
+    return platform.peak_bf16_tflops
+
+
 def mac_state():
     """Laptop facts that change a result: {on_battery, low_power_mode, thermal_pressure, macos}; {} elsewhere."""
     if python_platform.system() != "Darwin":
