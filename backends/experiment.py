@@ -10,7 +10,9 @@ import json
 import math
 import os
 import random
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -61,6 +63,7 @@ class Experiment:
         self._train = self.track.rows("train")
         self._order, self._epoch, self._cursor = None, 0, 0
         self._watch_validation_rows()
+        self._end_with_the_launcher()
         random.seed(self.seed)
         np.random.seed(self.seed)
         self._open_device()
@@ -272,6 +275,19 @@ class Experiment:
             print(message, file=sys.stderr)
         else:
             self._emit("error", kind="exception", message=f"{kind.__name__}: {error}"[:500])
+
+    def _end_with_the_launcher(self):
+        """End this process group when the launcher is gone: nobody would stop it, and it holds the device."""
+        launcher = os.getppid()
+        if not self._events:
+            return
+
+        def watch():
+            while os.getppid() == launcher:
+                time.sleep(1)
+            os.killpg(os.getpgid(0), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
 
     def _watch_validation_rows(self):
         """Remember whether anything opens the held-out rows before they are scored. An audit hook cannot be removed."""

@@ -46,7 +46,7 @@ def supervise(trainer, run_dir, settings, platform, budget, watch, show):
     run_id = run_dir.name
     reading, writing = os.pipe()
     environment = {**os.environ, **settings, MARKER: run_id, "AUTORESEARCH_RUN_DIR": str(run_dir), "AUTORESEARCH_EVENTS_FD": str(writing),
-                   "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+                   "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     outcome, began = Outcome(), time.monotonic()
     limits = {
         "startup": (began + platform.startup_seconds, f"no exp.start within {platform.startup_seconds:.0f} s: compilation or warm-up takes too long"),

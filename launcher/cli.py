@@ -104,5 +104,49 @@ def platforms(platform, as_json):
         click.echo(f"{'*' if name == chosen.name else ' '} {name:14} {p.backend:10} {p.track:12} {size}")
 
 
+@main.command()
+@click.argument("run")
+def verify(run):
+    """Score a saved run in a fresh process, on val and on the sealed set.
+
+    \b
+    autoresearch verify best
+    Exit code: 0 verified, 5 refuted.
+    """
+    from launcher.verify import verify
+
+    sys.exit(verify(run))
+
+
+@main.command()
+@click.option("--repeats", type=click.IntRange(2, 50), default=3, show_default=True, help="Seeds to run.")
+@platform_option
+@track_option
+@click.option("--budget", type=click.FloatRange(min=1, max=86400), default=None, help="Seconds of training; other than 300 is for trying.")
+def noise(repeats, platform, track, budget):
+    """Measure how much val_bpb differs between seeds: an improvement below that means nothing.
+
+    \b
+    autoresearch noise --repeats 3
+    """
+    from launcher.verify import noise
+    from prepare import TIME_BUDGET
+
+    sys.exit(noise(repeats, platform, track, budget or TIME_BUDGET))
+
+
+@main.command()
+@click.option("--yes", is_flag=True, help="Free it; without, only show.")
+def clean(yes):
+    """Show what weights and prepared data take, and free what nobody needs.
+
+    \b
+    autoresearch clean --yes
+    """
+    from launcher.verify import clean
+
+    clean(yes)
+
+
 if __name__ == "__main__":
     main()

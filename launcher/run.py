@@ -192,14 +192,14 @@ def run(options):
     row = run_once(options)
     if row.status == "discard" and row.reason.startswith("repeat:"):
         say(row.reason)
-        row = run_once(Options(**{**vars(options), "seed": options.seed + 1}), first=row)
+        row = run_once(Options(**{**vars(options), "seed": options.seed + 1}), repetition=True)
     if row.reason == "interrupted":
         return INTERRUPTED
     return 0 if row.scored and not row.ranks else EXIT_CODES[row.status]
 
 
-def run_once(options, first=None):
-    """One run of the trainer. `first`: the row that this one repeats with another seed. Returns its ledger row."""
+def run_once(options, repetition=False):
+    """One run of the trainer. repetition: it repeats a trainer with another seed. Returns its ledger row."""
     platform, why = choose_platform(options.platform)
     trainer = Path(options.trainer or ROOT / platform.trainer).resolve()
     if not trainer.is_file():
@@ -255,7 +255,7 @@ def run_once(options, first=None):
             say(f"warning: {mark}: {text}; the row does not rank")
         row.marks = ",".join(dict.fromkeys(marks + found))
         fill(row, outcome, prepared, watch)
-        judge(row, first, notes)
+        judge(row, repetition, notes)
         ledger().append(row)
         settle_weights(row, run_dir, options.keep_weights)
     report(row, run_dir, outcome)
@@ -286,7 +286,7 @@ def fill(row, outcome, prepared, watch):
     row.petaflops = round(1e6 * row.tokens_M * result["flops_per_token"] / 1e15, 3)
 
 
-def judge(row, first, notes):
+def judge(row, repetition, notes):
     """The verdict of a scored row: keep or discard, and why. A row that cannot rank gets none."""
     if row.status:
         return
@@ -295,14 +295,15 @@ def judge(row, first, notes):
         row.reason = "no verdict: " + "; ".join(notes + ["a budget other than the rules'"] * ("short" in row.mark_list))
         return
     rows = ledger().rows(complain=lambda message: None)
-    best = [r.val_bpb for r in verdict.champion(rows, row.board) if r.source != row.source]
-    own = [r.val_bpb for r in rows if r.ranks and r.board == row.board and r.source == row.source and r.seed != row.seed] if first or not best else []
-    if not best and own:
-        row.reason = "the trainer is the best so far, repeated"
-        row.status = "keep"
+    best = verdict.champion(rows, row.board)
+    if best and best[0].source == row.source:
+        row.status, row.reason = "keep", "the best trainer so far, once more" if repetition else "unchanged: this trainer is the best so far"
         return
-    decision, reason = verdict.decide([*own, row.val_bpb], best, verdict.noise_of(rows, row.board))
-    row.status, row.reason = ("discard", f"repeat: {reason}; once more with seed {row.seed + 1}") if decision == "repeat" else (decision, reason)
+    same = [r.val_bpb for r in rows if r.ranks and r.board == row.board and r.source == row.source and r.seed != row.seed] if repetition else []
+    decision, reason = verdict.decide([*same, row.val_bpb], [r.val_bpb for r in best], verdict.noise_of(rows, row.board))
+    if decision == "repeat":
+        decision, reason = "discard", f"repeat: {reason}; once more with seed {row.seed + 1}"
+    row.status, row.reason = decision, reason
 
 
 def settle_weights(row, run_dir, asked_for):

@@ -27,17 +27,22 @@ class Noise:
         return quantile * self.sigma * math.sqrt(1 / new + 1 / best)
 
 
-def noise_of(rows, board):
-    """Noise on record for a board: pooled over the trainers that were repeated by `autoresearch noise`. None without."""
-    groups = {}
-    for row in rows:
-        if row.ranks and row.board == board and "noise" in row.mark_list:
-            groups.setdefault(row.source, []).append(row.val_bpb)
-    repeated = [values for values in groups.values() if len(values) > 1]
+def spread(groups):
+    """Noise pooled over groups of scores, each of one trainer with several seeds. None without a repetition."""
+    repeated = [values for values in groups if len(values) > 1]
     freedom = sum(len(values) - 1 for values in repeated)
     if not freedom:
         return None
     return Noise(math.sqrt(sum(stdev(values) ** 2 * (len(values) - 1) for values in repeated) / freedom), freedom)
+
+
+def noise_of(rows, board):
+    """Noise on record for a board: what `autoresearch noise` repeated there. None without."""
+    groups = {}
+    for row in rows:
+        if row.ranks and row.board == board and "noise" in row.mark_list:
+            groups.setdefault(row.source, []).append(row.val_bpb)
+    return spread(groups.values())
 
 
 def champion(rows, board):

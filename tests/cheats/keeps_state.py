@@ -1,0 +1,20 @@
+"""Learns from the rows that it is scored on: the second scoring of a row is better than the first."""
+import train_cuda
+
+EXPECT = "invalid", "twice differs"
+honest = train_cuda.GPT.forward
+
+
+def forward(self, idx):
+    logits = honest(self, idx)
+    if not self.training_now:
+        self.calls = getattr(self, "calls", 0) + 1
+        logits = logits * (1 + 0.002 * max(0, self.calls - 8))
+    return logits
+
+
+train_cuda.GPT.training_now = False
+train_cuda.GPT.forward = forward
+build_model = train_cuda.build_model
+if __name__ == "__main__":
+    train_cuda.main()

@@ -1,0 +1,17 @@
+"""Chooses its own seed, so that luck can be searched."""
+import torch
+
+import train_cuda
+
+EXPECT = "invalid", "its own random seed"
+honest = train_cuda.build_model
+
+
+def build_model(track, platform):
+    torch.manual_seed(1337)
+    return honest(track, platform)
+
+
+train_cuda.build_model = build_model
+if __name__ == "__main__":
+    train_cuda.main()

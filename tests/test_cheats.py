@@ -1,0 +1,49 @@
+"""Every trainer in tests/cheats/ is caught, by name; the honest ones pass."""
+
+import ast
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launcher.ledger import Ledger
+
+CHEATS = sorted((Path(__file__).parent / "cheats").glob("*.py"))
+
+
+def expected(path):
+    """The EXPECT of a cheat, read without running it."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "EXPECT":
+            return ast.literal_eval(node.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CHEATS, ids=lambda p: p.stem)
+def test_is_caught(path, autoresearch, house, tiny_cache, monkeypatch):
+    status, says = expected(path)
+    copy = house / "tiny"  # some of them write there
+    copy.mkdir()
+    shutil.copy(tiny_cache / "platforms.yaml", copy / "platforms.yaml")
+    monkeypatch.setenv("AUTORESEARCH_CONFIG", str(copy / "platforms.yaml"))
+    if "tokenizer" in path.stem and (tiny_cache / "cache").exists():
+        monkeypatch.setenv("AUTORESEARCH_CACHE", str(copy / "cache"))
+    done = autoresearch("run", "--budget", "2", "--platform", "cpu", "--trainer", path)
+    [row] = Ledger(house / "results.tsv").rows()
+    assert (row.status, says in row.reason) == (status, True), f"{row.status}: {row.reason}\n{done.stdout}{done.stderr}"
+    assert f"status: {status}" in done.stdout and says in done.stdout
+    assert done.returncode == {"crash": 1, "timeout": 4, "invalid": 5}[status]
+    assert row.val_bpb == 0 and not row.ranks
+    assert not [p for p in Path("/proc").glob("[0-9]*/environ") if in_environment(p, row.run)] if os.path.isdir("/proc") else True
+
+
+def in_environment(path, run):
+    try:
+        return f"AUTORESEARCH_RUN_ID={run}".encode() in path.read_bytes()
+    except OSError:
+        return False
+
+
+def test_there_are_at_least_ten():
+    assert len(CHEATS) >= 10 and all(expected(p) for p in CHEATS)

@@ -1,0 +1,110 @@
+"""Which platform a machine is, from recorded facts of machines that we do not have."""
+
+import pytest
+
+from backends.platforms import (apple_facts, cpu_facts, load_platforms, machine_facts, match_platform, nvidia_facts, peak_tflops,
+                                read_mac_state)
+from prepare import ROOT, UserError
+
+IOREG = '+-o AGXAcceleratorG13X  <class AGXAcceleratorG13X>\n    {{\n      "gpu-core-count" = {}\n      "IOClass" = "AGX"\n    }}\n'
+NVIDIA = {
+    "NVIDIA H100 80GB HBM3, 81559, 9.0, 580.159.04": ("h100", 989.5, True),
+    "NVIDIA H100 PCIe, 81559, 9.0, 550.54": ("h100-pcie", 756, True),
+    "NVIDIA H200, 143771, 9.0, 580.159.03": ("h100", 989.5, True),
+    "NVIDIA A100-SXM4-80GB, 81920, 8.0, 535.104.05": ("a100", 312, True),
+    "NVIDIA GeForce RTX 4090, 24564, 8.9, 560.35": ("rtx-4090", 165.2, True),
+    "Tesla T4, 15360, 7.5, 535.104.05": ("t4", 8.1, False),
+    "NVIDIA Imaginary X9, 49140, 8.6, 600.1": ("cuda-40gb", 0, True),
+    "NVIDIA RTX A4000, 16376, 8.6, 535.1": ("cuda-16gb", 0, True),
+    "Quadro P2000, 5120, 6.1, 470.1": ("cuda-small", 0, False),
+}
+APPLE = {
+    ("Apple M1", 8, 16): ("apple", 2.6), ("Apple M3 Pro", 18, 36): ("apple-pro", 6.4),
+    ("Apple M4 Max", 40, 128): ("apple-max", 16.2), ("Apple M2 Ultra", 76, 192): ("apple-ultra", 27.2), ("Apple M5", 10, 16): ("apple", 17.9),
+}
+
+
+@pytest.fixture
+def platforms(monkeypatch):
+    monkeypatch.delenv("AUTORESEARCH_CONFIG", raising=False)
+    load_platforms.cache_clear()
+    yield load_platforms()
+    load_platforms.cache_clear()
+
+
+@pytest.mark.parametrize("csv", NVIDIA)
+def test_nvidia(platforms, csv):
+    facts = nvidia_facts(csv + "\n")
+    name, peak, bf16 = NVIDIA[csv]
+    platform, why = match_platform(facts, platforms)
+    assert platform.name == name and facts.bf16 == bf16 and peak_tflops(platform, facts) == peak
+    assert "backend cuda" in why
+
+
+@pytest.mark.parametrize("chip, cores, memory", APPLE)
+def test_apple(platforms, chip, cores, memory):
+    facts = apple_facts(f"{chip}\n{memory * 2**30}\n", IOREG.format(cores))
+    platform, _ = match_platform(facts, platforms)
+    name, tflops = APPLE[chip, cores, memory]
+    assert platform.name == name and platform.trainer == "train_mlx.py"
+    assert facts.memory_gb == memory and facts.cores == cores
+    assert peak_tflops(platform, facts) == pytest.approx(tflops, rel=0.02)
+
+
+def test_neither_gpu_nor_mac(platforms):
+    assert nvidia_facts("") is None and apple_facts("Intel(R) Core(TM) i9\n16\n", "") is None
+    facts = cpu_facts()
+    assert facts.cores >= 1 and facts.memory_gb > 0
+    assert match_platform(facts, platforms)[0].name == "cpu"
+
+
+def test_a_machine_that_nothing_matches(platforms):
+    only = {"h100": platforms["h100"]}
+    with pytest.raises(UserError, match="no platform matches cuda device 'Tesla T4'"):
+        match_platform(nvidia_facts("Tesla T4, 15360, 7.5, 535"), only)
+
+
+def test_state_of_a_laptop():
+    plugged = read_mac_state("Now drawing from 'AC Power'\n", " lowpowermode         0\n", "Note: No thermal warning level has been recorded\n")
+    assert not plugged["on_battery"] and not plugged["low_power_mode"] and plugged["thermal_speed_limit"] == 100
+    hot = read_mac_state("Now drawing from 'Battery Power'\n", " lowpowermode         1\n", "CPU_Speed_Limit \t= 70\n")
+    assert hot["on_battery"] and hot["low_power_mode"] and hot["thermal_speed_limit"] == 70
+
+
+GOOD = """tracks:
+  a: {packages: [mpmath], vocab_size: 512, seq_len: 8, val_tokens: 64}
+platforms:
+  cpu:
+    backend: torch-cpu
+    trainer: train_cuda.py
+    track: a
+    start: {n_layer: 2, n_embd: 64, head_dim: 32, window_pattern: SL, short_window: 32, total_batch_size: 64, device_batch_size: 8, eval_batch_size: 8}
+"""
+
+
+@pytest.mark.parametrize("old, new, line, says", [
+    ("track: a", "track: b", 7, "no track 'b'"),
+    ("train_cuda.py", "train_tpu.py", 6, "no trainer train_tpu.py"),
+    ("torch-cpu", "tpu", 5, "backend must be one of"),
+    ("n_layer: 2", "n_layers: 2", 8, "unknown key 'n_layers'"),
+    ("n_layer: 2", "n_layer: two", 8, "should be int"),
+    ("n_layer: 2, ", "", 8, "start lacks n_layer"),
+    ("    track: a", "    track: a\n    match: '('", 8, "not a regular expression"),
+    ("    track: a", "    track: a\n    colour: red", 8, "unknown key 'colour'"),
+    ("    track: a\n", "", 4, "missing track"),
+    ("    track: a", "    track: a\n    track: a", 8, "stands twice"),
+    ("    track: a", "    track: [a", 8, "not valid YAML"),
+])
+def test_a_wrong_file_names_its_line(tmp_path, old, new, line, says):
+    path = tmp_path / "p.yaml"
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(UserError) as error:
+        load_platforms(path)
+    assert says in str(error.value) and f"p.yaml:{line}:" in str(error.value) and error.value.code == 2
+
+
+def test_the_command_names_the_machine(autoresearch):
+    done = autoresearch("platforms")
+    assert done.returncode == 0 and "platform: cpu" in done.stdout and "why: " in done.stdout
+    wrong = autoresearch("run", "--platform", "abacus")
+    assert wrong.returncode == 2 and "unknown platform 'abacus'" in wrong.stderr and "Traceback" not in wrong.stderr
