@@ -24,6 +24,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,8 @@ def read_entries(path, section, cls, check):
             raise UserError(f"{at()}: missing {', '.join(missing) or e}", 2) from None
         complaint = check(entry)
         if complaint:
-            raise UserError(f"{at(complaint[0])}: {complaint[1]}", 2)
+            keys, says = complaint
+            raise UserError(f"{at(*(keys if isinstance(keys, tuple) else (keys,)))}: {says}", 2)
         entries[str(name)] = entry
     return entries
 
@@ -590,10 +592,17 @@ def build(track, out, threads):
     rows, text_bytes = {}, 0
 
     def write(split, texts, limit=None):
-        nonlocal text_bytes
-        count = 0
+        """Pack texts into rows, `limit` at most. Returns how many documents the packer took."""
+        count = taken = 0
+
+        def counted_batches():
+            nonlocal taken
+            for batch in encode_batches(encoding, texts, threads):
+                taken += len(batch)
+                yield batch
+
         with open(out / f"{split}.bin", "wb") as f, bar(None, f"pack {split}", "row") as progress:
-            for row in pack_rows(encode_batches(encoding, texts, threads), capacity, bos, track.pack):
+            for row in pack_rows(counted_batches(), capacity, bos, track.pack):
                 f.write(row.tobytes())
                 count += 1
                 progress.update(1)
@@ -602,6 +611,7 @@ def build(track, out, threads):
             f.flush()
             os.fsync(f.fileno())
         rows[split] = count
+        return taken
 
     def counted(texts):
         nonlocal text_bytes
@@ -610,9 +620,8 @@ def build(track, out, threads):
             yield text
 
     if corpus.shared_shard:
-        held_out = corpus.documents("val")  # one stream: sealed goes on after the last document that val has read
-        write("val", held_out, need)
-        write("sealed", held_out, need)
+        taken = write("val", corpus.documents("val"), need)
+        write("sealed", islice(corpus.documents("val"), taken, None), need)
     else:
         write("val", corpus.documents("val"), need)
         write("sealed", corpus.documents("sealed"), need)

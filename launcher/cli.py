@@ -105,6 +105,83 @@ def platforms(platform, as_json):
 
 
 @main.command()
+@platform_option
+def program(platform):
+    """Print the agent's instructions for this machine, with the facts of the moment.
+
+    \b
+    autoresearch program | claude -p
+    """
+    from launcher.program import program
+
+    click.echo(program(platform), nl=False)
+
+
+@main.command()
+@click.argument("ledgers", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--track", metavar="NAME", help="Only this track.")
+@click.option("--platform", metavar="NAME", help="Only this platform.")
+@click.option("--json", "kind", flag_value="json", help="Everything, as JSON.")
+@click.option("--tsv", "kind", flag_value="tsv", help="The ranked rows, as TSV.")
+def leaderboard(ledgers, track, platform, kind):
+    """Rank the experiments of each device, and compare devices. Ledgers of other machines are merged in.
+
+    \b
+    autoresearch leaderboard results.tsv /mnt/mac/results.tsv
+    """
+    from launcher.board import leaderboard
+
+    home = Path(os.environ.get("AUTORESEARCH_HOME") or Path(__file__).resolve().parent.parent)
+    leaderboard(ledgers or [home / "results.tsv"], track, platform, kind or "text")
+
+
+@main.command()
+@click.argument("run")
+def show(run):
+    """Show a run: its line, its loss curve, its trainer against the best before it.
+
+    \b
+    autoresearch show best
+    """
+    from launcher.show import show
+
+    show(run)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--force", is_flag=True, help="Overwrite changes that no run and no commit holds.")
+def restore(run, force):
+    """Put a run's trainer back in its place.
+
+    \b
+    autoresearch restore best
+    """
+    from launcher.show import restore
+
+    restore(run, force)
+
+
+@main.command()
+@click.argument("ledgers", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--track", metavar="NAME", help="Only this track.")
+@click.option("--platform", metavar="NAME", help="Only this platform.")
+@click.option("--run", "runs", multiple=True, metavar="ID", help="Draw this run's loss curve; repeat for several. The best ones if left out.")
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to; report/ if left out.")
+def report(ledgers, track, platform, runs, output):
+    """Write the morning report: report.html, which needs no network, and report.png.
+
+    \b
+    autoresearch report -o /tmp/report
+    """
+    from launcher.report import report
+    from launcher.run import home
+
+    for path in report(ledgers or [home() / "results.tsv"], output or home() / "report", track, platform, runs):
+        click.echo(path)
+
+
+@main.command()
 @click.argument("run")
 def verify(run):
     """Score a saved run in a fresh process, on val and on the sealed set.

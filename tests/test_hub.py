@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import os
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
@@ -68,12 +70,14 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def parquet(self, name, texts, column="text"):
+    def parquet(self, name, texts, column="text", ballast=0):
+        """A shard; ballast: bytes of another column, which does not compress."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         out = io.BytesIO()
-        pq.write_table(pa.table({column: texts}), out)
+        more = {"blob": [os.urandom(ballast // len(texts)) for _ in texts]} if ballast else {}
+        pq.write_table(pa.table({column: texts, **more}), out)
         self.files[name] = out.getvalue()
 
 
@@ -84,7 +88,7 @@ def hub(tmp_path, monkeypatch):
 
     server = Hub()
     for shard in range(3):
-        server.parquet(f"shard_{shard:05}.parquet", [f"{words(100 * shard + i, 120)} s{shard}d{i}" for i in range(60)])
+        server.parquet(f"shard_{shard:05}.parquet", [f"s{shard}d{i} {words(10000 * shard + i, 12)}" for i in range(2500)])
     server.files["README.md"] = b"a card"
     for name, value in {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
                         "AUTORESEARCH_CACHE": str(tmp_path / "cache"), "AUTORESEARCH_CONFIG": str(tmp_path / "platforms.yaml")}.items():
@@ -115,6 +119,8 @@ def test_shards_and_the_pinned_validation_shard(hub, tmp_path, pack):
     prepared = prepare.prepare(track(tmp_path, pack=pack))
     assert "s0d" in text_of(prepared, "train") and "s1d" in text_of(prepared, "train") and "s2d" not in text_of(prepared, "train")
     assert "s2d" in text_of(prepared, "val") and "s0d" not in text_of(prepared, "val") and "s1d" not in text_of(prepared, "sealed")
+    held_out = {split: set(re.findall(r"s2d\d+ ", text_of(prepared, split))) for split in ("val", "sealed")}
+    assert held_out["val"] and held_out["sealed"] and not held_out["val"] & held_out["sealed"]
     assert len(prepared.rows("val")) == 20
     hub.log.clear()
     prepare.prepare(track(tmp_path, pack=pack))
@@ -128,7 +134,7 @@ def test_a_dataset_without_a_validation_shard_is_split_by_document(hub, tmp_path
 
 def test_a_cut_download_is_resumed(hub, tmp_path):
     name = "shard_00001.parquet"
-    hub.files[name] = hub.files[name] + b""
+    hub.parquet(name, [f"s1d{i} {words(i, 12)}" for i in range(300)], ballast=24_000_000)  # the client keeps whole chunks of 10 MB
     hub.cut_once.add(name)
     try:
         prepared = prepare.prepare(track(tmp_path))
@@ -155,6 +161,7 @@ def test_an_unknown_dataset(hub, tmp_path):
         prepare.prepare(track(tmp_path, hub="acme/nothing"))
 
 
+@pytest.mark.slow  # the hub's client tries several times
 def test_a_server_that_is_down(hub, tmp_path):
     hub.server.shutdown()
     hub.server.server_close()

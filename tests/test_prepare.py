@@ -1,10 +1,8 @@
 """prepare.py: packing, tokenizer, tracks, the cache, and what it says when something is wrong."""
 
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections import Counter
 
 import numpy as np
@@ -113,7 +111,7 @@ def words(seed, n=400):
 
 def write_corpus(folder, kind="txt", count=40):
     folder.mkdir(exist_ok=True)
-    texts = [f"{words(i)} document {i}" for i in range(count)]
+    texts = [f"document {i} {words(i)}" for i in range(count)]
     if kind == "jsonl":
         (folder / "all.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     elif kind == "parquet":
@@ -136,7 +134,7 @@ def test_own_files(config, tmp_path, kind):
         rows = prepared.rows(split)
         assert (rows[:, 0] == prepared.bos).all() and rows.shape[1] == 33
         for i in range(len(texts)):
-            if f"document {i}" in "".join(encoding.decode([int(t) for t in row if t != prepared.bos]) for row in rows):
+            if f"document {i} " in "".join(encoding.decode([int(t) for t in row if t != prepared.bos]) for row in rows):
                 found[split] += 1
     assert all(found[split] for split in ("train", "val", "sealed"))
     assert prepared.vocab_size == 300 and (prepared.token_bytes()[-4:] == 0).all()
