@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 
 from launcher.ledger import REFUTED, UNRANKED, VERIFIED, Ledger, clean, warn
@@ -62,12 +63,13 @@ def gather(paths, track=None, platform=None, complain=warn):
 
 def newest_rules(boards):
     """{(track, fingerprint, rules)} to rank: of each track the highest rules, and of those the data with the most rows."""
-    best = {}
+    counts, best = Counter(), {}
     for key, board in boards.items():
-        count = sum(len(b.rows) for k, b in boards.items() if k[:3] == key[:3])
-        rank = key[2], count
-        if key[0] not in best or rank > best[key[0]][0]:
-            best[key[0]] = rank, key[:3]
+        counts[key[:3]] += len(board.rows)
+    for chosen, count in counts.items():
+        track, _, rules = chosen
+        if track not in best or (rules, count) > best[track][0]:
+            best[track] = (rules, count), chosen
     return {chosen for _, chosen in best.values()}
 
 
@@ -82,12 +84,12 @@ def why_apart(row, checked):
     return ", ".join(marked) if marked else "other rules or other data"
 
 
-def listing(board, checked):
-    """Dicts of a board's rows, best first."""
-    out = []
-    for rank, row in enumerate(board.rows, 1):
+def listing(board, checked, most=None):
+    """Dicts of a board's rows, best first; of the first `most` where it is given."""
+    out, baseline = [], board.baseline.val_bpb
+    for rank, row in enumerate(board.rows[:most], 1):
         verification = checked.get(row.run)
-        out.append({"rank": rank, "val_bpb": row.val_bpb, "stderr": row.val_stderr, "gain": round(board.baseline.val_bpb - row.val_bpb, 6),
+        out.append({"rank": rank, "val_bpb": row.val_bpb, "stderr": row.val_stderr, "gain": round(baseline - row.val_bpb, 6),
                     "verified": bool(verification and verification.status == VERIFIED), "status": row.status,
                     "tokens_per_second": row.tokens_per_second, "mfu_percent": row.mfu_percent, "memory_gb": row.memory_gb,
                     "num_params_M": row.num_params_M, "run": row.run, "description": row.description})
@@ -150,7 +152,7 @@ def leaderboard(paths, track=None, platform=None, kind="text", most=20, out=None
         return
     for board in boards:
         out.write(f"{board.title}\n")
-        table(listing(board, checked)[:most], LISTED, out)
+        table(listing(board, checked, most), LISTED, out)
         out.write(f"... {len(board.rows) - most} more (--json or --tsv has them)\n\n" if len(board.rows) > most else "\n")
     if len(boards) > 1:
         out.write("across devices\n")
