@@ -401,10 +401,10 @@ POLAR_EXPRESS = [
 ]
 
 
-def orthogonalize(g):
-    """The nearest (semi-)orthogonal matrices to g [n, rows, cols], in bfloat16."""
-    x = g.bfloat16()
-    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6).bfloat16()
+def orthogonalize(g, dtype):
+    """The nearest (semi-)orthogonal matrices to g [n, rows, cols], in the compute dtype."""
+    x = g.to(dtype)
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for a, b, c in POLAR_EXPRESS:
@@ -414,14 +414,14 @@ def orthogonalize(g):
 
 
 @compiled
-def muon_update(p, g, m, v, lr, momentum, decay):
+def muon_update(p, g, m, v, lr, momentum, decay, dtype):
     """Muon (Jordan et al. 2024) for stacked matrices [n, rows, cols]; m and v are updated in place, new p is returned.
 
     Nesterov momentum, Polar Express, NorMuon's variance normalisation (Li et al. 2025, arXiv:2510.05491) along
     the longer side, and cautious weight decay (Chen et al. 2025, arXiv:2510.12402): only where update and weight agree.
     """
     m.lerp_(g, 1 - momentum)
-    u = orthogonalize(g.lerp(m, momentum)).float()
+    u = orthogonalize(g.lerp(m, momentum), dtype).float()
     longer = -1 if u.shape[-2] >= u.shape[-1] else -2
     variance = u.square().mean(dim=longer, keepdim=True)
     v.lerp_(variance, 1 - MUON_BETA2)
@@ -456,7 +456,7 @@ class Optimizer:
         shapes = {}
         for p in model.blocks.parameters():
             shapes.setdefault(p.shape[-2:], []).append(p)
-        self.muon = [self.muon_group(params) for params in shapes.values()]
+        self.muon, self.dtype = [self.muon_group(params) for params in shapes.values()], model.wte.dtype
         self.step_count = 0
 
     def adamw_group(self, p, lr, betas=ADAM_BETAS, decay=0.0):
@@ -484,7 +484,7 @@ class Optimizer:
             g["p"].grad = None
         for g in self.muon:
             new = muon_update(self.stacked(g["params"]), self.stacked([p.grad for p in g["params"]]), g["m"], g["v"],
-                              number(MATRIX_LR * rate), number(muon_momentum(progress)), number(WEIGHT_DECAY * (1 - progress)))
+                              number(MATRIX_LR * rate), number(muon_momentum(progress)), number(WEIGHT_DECAY * (1 - progress)), self.dtype)
             counts = [p.shape[0] if p.ndim == 3 else 1 for p in g["params"]]
             torch._foreach_copy_(g["params"], [n.view(p.shape) for n, p in zip(new.split(counts), g["params"])])
             for p in g["params"]:

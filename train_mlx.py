@@ -299,8 +299,8 @@ def frobenius(x):
     return mx.sqrt(mx.square(x.astype(mx.float32)).sum(axis=(-2, -1), keepdims=True))
 
 
-def orthogonalize(g, dtype=mx.bfloat16):
-    """The nearest (semi-)orthogonal matrices to g [n, rows, cols], in bfloat16."""
+def orthogonalize(g, dtype):
+    """The nearest (semi-)orthogonal matrices to g [n, rows, cols], in the compute dtype."""
     x = g.astype(dtype)
     x = x / (frobenius(x) * 1.02 + 1e-6).astype(dtype)
     tall = x.shape[-2] > x.shape[-1]
@@ -311,14 +311,14 @@ def orthogonalize(g, dtype=mx.bfloat16):
     return x.swapaxes(-1, -2) if tall else x
 
 
-def muon_update(p, g, m, v, lr, momentum, decay):
+def muon_update(p, g, m, v, lr, momentum, decay, dtype):
     """Muon (Jordan et al. 2024) for stacked matrices [n, rows, cols]. Returns new (p, m, v).
 
     Nesterov momentum, Polar Express, NorMuon's variance normalisation (Li et al. 2025, arXiv:2510.05491) along
     the longer side, and cautious weight decay (Chen et al. 2025, arXiv:2510.12402): only where update and weight agree.
     """
     m = m + (g - m) * (1 - momentum)
-    u = orthogonalize(g + (m - g) * momentum).astype(mx.float32)
+    u = orthogonalize(g + (m - g) * momentum, dtype).astype(mx.float32)
     longer = -1 if u.shape[-2] >= u.shape[-1] else -2
     variance = mx.square(u).mean(axis=longer, keepdims=True)
     v = v + (variance - v) * (1 - MUON_BETA2)
@@ -387,7 +387,8 @@ class Optimizer:
             new[name], s["m"], s["v"] = adamw_update(params[name], grads[name], s["m"], s["v"], lr * rate, betas, fixed_decay, count)
         for names in self.muon:
             s = self.state[names[0]]
-            p, s["m"], s["v"] = muon_update(self.stacked(params, names), self.stacked(grads, names), s["m"], s["v"], MATRIX_LR * rate, momentum, decay)
+            p, s["m"], s["v"] = muon_update(self.stacked(params, names), self.stacked(grads, names), s["m"], s["v"], MATRIX_LR * rate, momentum, decay,
+                                              self.model.wte.dtype)
             at = 0
             for name in names:
                 count_of = params[name].shape[0] if params[name].ndim == 3 else 1

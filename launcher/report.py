@@ -89,7 +89,7 @@ def draw_curves(axes, chosen):
     for color, row in zip(CURVES, chosen):
         points = loss_curve(row.run)
         axes.plot([t for t, _ in points], [v for _, v in points], color=color, linewidth=1.2, label=f"{row.val_bpb:.4f} {row.description[:40]}")
-    axes.set(xlabel="seconds of training", ylabel="training loss (nats)", title="loss curves", yscale="log")
+    axes.set(xlabel="seconds of training", ylabel="training loss (nats)", title="loss curves")
     axes.legend(frameon=False, fontsize=8)
 
 
