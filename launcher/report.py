@@ -168,7 +168,7 @@ def report(paths, folder, track=None, platform=None, runs=()):
     parts = [f"<p>{html.escape(line)}</p>" for line in summary(series, apart)]
     parts += [f"<figure>{picture}</figure>" for picture in pictures]
     for board in boards:
-        parts.append(f"<h2>{html.escape(board.title)}</h2>" + table([{**r} for r in listing(board, checked)], columns))
+        parts.append(f"<h2>{html.escape(board.title)}</h2>" + table(listing(board, checked), columns))
     if len(boards) > 1:
         rows = across(boards)
         parts.append("<h2>across devices</h2>" + table(rows, tuple(rows[0])))

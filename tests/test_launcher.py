@@ -1,6 +1,5 @@
 """The launcher around a real child process: limits, signals, locks, crashes, power cuts."""
 
-import json
 import os
 import signal
 import subprocess

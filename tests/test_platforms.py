@@ -2,9 +2,9 @@
 
 import pytest
 
-from backends.platforms import (apple_facts, cpu_facts, load_platforms, machine_facts, match_platform, nvidia_facts, peak_tflops,
+from backends.platforms import (apple_facts, cpu_facts, load_platforms, match_platform, nvidia_facts, peak_tflops,
                                 read_mac_state)
-from prepare import ROOT, UserError
+from prepare import UserError
 
 IOREG = '+-o AGXAcceleratorG13X  <class AGXAcceleratorG13X>\n    {{\n      "gpu-core-count" = {}\n      "IOClass" = "AGX"\n    }}\n'
 NVIDIA = {

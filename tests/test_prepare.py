@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from prepare import PACK_BUFFER, PACK_REFILL, Corpus, Track, UserError, load_tracks, pack_rows
+from prepare import PACK_BUFFER, PACK_REFILL, Corpus, UserError, load_tracks, pack_rows
 
 BOS = 9999
 ROOT = prepare.ROOT

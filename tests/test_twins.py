@@ -9,7 +9,7 @@ import pytest
 import torch
 
 mx = pytest.importorskip("mlx.core")
-from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
+from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
 ROOT = __import__("prepare").ROOT
 SIZE = dict(vocab_size=97, seq_len=48, n_layer=3, n_embd=64, head_dim=32, window_pattern="SL", short_window=16)
