@@ -21,8 +21,11 @@ TERM_SECONDS = 5.0      # between the request to end and the kill
 MARKER = "AUTORESEARCH_RUN_ID"  # in the environment of everything a run starts
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Stopped(Exception):
-    """The launcher was asked to end (Ctrl-C, SIGTERM)."""
+    """The launcher was asked to end (Ctrl-C, SIGTERM, the terminal went away)."""
 
 
 @dataclass
@@ -213,12 +216,13 @@ def marked(run_id):
 
 
 class stop_on_signals:
-    """Turn SIGINT and SIGTERM into Stopped."""
+    """Turn STOPS into Stopped."""
 
     def __enter__(self):
         def stop(number, frame):
             raise Stopped(signal.Signals(number).name)
-        self.before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        wanted = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup stays nohup
+        self.before = {number: signal.signal(number, stop) for number in wanted}
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -227,4 +231,4 @@ class stop_on_signals:
 
 class ignore_signals(stop_on_signals):
     def __enter__(self):
-        self.before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}

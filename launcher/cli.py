@@ -35,6 +35,8 @@ def main():
 
 platform_option = click.option("--platform", metavar="NAME", help="Use this entry of platforms.yaml, whatever the machine is.")
 track_option = click.option("--track", metavar="NAME", help="Learn this track instead of the platform's own.")
+budget_option = click.option("--budget", type=click.FloatRange(min=1, max=86400), default=None, help="Seconds of training; other than 300 is marked and never ranks.")
+seed_option = click.option("--seed", type=click.IntRange(0, 2**31), default=1, show_default=True)
 message_option = click.option("-m", "--message", "description", default="", help="What this experiment changes, in a line.")
 
 
@@ -42,8 +44,8 @@ message_option = click.option("-m", "--message", "description", default="", help
 @message_option
 @platform_option
 @track_option
-@click.option("--budget", type=click.FloatRange(min=1, max=86400), default=None, help="Seconds of training; other than 300 is marked and never ranks.")
-@click.option("--seed", type=click.IntRange(0, 2**31), default=1, show_default=True)
+@budget_option
+@seed_option
 @click.option("--trainer", type=click.Path(path_type=Path), help="Run this file instead of the platform's trainer.")
 @click.option("--keep-weights", is_flag=True, help="Keep the model even if it is not the best.")
 def run(description, platform, track, budget, seed, trainer, keep_weights):
@@ -58,6 +60,51 @@ def run(description, platform, track, budget, seed, trainer, keep_weights):
     from prepare import TIME_BUDGET
 
     sys.exit(run_experiment(Options(description, platform, track, budget or TIME_BUDGET, seed, trainer, keep_weights)))
+
+
+@main.command("try")
+@message_option
+@platform_option
+@track_option
+@budget_option
+@seed_option
+def try_(description, platform, track, budget, seed):
+    """Commit the trainer's edit, run it, and keep the commit or take it back.
+
+    \b
+    autoresearch try -m "warmdown over 0.7 of the budget"
+    Exit code: as of run. What is taken back stays reachable as refs/autoresearch/<run>.
+    """
+    from launcher.run import Options
+    from launcher.trial import run_try
+    from prepare import TIME_BUDGET
+
+    sys.exit(run_try(Options(description, platform, track, budget or TIME_BUDGET, seed)))
+
+
+@main.command()
+@click.option("--agent", required=True, metavar="CMD", help="A headless agent; it gets the prompt on standard input, or in place of {prompt}.")
+@click.option("--experiments", type=click.IntRange(min=1), help="End after this many; without a limit, Ctrl-C ends the loop.")
+@click.option("--until", metavar="HH:MM", help="Begin no experiment that would not end by then.")
+@platform_option
+@track_option
+@budget_option
+@seed_option
+@click.option("--agent-seconds", type=click.FloatRange(min=1), default=900, show_default=True, help="Time that the agent has for a turn.")
+@click.option("--pause", type=click.FloatRange(min=0), default=30, show_default=True, help="Seconds to wait after a failed turn; doubles with every further one.")
+def loop(agent, experiments, until, platform, track, budget, seed, agent_seconds, pause):
+    """Leave it running: the agent edits the trainer, every edit is tried, what is better is kept.
+
+    \b
+    autoresearch loop --agent "claude -p --permission-mode acceptEdits" --until 07:30
+    Exit code: 0 at its end, 1 when turn after turn led to no experiment, 130 interrupted.
+    """
+    from launcher.loop import Night, loop, parse_agent, parse_until
+    from launcher.run import Options
+    from prepare import TIME_BUDGET
+
+    options = Options("", platform, track, budget or TIME_BUDGET, seed)
+    sys.exit(loop(Night(parse_agent(agent), options, experiments, parse_until(until) if until else None, agent_seconds, pause)))
 
 
 @main.command()
@@ -199,7 +246,7 @@ def verify(run):
 @click.option("--repeats", type=click.IntRange(2, 50), default=3, show_default=True, help="Seeds to run.")
 @platform_option
 @track_option
-@click.option("--budget", type=click.FloatRange(min=1, max=86400), default=None, help="Seconds of training; other than 300 is for trying.")
+@budget_option
 def noise(repeats, platform, track, budget):
     """Measure how much val_bpb differs between seeds: an improvement below that means nothing.
 

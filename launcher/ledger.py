@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 STATUSES = ("keep", "discard", "crash", "timeout", "invalid")
+INTERRUPTED, CUT_OFF = "interrupted", "the launcher was killed during the run"  # reasons of a run that nobody judged
+REPEAT = "repeat:"                         # begins the reason of a result within the noise, which a second seed decides
 VERIFIED, REFUTED = "verified", "refuted"  # rows that `autoresearch verify` adds about an earlier run
 # A row with one of these marks is shown, never ranked.
 UNRANKED = {"short": "a budget other than the rules'", "contended": "something else used the device", "battery": "ran on battery",
@@ -65,9 +67,21 @@ class Row:
         return self.status in ("keep", "discard")
 
     @property
+    def compares(self):
+        """A verdict may rest on it: scored, and nothing but its budget, which is part of `board`, sets it apart."""
+        return self.scored and self.rules > 0 and not any(m in UNRANKED for m in self.mark_list if m != "short")
+
+    @property
     def ranks(self):
-        """It may stand on a board: scored, and nothing about it makes it incomparable."""
-        return self.scored and self.rules > 0 and not any(m in UNRANKED for m in self.mark_list)
+        """It may stand on a leaderboard: of the rules' budget too."""
+        return self.compares and "short" not in self.mark_list
+
+    @property
+    def decided(self):
+        """Its trial is over: kept, or to be taken back. Not so when it was cut off, or waits for another run."""
+        if self.scored:
+            return self.compares and not self.reason.startswith(REPEAT)
+        return bool(self.status) and self.reason not in (INTERRUPTED, CUT_OFF)
 
     @property
     def board(self):

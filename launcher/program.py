@@ -1,15 +1,17 @@
 """`autoresearch program`: the human's page for this machine, with what an agent needs to know now."""
 
+import os
 import re
 
 from backends.platforms import current_track, machine_facts
 from launcher import verdict
 from launcher.board import gather
+from launcher.ledger import STATUSES
 from launcher.run import choose_platform, home, ledger
 from prepare import ROOT, RULES, TIME_BUDGET, UserError
 
 PARTS = {"cuda": "CUDA", "mlx": "MLX", "mlx-cuda": "MLX", "mlx-cpu": "MLX", "torch-cpu": "CPU"}
-RECENT = 15  # experiments listed
+RECENT = 15  # experiments listed where nobody asks for more
 
 
 def sections(text):
@@ -18,8 +20,8 @@ def sections(text):
     return {name.strip(): body.strip() for name, body in zip(parts[1::2], parts[2::2])}
 
 
-def program(platform=None):
-    """The page as text: common part, the platform's part, facts."""
+def program(platform=None, track=None, recent=RECENT):
+    """The page as text: common part, the platform's part, facts with the `recent` newest experiments."""
     path = ROOT / "program.md"
     try:
         page = sections(path.read_text(encoding="utf-8"))
@@ -30,11 +32,12 @@ def program(platform=None):
     missing = [name for name in wanted if name not in page]
     if missing:
         raise UserError(f"program.md has no section '## {missing[0]}'")
-    return "\n\n".join([f"# Program for {chosen.name}", page["Common"], f"## {wanted[1]}", page[wanted[1]], "## Now", facts(chosen, why)]) + "\n"
+    return "\n\n".join([f"# Program for {chosen.name}", page["Common"], f"## {wanted[1]}", page[wanted[1]], "## Now", facts(chosen, why, track, recent)]) + "\n"
 
 
-def facts(platform, why):
+def facts(platform, why, track, recent):
     """What is true at this moment, a line each."""
+    os.environ["AUTORESEARCH_TRACK"] = track or platform.track
     track, val_tokens = current_track(platform)
     device = machine_facts().device
     lines = [f"trainer: {platform.trainer}", f"platform: {platform.name} ({why})", f"device: {device}",
@@ -42,7 +45,7 @@ def facts(platform, why):
              f"budget: {TIME_BUDGET} s of training; start-up at most {platform.startup_seconds:.0f} s"]
     boards, _, _ = gather([home() / "results.tsv"], track.name, platform.name)
     boards = [b for b in boards if b.key[6] == device and b.key[2] == RULES]
-    rows = [row for row in ledger().rows(lambda message: None) if row.platform == platform.name and row.track == track.name and row.status]
+    rows = [row for row in ledger().rows(lambda message: None) if row.platform == platform.name and row.track == track.name and row.status in STATUSES]
     if boards:
         board = boards[0]
         spread = verdict.noise_of(board.rows, board.key)
@@ -53,5 +56,5 @@ def facts(platform, why):
         lines.append("best: none yet: run the trainer unchanged, that is the baseline")
     if rows:
         lines.append(f"tried, newest last ({len(rows)} in all):")
-        lines += [f"  {row.status:8} {row.val_bpb:.6f}  {row.description}" + (f"  [{row.reason[:80]}]" if not row.scored else "") for row in rows[-RECENT:]]
+        lines += [f"  {row.status:8} {row.val_bpb:.6f}  {row.description}" + (f"  [{row.reason[:80]}]" if not row.scored else "") for row in rows[-recent:]]
     return "\n".join(lines)

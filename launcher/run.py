@@ -1,15 +1,13 @@
 """One experiment: prepare, lock, run, judge, write the line."""
 
-import hashlib
 import importlib.metadata
 import json
 import os
 import secrets
-import shutil
-import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,12 +15,14 @@ from filelock import FileLock, Timeout
 from backends.platforms import current_track, describe, load_platforms, mac_state, machine_facts, match_platform
 from launcher import verdict
 from launcher.child import Stopped, alive, supervise
-from launcher.ledger import Ledger, Row
+from launcher.ledger import CUT_OFF, INTERRUPTED, REPEAT, Ledger, Row
+from launcher.repo import git, harness_hash, harness_modified, source_hash
 from launcher.watch import Awake, Watch
 from prepare import ROOT, RULES, TIME_BUDGET, UserError, cache_dir, config_path, prepare
 
 EXIT_CODES = {"keep": 0, "discard": 3, "crash": 1, "timeout": 4, "invalid": 5}
-INTERRUPTED = 130
+EXIT_NO_VERDICT, EXIT_INTERRUPTED = 6, 130
+DRY_BUDGET = 3.0        # seconds of training in a dry run
 LINE_EVERY = 30         # seconds between progress lines when there is no terminal
 LOG_TAIL = 25           # lines of train.log shown after a crash
 
@@ -39,7 +39,9 @@ class Options:
     trainer: Path | None = None
     keep_weights: bool = False
     marks: tuple = ()
-    commit: str | None = None
+    commit: str | None = None   # the trial's, where `try` made one
+    show: object = None         # takes the child's events; a line on the terminal if left out
+    quiet: bool = False         # print no result: the caller does
 
 
 def home():
@@ -63,41 +65,6 @@ def choose_platform(name=None):
     if name not in platforms:
         raise UserError(f"unknown platform '{name}': {config_path().name} has {', '.join(platforms)}", 2)
     return platforms[name], "named with --platform"
-
-
-# ---------------------------------------------------------------------------
-# The harness and the repository
-# ---------------------------------------------------------------------------
-
-def harness_files():
-    return sorted([ROOT / "prepare.py", config_path(), *(ROOT / "backends").glob("*.py"), *(ROOT / "launcher").glob("*.py")])
-
-
-def harness_hash():
-    """Content hash of everything that an experiment must leave alone."""
-    digest = hashlib.sha256()
-    for path in harness_files():
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
-
-
-def git(*arguments):
-    """Output of a git command in the repository, "" when it fails (no git, no repository)."""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def harness_modified():
-    """The harness differs from the repository's last commit."""
-    paths = ["prepare.py", "platforms.yaml", "backends", "launcher"]
-    return bool(git("rev-parse", "--git-dir")) and bool(git("status", "--porcelain", "--", *paths))
-
-
-def source_hash(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 # ---------------------------------------------------------------------------
@@ -186,24 +153,37 @@ class Progress:
 def run(options):
     """Run one experiment, and its repetition with a second seed when the first result lies within the noise.
 
-    Returns the exit code. Every path through here leaves a complete ledger line.
+    Prints the result and returns the exit code. Every path through here leaves a complete ledger line.
     """
+    row = experiment(options)
+    return exit_code(row)
+
+
+def experiment(options):
+    """`run` as the ledger row that decides."""
     recover()
     row = run_once(options)
-    if row.status == "discard" and row.reason.startswith("repeat:"):
+    if row.reason.startswith(REPEAT):
         say(row.reason)
-        row = run_once(Options(**{**vars(options), "seed": options.seed + 1}), repetition=True)
-    if row.reason == "interrupted":
-        return INTERRUPTED
-    return 0 if row.scored and not row.ranks else EXIT_CODES[row.status]
+        again = replace(options, seed=options.seed + 1, trainer=trainer_of(row))  # as it was: somebody may edit it meanwhile
+        row = run_once(again, repetition=True)
+    return row
+
+
+def exit_code(row):
+    if row.reason == INTERRUPTED:
+        return EXIT_INTERRUPTED
+    return EXIT_NO_VERDICT if row.scored and not row.compares else EXIT_CODES[row.status]
 
 
 def run_once(options, repetition=False):
     """One run of the trainer. repetition: it repeats a trainer with another seed. Returns its ledger row."""
     platform, why = choose_platform(options.platform)
     trainer = Path(options.trainer or ROOT / platform.trainer).resolve()
-    if not trainer.is_file():
-        raise UserError(f"there is no trainer {trainer}", 2)
+    try:
+        source = trainer.read_bytes()  # before any waiting: what runs is what lay there when it was asked for
+    except OSError as e:
+        raise UserError(f"there is no trainer {trainer} ({e.strerror})", 2) from None
     settings = {"AUTORESEARCH_PLATFORM": platform.name, "AUTORESEARCH_SEED": str(options.seed), "AUTORESEARCH_BUDGET": str(options.budget)}
     os.environ["AUTORESEARCH_TRACK"] = options.track or platform.track
     track, val_tokens = current_track(platform)
@@ -227,7 +207,7 @@ def run_once(options, repetition=False):
         run_dir.mkdir(parents=True)
         lock.name(run_id)
         copy = run_dir / trainer.name
-        shutil.copyfile(trainer, copy)
+        copy.write_bytes(source)
         row = Row(commit=options.commit or git("rev-parse", "--short=7", "HEAD") or "none", description=options.description or "no description",
                   run=run_id, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), platform=platform.name, device=facts.device,
                   track=track.name, seed=options.seed, rules=RULES, fingerprint=prepared.fingerprint, harness=harness_hash(),
@@ -235,7 +215,7 @@ def run_once(options, repetition=False):
         write_json(run_dir / "run.json", {"row": {k: getattr(row, k) for k in row.__slots__}, "pid": os.getpid(), "why": why, "facts": describe(facts),
                                           "laptop": laptop, "python": sys.version.split()[0], "packages": versions(), "trainer": trainer.name})
         say(f"run {run_id}: {platform.name} ({why}), track {track.name}, {options.budget:g} s of training, seed {options.seed}")
-        watch, progress = Watch(platform.backend), Progress(options.budget)
+        watch, progress = Watch(platform.backend), options.show or Progress(options.budget)
         interrupted = None
         try:
             outcome = supervise(copy, run_dir, settings, platform, options.budget, watch, progress)
@@ -244,7 +224,7 @@ def run_once(options, repetition=False):
         finally:
             progress.close()
         if interrupted:
-            row.status, row.reason, row.marks = "crash", "interrupted", ",".join(marks)
+            row.status, row.reason, row.marks = "crash", INTERRUPTED, ",".join(marks)
             ledger().append(row)
             (run_dir / "model.safetensors").unlink(missing_ok=True)
             say(f"interrupted ({interrupted}): run {run_id} was ended and recorded")
@@ -258,7 +238,8 @@ def run_once(options, repetition=False):
         judge(row, repetition, notes)
         ledger().append(row)
         settle_weights(row, run_dir, options.keep_weights)
-    report(row, run_dir, outcome)
+    if not options.quiet:
+        report(row, run_dir, outcome)
     return row
 
 
@@ -291,18 +272,18 @@ def judge(row, repetition, notes):
     if row.status:
         return
     row.status = "discard"
-    if not row.ranks:
-        row.reason = "no verdict: " + "; ".join(notes + ["a budget other than the rules'"] * ("short" in row.mark_list))
+    if not row.compares:
+        row.reason = "no verdict: " + "; ".join(notes + [mark for mark in row.mark_list if mark in ("battery", "low-power")])
         return
     rows = ledger().rows(complain=lambda message: None)
     best = verdict.champion(rows, row.board)
     if best and best[0].source == row.source:
         row.status, row.reason = "keep", "the best trainer so far, once more" if repetition else "unchanged: this trainer is the best so far"
         return
-    same = [r.val_bpb for r in rows if r.ranks and r.board == row.board and r.source == row.source and r.seed != row.seed] if repetition else []
+    same = [r.val_bpb for r in rows if r.compares and r.board == row.board and r.source == row.source and r.seed != row.seed] if repetition else []
     decision, reason = verdict.decide([*same, row.val_bpb], [r.val_bpb for r in best], verdict.noise_of(rows, row.board))
     if decision == "repeat":
-        decision, reason = "discard", f"repeat: {reason}; once more with seed {row.seed + 1}"
+        decision, reason = "discard", f"{REPEAT} {reason}; once more with seed {row.seed + 1}"
     row.status, row.reason = decision, reason
 
 
@@ -325,12 +306,28 @@ def settle_weights(row, run_dir, asked_for):
 def report(row, run_dir, outcome):
     """The last lines of a run, greppable, on stdout; a crash shows the end of its log."""
     if row.status == "crash" and outcome.exit_code != 0:
-        lines = (run_dir / "train.log").read_text(errors="replace").splitlines()
-        print("\n".join(lines[-LOG_TAIL:]))
+        print(log_tail(run_dir))
     for key, value in outcome.result.items():
         if key != "event" and row.scored:
             print(f"{key}: {value}")
     print(f"run: {row.run}\nstatus: {row.status}\nreason: {row.reason}" + (f"\nmarks: {row.marks}" if row.marks else ""), flush=True)
+
+
+def log_tail(run_dir):
+    """The last lines of what the trainer printed."""
+    try:
+        return "\n".join((run_dir / "train.log").read_text(errors="replace").splitlines()[-LOG_TAIL:])
+    except OSError:
+        return ""
+
+
+def trainer_of(row):
+    """The source that made a run, or None."""
+    try:
+        path = runs_dir() / row.run / json.loads((runs_dir() / row.run / "run.json").read_text())["trainer"]
+        return path if path.is_file() else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def recover():
@@ -353,11 +350,29 @@ def recover():
                 row = Row(**{k: v for k, v in data["row"].items()})
             except (ValueError, KeyError, TypeError, psutil.Error):
                 continue
-            row.status, row.reason = "crash", "the launcher was killed during the run"
+            row.status, row.reason = "crash", CUT_OFF
             ledger().append(row)
             (path.parent / "model.safetensors").unlink(missing_ok=True)
             say(f"run {row.run} was cut off when its launcher was killed; it is recorded as a crash")
         (path.parent / "recorded").touch()
+
+
+def dry_run(trainer, platform, track=None, seed=1):
+    """A few seconds of training and a sliver of scoring, on the device: does the edit run at all? Returns (Outcome, end of its log).
+
+    Nothing is recorded, and nothing of it stays.
+    """
+    platform, _ = choose_platform(platform)
+    os.environ["AUTORESEARCH_TRACK"] = track or platform.track
+    prepare(current_track(platform)[0])
+    settings = {"AUTORESEARCH_PLATFORM": platform.name, "AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_BUDGET": str(DRY_BUDGET),
+                "AUTORESEARCH_VAL_TOKENS": "1"}  # a row, that is: scored as a batch of the usual shape
+    with DeviceLock(platform.backend) as lock, tempfile.TemporaryDirectory(prefix="dry-") as scratch:
+        lock.name("dry run")
+        copy = Path(scratch) / Path(trainer).name
+        copy.write_bytes(Path(trainer).read_bytes())
+        outcome = supervise(copy, Path(scratch), settings, platform, DRY_BUDGET, Watch(platform.backend), lambda event: None)
+        return outcome, log_tail(Path(scratch))
 
 
 def versions():

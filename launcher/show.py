@@ -5,7 +5,8 @@ import json
 import shutil
 
 from launcher.ledger import Row
-from launcher.run import choose_platform, git, ledger, runs_dir, say, source_hash
+from launcher.repo import git, source_hash
+from launcher.run import choose_platform, ledger, runs_dir, say, trainer_of
 from launcher.verify import find_run
 from prepare import ROOT, UserError
 
@@ -42,19 +43,9 @@ def sparkline(points, width=WIDTH):
     return "".join(BARS[round((v - low) / (high - low or 1) * (len(BARS) - 1))] for v in values)
 
 
-def trainer_of(row):
-    """The source that made a run, or None."""
-    try:
-        name = json.loads((runs_dir() / row.run / "run.json").read_text())["trainer"]
-        path = runs_dir() / row.run / name
-        return path if path.is_file() else None
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def best_before(row):
-    """The best ranked run of the same board that came before this one."""
-    rows = [r for r in ledger().rows(lambda message: None) if r.ranks and r.board == row.board and r.time < row.time and r.source != row.source]
+    """The best comparable run of the same board that came before this one."""
+    rows = [r for r in ledger().rows(lambda message: None) if r.compares and r.board == row.board and r.time < row.time and r.source != row.source]
     return min(rows, key=lambda r: r.val_bpb) if rows else None
 
 

@@ -40,17 +40,17 @@ def noise_of(rows, board):
     """Noise on record for a board: what `autoresearch noise` repeated there. None without."""
     groups = {}
     for row in rows:
-        if row.ranks and row.board == board and "noise" in row.mark_list:
+        if row.compares and row.board == board and "noise" in row.mark_list:
             groups.setdefault(row.source, []).append(row.val_bpb)
     return spread(groups.values())
 
 
 def champion(rows, board):
-    """The rows of the trainer that was kept last on a board, or []: all its ranked runs, whatever their seed."""
-    kept = [row for row in rows if row.ranks and row.board == board and row.status == "keep"]
+    """The rows of the trainer that was kept last on a board, or []: all its runs that compare, whatever their seed."""
+    kept = [row for row in rows if row.compares and row.board == board and row.status == "keep"]
     if not kept:
         return []
-    return [row for row in rows if row.ranks and row.board == board and row.source == kept[-1].source]
+    return [row for row in rows if row.compares and row.board == board and row.source == kept[-1].source]
 
 
 def decide(values, best, noise):

@@ -14,7 +14,7 @@ from statistics import mean
 
 from launcher import verdict
 from launcher.ledger import REFUTED, VERIFIED
-from launcher.run import EXIT_CODES, INTERRUPTED, DeviceLock, Options, choose_platform, ledger, run_once, runs_dir, say
+from launcher.run import EXIT_CODES, DeviceLock, Options, choose_platform, exit_code, ledger, run_once, runs_dir, say
 from prepare import ROOT, TIME_BUDGET, UserError
 
 MATCH_TOLERANCE = 1e-3  # bits per byte: the same weights and rows, but perhaps another kernel
@@ -87,9 +87,9 @@ def noise(repeats, platform, track, budget):
         say(f"noise: run {i + 1} of {repeats}")
         row = run_once(Options(f"noise: seed {i + 1}", chosen.name, track, budget, seed=i + 1, marks=("noise",)), repetition=True)
         if not row.scored:
-            return INTERRUPTED if row.reason == "interrupted" else EXIT_CODES[row.status]
+            return exit_code(row)
         rows.append(row)
-    ranked = [row for row in rows if row.ranks or budget != TIME_BUDGET]
+    ranked = [row for row in rows if row.compares]
     if len(ranked) < 2:
         print("noise: fewer than two of the runs count (see their marks): nothing to compare")
         return 1
@@ -97,7 +97,7 @@ def noise(repeats, platform, track, budget):
     spread = verdict.spread([values])
     print(f"noise_sigma: {spread.sigma:.6f}\nnoise_mean: {mean(values):.6f}\nnoise_runs: {len(values)}\nnoise_margin: {spread.margin():.6f}\n"
           f"an improvement of one run counts from {spread.margin():.6f} (p < 0.01); repeated with a second seed, from {spread.margin(2, 2):.6f}"
-          + ("" if budget == TIME_BUDGET else f"\na budget of {budget:g} s is not the rules': this spread is not used for verdicts"))
+          + ("" if budget == TIME_BUDGET else f"\na budget of {budget:g} s is not the rules': this spread counts for runs of the same budget alone"))
     return 0
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -49,13 +50,17 @@ def sleeper(house):
     return path
 
 
-def wait_for_line(process, text):
-    """Read the command's progress until a line with `text`; everything read so far."""
-    seen = ""
-    for line in process.stderr:
-        seen += line
-        if text in line:
-            return seen
+def wait_for_line(process, text, seconds=120):
+    """Read the command's progress until a line with `text`; everything read so far. A process that never says it is killed."""
+    seen, alarm = "", threading.Timer(seconds, process.kill)
+    alarm.start()
+    try:
+        for line in process.stderr:
+            seen += line
+            if text in line:
+                return seen
+    finally:
+        alarm.cancel()
     raise AssertionError(f"ended without {text!r}: {seen}")
 
 

@@ -106,6 +106,6 @@ def test_noise_keeps_luck_out():
 
 
 def test_rows_of_other_rules_or_marks_do_not_count():
-    rows = [row(val_bpb=0.5, rules=2), row(val_bpb=0.6, marks="short"), row(val_bpb=0.7, marks="contended"), row(val_bpb=0.9, run="good")]
+    rows = [row(val_bpb=0.5, rules=2), row(val_bpb=0.6, marks="short", budget=60.0), row(val_bpb=0.7, marks="contended"), row(val_bpb=0.9, run="good")]
     assert [r.run for r in champion(rows, row().board)] == ["good"]
     assert noise_of(rows, row().board) is None

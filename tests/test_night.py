@@ -89,7 +89,7 @@ def test_a_laptop_without_power_is_marked(scores, house, monkeypatch, state, mar
     waiting, _ = scores
     waiting.append(1.5)
     monkeypatch.setattr(runner, "mac_state", lambda: state)
-    assert runner.run(runner.Options("on the road", trainer=trainer(house, "#"))) == 0
+    assert runner.run(runner.Options("on the road", trainer=trainer(house, "#"))) == 6
     [row] = Ledger(house / "results.tsv").rows()
     assert row.marks == mark and not row.ranks and f"warning: {mark}" in capsys.readouterr().err
     assert json.loads((house / "runs" / row.run / "run.json").read_text())["laptop"] == state
