@@ -134,8 +134,21 @@ def norm(x):
     return mx.fast.rms_norm(x, None, 1e-6)
 
 
+@mx.custom_function
 def linear(x, weight):
-    return x @ weight.astype(x.dtype).T
+    """x [..., in] times weight [out, in] transposed, in the dtype of x.
+
+    The weight is laid out anew, and the gradients are written so that no large product has a transposed right-hand
+    side: MLX's CPU build takes 1.4 times as long for one, and the copy costs Metal next to nothing.
+    """
+    return x @ mx.contiguous(weight.astype(x.dtype).T)
+
+
+@linear.vjp
+def _(primals, cotangent, output):
+    x, weight = primals
+    dw = cotangent.reshape(-1, cotangent.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    return cotangent @ weight.astype(x.dtype), dw.astype(weight.dtype)
 
 
 def rotate(x):
@@ -257,7 +270,7 @@ def cross_entropy_and_gradients(x, weight, targets):
     rows = max(1, LOSS_CHUNK // len(w))
     for i in range(0, len(x), rows):
         part, target = x[i : i + rows], targets[i : i + rows, None]
-        squashed = mx.tanh((part @ w.T).astype(mx.float32) / SOFTCAP)
+        squashed = mx.tanh((part @ mx.contiguous(w.T)).astype(mx.float32) / SOFTCAP)
         z = mx.exp(SOFTCAP * squashed)  # exp(15) is far from overflow: no maximum is needed
         total, dlogits = z.sum(axis=1, keepdims=True), (z * (1 - mx.square(squashed))).astype(x.dtype)
         at_target = mx.take_along_axis(squashed, target, axis=1)
@@ -306,7 +319,7 @@ def orthogonalize(g, dtype):
     tall = x.shape[-2] > x.shape[-1]
     x = x.swapaxes(-1, -2) if tall else x
     for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.swapaxes(-1, -2)
+        gram = x @ mx.contiguous(x.swapaxes(-1, -2))
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.swapaxes(-1, -2) if tall else x
 
