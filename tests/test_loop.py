@@ -259,7 +259,7 @@ def command(root, tiny_cache, *arguments):
 
 @pytest.mark.slow
 def test_an_optimizer_over_the_constants_lowers_val_bpb(checkout, tiny_cache):
-    done = subprocess.run(**command(checkout, tiny_cache, "loop", "--agent", f"{sys.executable} tests/agents/climber.py", "--experiments", "5",
+    done = subprocess.run(**command(checkout, tiny_cache, "loop", "--agent", f"{sys.executable} tests/agents/climber.py UNEMBEDDING_LR", "--experiments", "5",
                                     "--budget", "3", "--pause", "1"), capture_output=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     scored = [r for r in Ledger(checkout / "results.tsv").rows() if r.compares]
