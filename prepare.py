@@ -24,6 +24,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -353,20 +354,18 @@ class Corpus:
         self.num_bytes = total
 
     def documents(self, split):
-        if self.shared_shard:
-            seen = set()
-            for text in self._documents(self.paths[:-1] if split == "train" else self.paths[-1:]):
-                key = document_key(text)
-                if key not in seen:
-                    seen.add(key)
-                    yield text
-            return
-        seen = set()
-        for text in self._documents(self.paths):
+        seen = set(self._held_out) if self.shared_shard and split == "train" else set()
+        paths = self.paths if not self.shared_shard else self.paths[:-1] if split == "train" else self.paths[-1:]
+        for text in self._documents(paths):
             key = document_key(text)
-            if self.where[key] == split and key not in seen:
+            if key not in seen and (self.shared_shard or self.where[key] == split):
                 seen.add(key)
                 yield text
+
+    @cached_property
+    def _held_out(self):
+        """Keys of the validation shard's documents: none of them is trained on, should a training shard repeat it."""
+        return {document_key(text) for text in self._documents(self.paths[-1:])}
 
 
 def document_key(text):

@@ -1,12 +1,14 @@
 """
 Everything that we claim about speed on an NVIDIA GPU, in one table.
 
-    python benchmarks/gpu.py                          # all of it, about eight minutes
-    python benchmarks/gpu.py --parts ceilings,attention,profile
+    python benchmarks/gpu.py                          # ceilings, attention, profile, train: about eight minutes
+    python benchmarks/gpu.py --parts compare --budget 60 --seed 1 2
 
 Parts: ceilings (a large bf16 matrix product, a large copy); attention (each path that is present, at the
 trainer's shapes, against float64 and for time); profile (one training step by kernel family); train (through
-the real launcher, `--budget` seconds). It needs no network: the corpus is the Python source of the packages
+the real launcher, `--budget` seconds); compare (the reference's settings against the published findings, in turn,
+for each `--seed`); kill (a killed launcher leaves nothing on the GPU); mlx (train_mlx.py on the same device, with
+MLX's CUDA build). It needs no network: the corpus is the Python source of the packages
 that happen to be installed, so val_bpb compares between runs of one machine only. On a machine without a GPU
 it runs the same code at a toy size on the CPU.
 """
@@ -30,6 +32,9 @@ REFERENCE = dict(n_layer=8, n_embd=512, head_dim=128, window_pattern="SSSL", sho
                  total_batch_size=524288, device_batch_size=128, eval_batch_size=128)
 TOY = dict(n_layer=2, n_embd=128, head_dim=32, window_pattern="SL", short_window=64,
            total_batch_size=2048, device_batch_size=8, eval_batch_size=8)
+# What the original's agents found: half the tokens a step, a layer more, short windows, a long warmdown, a little warmup.
+FINDINGS = dict(N_LAYER=9, TOTAL_BATCH_SIZE=262144, SHORT_WINDOW=256, WARMDOWN_RATIO=0.7, WARMUP_RATIO=0.05)
+TOY_FINDINGS = dict(N_LAYER=3, SHORT_WINDOW=32, WARMDOWN_RATIO=0.7, WARMUP_RATIO=0.05)
 FAMILIES = [  # kernel name -> family, the first that matches
     ("attention", r"flash|fmha|flex|attention|sdpa|FlashAttn|cute_dsl|kernel_cutlass"),
     ("matmul", r"nvjet|gemm|cutlass|xmma|cublas|addmm|aten::mm|aten::bmm"),
@@ -45,8 +50,12 @@ def write_config(gpu, start):
                        if sum(f.suffix == ".py" for f in d.files or []) > 20}) if gpu else ["mpmath", "networkx"]
     config = {
         "tracks": {"local": {"packages": packages, "vocab_size": 8192 if gpu else 1024, "seq_len": 2048 if gpu else 256, "val_tokens": 2**21 if gpu else 2**15}},
-        "platforms": {"bench": {"backend": "cuda" if gpu else "torch-cpu", "trainer": "train_cuda.py", "track": "local", "bf16": gpu,
-                                "peak_bf16_tflops": 989.5 if gpu else 0.0, "startup_seconds": 280, "start": start}},
+        "platforms": {
+            "bench": {"backend": "cuda" if gpu else "torch-cpu", "trainer": "train_cuda.py", "track": "local", "bf16": gpu,
+                      "peak_bf16_tflops": 989.5 if gpu else 0.0, "startup_seconds": 280, "start": start},
+            "bench-mlx": {"backend": "mlx-cuda" if gpu else "mlx-cpu", "trainer": "train_mlx.py", "track": "local", "bf16": gpu, "auto": False,
+                          "peak_bf16_tflops": 989.5 if gpu else 0.0, "startup_seconds": 280, "start": start},
+        },
     }
     path = Path(os.environ["AUTORESEARCH_HOME"]) / "bench.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,10 +180,10 @@ def profile(device, tflops):
         print(f"memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
-def train(budget, trainer, label, seed):
-    """A run through the launcher. Prints its result and when the first step was counted."""
+def train(budget, trainer, label, seed, platform="bench"):
+    """A run through the launcher. Prints its result and when the first step was counted. Returns val_bpb, None without."""
     began = time.time()
-    command = [sys.executable, "-m", "launcher.cli", "run", "--platform", "bench", "-m", label, "--budget", str(budget), "--seed", str(seed)]
+    command = [sys.executable, "-m", "launcher.cli", "run", "--platform", platform, "-m", label, "--budget", str(budget), "--seed", str(seed)]
     done = subprocess.run(command + (["--trainer", str(trainer)] if trainer else []), cwd=ROOT, capture_output=True, text=True)
     wanted = ("val_bpb", "training_seconds", "total_seconds", "peak_memory_mb", "tokens_per_second", "mfu_percent", "num_steps", "status", "reason", "marks")
     print(f"train {label}: " + ", ".join(line for line in done.stdout.splitlines() if line.split(":")[0] in wanted))
@@ -186,6 +195,46 @@ def train(budget, trainer, label, seed):
               f"{time.time() - began:.0f} s in all")
     if done.returncode not in (0, 3):
         print(done.stdout[-1500:], done.stderr[-1500:])
+    score = re.search(r"^val_bpb: (\S+)", done.stdout, re.M)
+    return float(score[1]) if score else None
+
+
+def compare(budget, seeds, findings):
+    """The reference's settings and the findings, in turn, for each seed."""
+    other, wins = variant(findings, "findings"), 0
+    for seed in seeds:
+        scores = train(budget, None, f"reference-{budget:g}s-seed{seed}", seed), train(budget, other, f"findings-{budget:g}s-seed{seed}", seed)
+        if None in scores:
+            return
+        wins += scores[1] < scores[0]
+        print(f"compare {budget:g} s, seed {seed}: reference {scores[0]:.4f}, findings {scores[1]:.4f}, difference {scores[1] - scores[0]:+.4f}", flush=True)
+    print(f"compare {budget:g} s: the findings are better in {wins} of {len(seeds)} seeds")
+
+
+def kill(gpu):
+    """Kill a launcher in the middle of training: how long until nothing of the run is left, on the machine and on the GPU?"""
+    import psutil
+
+    from backends.platforms import output_of
+    from launcher.child import marked
+
+    runs = Path(os.environ["AUTORESEARCH_HOME"]) / "runs"
+    before = set(runs.glob("*"))
+    launcher = subprocess.Popen([sys.executable, "-m", "launcher.cli", "run", "--platform", "bench", "-m", "to be killed", "--budget", "300"], cwd=ROOT,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in launcher.stderr:
+        if "training on" in line:
+            break
+    [run] = set(runs.glob("*")) - before
+    trainers = marked(run.name)
+    used = lambda: output_of("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader").split("\n") if gpu else []
+    held = [line for line in used() if line]
+    launcher.kill()  # this process alone: the trainer must notice by itself
+    launcher.wait()
+    began = time.monotonic()
+    _, left = psutil.wait_procs(trainers, timeout=60)
+    print(f"kill: {len(trainers)} processes before, {len(left)} left after {time.monotonic() - began:.1f} s; "
+          f"on the GPU before: {held or 'nothing'}, after: {[line for line in used() if line] or 'nothing'}")
 
 
 def variant(settings, label):
@@ -233,6 +282,13 @@ def main():
         for budget in options.budget:
             for seed in options.seed:
                 train(budget, variant(settings, options.label) if settings else None, f"{options.label}-{budget:g}s-seed{seed}", seed)
+    for budget in options.budget:
+        if "compare" in parts:
+            compare(budget, options.seed, FINDINGS if gpu else TOY_FINDINGS)
+        if "mlx" in parts:
+            train(budget, None, f"mlx-{budget:g}s", options.seed[0], "bench-mlx")
+    if "kill" in parts:
+        kill(gpu)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def supervise(trainer, run_dir, settings, platform, budget, watch, show):
     if survivors:
         fail(outcome, "invalid", f"the trainer left processes running: {', '.join(survivors)}")
     if not outcome.status:
-        judge_exit(outcome)
+        judge_exit(outcome, run_dir / "train.log")
     return outcome
 
 
@@ -138,7 +138,8 @@ def fail(outcome, status, reason):
         outcome.status, outcome.reason = status, reason
 
 
-def judge_exit(outcome):
+def judge_exit(outcome, log):
+    """The reason of a trainer that ended without a word to the launcher."""
     if outcome.exit_code == 0 and not outcome.result:
         fail(outcome, "crash", "the trainer exited 0 without a result: it must call exp.finish(model, EVAL_BATCH_SIZE)")
     elif outcome.exit_code == -signal.SIGKILL:
@@ -146,7 +147,8 @@ def judge_exit(outcome):
     elif outcome.exit_code and outcome.exit_code < 0:
         fail(outcome, "crash", f"the trainer died of signal {signal.Signals(-outcome.exit_code).name}")
     elif outcome.exit_code:
-        fail(outcome, "crash", f"the trainer exited with code {outcome.exit_code}")
+        last = ([line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it printed nothing"])[-1]
+        fail(outcome, "crash", f"the trainer exited with code {outcome.exit_code}: {last.strip()[:300]}")
 
 
 def end_group(child):

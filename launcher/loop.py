@@ -10,7 +10,6 @@ again with the same command and goes on.
 
 import json
 import os
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -22,13 +21,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from backends.platforms import mac_state
 from launcher import repo
-from launcher.board import gather
 from launcher.child import MARKER, Stopped, end_group, end_survivors, ignore_signals, stop_on_signals
 from launcher.ledger import INTERRUPTED, Row
 from launcher.program import program
-from launcher.run import Options, Progress, choose_platform, dry_run, home, ledger, log_tail, runs_dir, say, write_json
-from launcher.trial import IN_LOOP, check_edit, now, scored_before, settle, the_repository, trial
+from launcher.run import Options, Progress, choose_platform, dry_run, ledger, log_tail, new_id, runs_dir, say, utc, write_json
+from launcher.trial import IN_LOOP, check_edit, scored_before, settle, the_repository, trial
 from launcher.watch import Awake
 from prepare import ROOT, UserError
 
@@ -175,7 +174,7 @@ def record(event, **values):
     """A line in runs/loop/loop.jsonl."""
     loop_folder().mkdir(parents=True, exist_ok=True)
     with open(loop_folder() / "loop.jsonl", "a") as f:
-        f.write(json.dumps({"time": now(), "event": event, **values}) + "\n")
+        f.write(json.dumps({"time": utc(), "event": event, **values}) + "\n")
 
 
 def state_path():
@@ -183,20 +182,21 @@ def state_path():
 
 
 def load_state():
-    """{"experiments", "done", "turn"} of a loop that was cut off, {} without."""
+    """Of a loop that did not end by itself: {"experiments", "done", "turn", "edit"}; {} without. An interrupted one leaves "edit" alone."""
     try:
         return json.loads(state_path().read_text())
     except (OSError, ValueError):
         return {}
 
 
-def save_state(night, status, turn=None):
-    write_json(state_path(), {"experiments": night.experiments, "done": status.done, "turn": turn})
+def save_state(night, status, turn=None, edit=None):
+    """turn: what an agent began from, while it works. edit: {"blob", "description"} of what it wrote, until there is a verdict."""
+    write_json(state_path(), {"experiments": night.experiments, "done": status.done, "turn": turn, "edit": edit})
 
 
 def agent_turn(night, status, trainer, result):
     """Call the agent. Returns its line about what it did. Raises Failed; then the working tree is as before."""
-    stamp = f"{now()}-{secrets.token_hex(2)}"
+    stamp = new_id()
     folder = loop_folder()
     folder.mkdir(parents=True, exist_ok=True)
     prompt = program(night.options.platform, night.options.track, LISTED) + TURN.format(trainer=trainer, result=result)
@@ -212,10 +212,14 @@ def agent_turn(night, status, trainer, result):
         last = ([line for line in said.splitlines() if line.strip()] or ["it printed nothing"])[-1][:200]
         raise Failed("agent", f"the agent did not end within {seconds:.0f} s" if code is None else f"the agent ended with exit code {code}: {last}")
     undo_turn(turn, trainer)
-    save_state(night, status)
+    if not (ROOT / trainer).is_file():
+        repo.put_back(trainer)
+        raise Failed("agent", f"the agent deleted {trainer}")
     if repo.blob(trainer) == repo.committed_blob(trainer):
         raise Failed("agent", f"the agent changed nothing in {trainer}")
-    return what_it_did(said)
+    description = what_it_did(said)
+    save_state(night, status, edit={"blob": repo.blob(trainer), "description": description})
+    return description
 
 
 def what_it_did(said):
@@ -276,19 +280,19 @@ def check(night, status, trainer, description):
     try:
         check_edit(trainer)
     except UserError as e:
-        put_aside(trainer, f"stray/{now()}-edit", description)
+        put_aside(trainer, f"stray/{new_id()}", description)
         raise Failed("edit", f"«{description}»: {e}") from None
     earlier = scored_before(repo.source_hash(ROOT / trainer), night.options)
     if earlier:
-        put_aside(trainer, f"stray/{now()}-edit", description)
+        put_aside(trainer, f"stray/{new_id()}", description)
         raise Failed("edit", f"«{description}»: the same source was scored by run {earlier.run}: {earlier.val_bpb:.6f}, {earlier.status}")
     status.enter(f"dry run: {description}")
     outcome, tail = dry_run(ROOT / trainer, night.options.platform, night.options.track, night.options.seed)
     if outcome.status:
-        run_id = f"{now()}-dry-{secrets.token_hex(2)}"
+        run_id = new_id()
         commit = put_aside(trainer, run_id, description)
         platform, _ = choose_platform(night.options.platform)
-        ledger().append(Row(commit=commit[:7], status=outcome.status, description=description, run=run_id, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        ledger().append(Row(commit=commit[:7], status=outcome.status, description=description, run=run_id, time=utc(),
                             platform=platform.name, track=night.options.track or platform.track, seed=night.options.seed, marks="dry",
                             total_seconds=outcome.total_seconds, reason=f"dry run: {outcome.reason}"))
         raise Failed("edit", f"«{description}» failed its dry run ({outcome.status}): {outcome.reason}\n{tail}")
@@ -309,6 +313,9 @@ def put_aside(trainer, name, description):
 def loop(night):
     """Run the night. Returns the exit code: 0 at its end, 1 when it gave up, 130 when it was interrupted."""
     platform, _ = choose_platform(night.options.platform)
+    weak = [name for name in ("on_battery", "low_power_mode") if mac_state().get(name)]
+    if weak:
+        raise UserError(f"this Mac is {weak[0].replace('_', ' ')}: no result of the night would count; plug it in and leave low-power mode")
     with the_repository(), stop_on_signals(), Awake(), Status(night) as status:
         resume(night, status)
         record("begin", agent=night.agent, experiments=night.experiments, until=str(night.until or ""), done=status.done)
@@ -319,7 +326,12 @@ def loop(night):
             with ignore_signals():
                 end_turn()
                 settle()
-        state_path().unlink(missing_ok=True)
+        edit = load_state().get("edit")
+        if edit and edit["blob"] == repo.blob(platform.trainer) != repo.committed_blob(platform.trainer):  # interrupted before its verdict: the next loop tries it first
+            write_json(state_path(), {"edit": edit})
+            say(f"no verdict yet on «{edit['description']}»: the edit is still in {platform.trainer}, and the next loop tries it first")
+        else:
+            state_path().unlink(missing_ok=True)
         record("end", why=ended, done=status.done, kept=status.kept)
     print(f"experiments: {status.done}\nkept: {status.kept}\ndiscarded: {status.discarded}\nfailed: {status.failed}\nturns_lost: {status.turns_lost}")
     if status.best:
@@ -332,12 +344,12 @@ def resume(night, status):
     """Go on where a loop was cut off."""
     state = load_state()
     end_turn()
-    if state and state.get("experiments") == night.experiments:
-        status.done = state.get("done", 0)
+    if "done" in state and state["experiments"] == night.experiments:
+        status.done = state["done"]
         status.note(f"going on with a loop that was cut off after {status.done} experiments")
-    options = night.options
-    boards, _, _ = gather([home() / "results.tsv"], options.track, choose_platform(options.platform)[0].name, lambda message: None)
-    kept = [row for board in boards for row in board.rows if row.status == "keep"]
+    platform, options = choose_platform(night.options.platform)[0], night.options
+    kept = [row for row in ledger().rows(lambda message: None) if row.compares and row.status == "keep" and row.budget == options.budget
+            and (row.platform, row.track) == (platform.name, options.track or platform.track)]
     status.best = min(kept, key=lambda row: row.val_bpb, default=None)
 
 
@@ -350,42 +362,47 @@ def end_turn():
 
 def turns(night, status, trainer):
     """Turn after turn until something ends the night. Returns (why, exit code)."""
-    failures, bad_edits, complaint, result = 0, 0, "", last_result()
+    failures, bad_edits, complaint, result, edit = 0, 0, "", last_result(), load_state().get("edit")
     while True:
-        save_state(night, status)
+        save_state(night, status, edit=edit)
         if night.experiments and status.done >= night.experiments:
             return f"{night.experiments} experiments were asked for", 0
         if night.until and datetime.now() + timedelta(seconds=status.longest) > night.until:
             return f"another experiment would not end by {night.until:%H:%M}", 0
         try:
-            row = turn(night, status, trainer, complaint + result)
+            row = turn(night, status, trainer, complaint + result, edit)
         except (Failed, UserError, OSError) as e:
             kind, reason = getattr(e, "kind", "repository"), str(e)
             failures, bad_edits, status.turns_lost = failures + 1, bad_edits + 1 if kind == "edit" else 0, status.turns_lost + 1
             complaint = f"No experiment came of the last turn: {reason}\n\nThe experiment before it: "
             pause = 0.0 if kind == "edit" and bad_edits < FREE_EDITS else min(PAUSE_MOST, night.pause * 2 ** (failures - 1))
-            status.note(f"no experiment: {reason}" + (f"; again in {pause:.0f} s" if pause else ""))
+            status.note(f"no experiment: {reason.splitlines()[0]}" + (f"; again in {pause:.0f} s" if pause else ""))
             record("failed", kind=kind, reason=reason, failures=failures, pause=pause)
             if failures >= GIVE_UP:
                 return f"gave up after {failures} turns without an experiment in a row: {reason.splitlines()[0]}", 1
             status.enter(f"pausing {pause:.0f} s") if pause else None
             time.sleep(min(pause, max(0.0, (night.until - datetime.now()).total_seconds())) if night.until else pause)
             continue
-        failures, bad_edits, complaint = 0, 0, ""
+        failures, bad_edits, complaint, edit = 0, 0, "", None
         status.count(row)
         result = result_of(row)
         record("experiment", run=row.run, status=row.status, val_bpb=row.val_bpb, description=row.description, reason=row.reason)
         status.note(f"experiment {status.done}: {row.status} {row.val_bpb:.6f} {row.description} [{row.reason}]")
 
 
-def turn(night, status, trainer, result):
-    """One experiment: what lies in the trainer already, the baseline, or the agent's idea. Returns its row."""
+def turn(night, status, trainer, result, edit):
+    """One experiment: what lies in the trainer already, the baseline, or the agent's idea. Returns its row.
+
+    edit: what an earlier loop knew of the trainer when it was interrupted.
+    """
     edited = repo.blob(trainer) != repo.committed_blob(trainer)
     if edited:
-        description = "what lay in the trainer, uncommitted"
+        known = edit and edit["blob"] == repo.blob(trainer)
+        description = edit["description"] if known else "what lay in the trainer, uncommitted"
     elif scored_before(repo.source_hash(ROOT / trainer), night.options) is None:
         description = "baseline: the trainer as committed"
     else:
+        check_edit(trainer)  # before an agent is called in vain: did somebody change what a run reads?
         description, edited = agent_turn(night, status, trainer, result), True
     if edited:
         check(night, status, trainer, description)

@@ -1,6 +1,7 @@
 """One experiment: prepare, lock, run, judge, write the line."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import secrets
@@ -65,6 +66,14 @@ def choose_platform(name=None):
     if name not in platforms:
         raise UserError(f"unknown platform '{name}': {config_path().name} has {', '.join(platforms)}", 2)
     return platforms[name], "named with --platform"
+
+
+def require_packages(platform):
+    """Raises UserError when what the platform's trainer imports is not installed."""
+    package = "mlx" if platform.backend.startswith("mlx") else "torch"
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"platform {platform.name} needs the package {package}, which is not installed: uv sync, or choose another --platform"
+                        + (" (for an Intel Mac there is neither MLX nor a current PyTorch)" if sys.platform == "darwin" else ""))
 
 
 # ---------------------------------------------------------------------------
@@ -155,8 +164,7 @@ def run(options):
 
     Prints the result and returns the exit code. Every path through here leaves a complete ledger line.
     """
-    row = experiment(options)
-    return exit_code(row)
+    return exit_code(experiment(options))
 
 
 def experiment(options):
@@ -179,6 +187,7 @@ def exit_code(row):
 def run_once(options, repetition=False):
     """One run of the trainer. repetition: it repeats a trainer with another seed. Returns its ledger row."""
     platform, why = choose_platform(options.platform)
+    require_packages(platform)
     trainer = Path(options.trainer or ROOT / platform.trainer).resolve()
     try:
         source = trainer.read_bytes()  # before any waiting: what runs is what lay there when it was asked for
@@ -202,14 +211,14 @@ def run_once(options, repetition=False):
             marks.append(mark)
 
     with DeviceLock(platform.backend) as lock, Awake():
-        run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+        run_id = new_id()
         run_dir = runs_dir() / run_id
         run_dir.mkdir(parents=True)
         lock.name(run_id)
         copy = run_dir / trainer.name
         copy.write_bytes(source)
         row = Row(commit=options.commit or git("rev-parse", "--short=7", "HEAD") or "none", description=options.description or "no description",
-                  run=run_id, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), platform=platform.name, device=facts.device,
+                  run=run_id, time=utc(), platform=platform.name, device=facts.device,
                   track=track.name, seed=options.seed, rules=RULES, fingerprint=prepared.fingerprint, harness=harness_hash(),
                   budget=options.budget, val_tokens=-(-val_tokens // track.seq_len) * track.seq_len, source=source_hash(copy))
         write_json(run_dir / "run.json", {"row": {k: getattr(row, k) for k in row.__slots__}, "pid": os.getpid(), "why": why, "facts": describe(facts),
@@ -284,7 +293,7 @@ def judge(row, repetition, notes):
     decision, reason = verdict.decide([*same, row.val_bpb], [r.val_bpb for r in best], verdict.noise_of(rows, row.board))
     if decision == "repeat":
         decision, reason = "discard", f"{REPEAT} {reason}; once more with seed {row.seed + 1}"
-    row.status, row.reason = decision, reason
+    row.status, row.reason = decision, reason + (f"; a budget of {row.budget:g} s never ranks" if "short" in row.mark_list else "")
 
 
 def settle_weights(row, run_dir, asked_for):
@@ -384,6 +393,20 @@ def versions():
         except importlib.metadata.PackageNotFoundError:
             pass
     return found
+
+
+def utc():
+    """Now, as the ledger writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def stamp():
+    """Now (UTC), as ids of runs begin: they sort by time."""
+    return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+
+
+def new_id():
+    return f"{stamp()}-{secrets.token_hex(2)}"
 
 
 def write_json(path, data):

@@ -9,7 +9,6 @@ were. `settle` finishes from the journal and the ledger what was begun; it runs 
 import json
 import os
 import tempfile
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,8 @@ from filelock import FileLock, Timeout
 
 from backends.platforms import current_track, machine_facts
 from launcher import repo
-from launcher.run import choose_platform, exit_code, experiment, ledger, recover, say, write_json
+from launcher.ledger import STATUSES
+from launcher.run import choose_platform, exit_code, experiment, ledger, recover, say, stamp, write_json
 from prepare import ROOT, RULES, UserError, prepare
 
 IN_LOOP = "AUTORESEARCH_LOOP"  # set for the agent that the loop calls: it must not start experiments of its own
@@ -86,7 +86,7 @@ def trial(options):
         raise UserError(f"{trainer} is as in the last commit, and run {earlier.run} scored it ({earlier.val_bpb:.6f}): edit it first")
     base = repo.head()
     commit = repo.commit_alone(trainer, options.description or "no description") if edited else base
-    write_json(journal(), asdict(Begun(trainer, commit, base, repo.branch(), options.description, now())))
+    write_json(journal(), asdict(Begun(trainer, commit, base, repo.branch(), options.description, stamp())))
     if earlier:
         say(f"not run again: run {earlier.run} scored the identical {trainer}: {earlier.val_bpb:.6f}, {earlier.status}")
         settle(earlier)
@@ -94,7 +94,7 @@ def trial(options):
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / trainer  # what was committed, whatever somebody does to the file during the run
         copy.write_bytes((ROOT / trainer).read_bytes())
-        row = experiment(replace(options, platform=platform.name, trainer=copy, commit=commit[:7]))
+        row = experiment(replace(options, trainer=copy, commit=commit[:7]))
     settle(row)
     return row
 
@@ -136,7 +136,7 @@ def settle(row=None):
         journal().unlink(missing_ok=True)
         return
     if row is None:
-        rows = [r for r in ledger().rows(lambda message: None) if r.commit == trial.commit[:7] and r.run >= trial.began]
+        rows = [r for r in ledger().rows(lambda message: None) if r.commit == trial.commit[:7] and r.run >= trial.began and r.status in STATUSES]
         row = rows[-1] if rows else None
         say(f"an earlier command was cut off while it tried «{trial.description or trial.trainer}»: " + (f"run {row.run}: {row.status}" if row else "it was not run"))
     if trial.commit != trial.base:
@@ -163,7 +163,3 @@ def conclude(trial, row):
     else:
         repo.put_back(trial.trainer)
         say(f"taken back ({row.status}): {trial.trainer} is as in the last commit; {where}")
-
-
-def now():
-    return time.strftime("%Y%m%d-%H%M%S", time.gmtime())

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from launcher.ledger import REFUTED, VERIFIED
+
 # One-sided 99% quantiles of Student's t by degrees of freedom (any statistics table); 2.326 from the normal beyond.
 T_99 = {1: 31.821, 2: 6.965, 3: 4.541, 4: 3.747, 5: 3.365, 6: 3.143, 7: 2.998, 8: 2.896, 9: 2.821, 10: 2.764,
         12: 2.681, 15: 2.602, 20: 2.528, 30: 2.457, 60: 2.390}
@@ -46,11 +48,14 @@ def noise_of(rows, board):
 
 
 def champion(rows, board):
-    """The rows of the trainer that was kept last on a board, or []: all its runs that compare, whatever their seed."""
-    kept = [row for row in rows if row.compares and row.board == board and row.status == "keep"]
-    if not kept:
-        return []
-    return [row for row in rows if row.compares and row.board == board and row.source == kept[-1].source]
+    """The rows of the trainer that was kept last on a board, or []: all its runs that compare, whatever their seed.
+
+    A run that `verify` refuted is nobody's best.
+    """
+    word = {row.run: row.status for row in rows if row.status in (VERIFIED, REFUTED)}  # the last one counts
+    fair = [row for row in rows if row.compares and row.board == board and word.get(row.run) != REFUTED]
+    kept = [row for row in fair if row.status == "keep"]
+    return [row for row in fair if row.source == kept[-1].source] if kept else []
 
 
 def decide(values, best, noise):

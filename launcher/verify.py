@@ -7,28 +7,30 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 from launcher import verdict
 from launcher.ledger import REFUTED, VERIFIED
-from launcher.run import EXIT_CODES, DeviceLock, Options, choose_platform, exit_code, ledger, run_once, runs_dir, say
+from launcher.run import EXIT_CODES, DeviceLock, Options, choose_platform, exit_code, ledger, run_once, runs_dir, say, utc
 from prepare import ROOT, TIME_BUDGET, UserError
 
 MATCH_TOLERANCE = 1e-3  # bits per byte: the same weights and rows, but perhaps another kernel
 
 
 def find_run(name):
-    """The ledger row of a run, by its id or an unambiguous beginning of it; "best" and "last" work too."""
+    """The ledger row of a run, by its id or an unambiguous beginning of it.
+
+    "last" is the newest run, "best" the lowest val_bpb on the board of the newest ranked run.
+    """
     rows = [row for row in ledger().rows() if row.status not in (VERIFIED, REFUTED) and row.run]
     if name == "last" and rows:
         return rows[-1]
     if name == "best":
         ranked = [row for row in rows if row.ranks]
         if ranked:
-            return min(ranked, key=lambda row: row.val_bpb)
+            return min((row for row in ranked if row.board == ranked[-1].board), key=lambda row: row.val_bpb)
     found = [row for row in rows if row.run.startswith(name)]
     exact = [row for row in found if row.run == name]
     if exact or len(found) == 1:
@@ -59,7 +61,7 @@ def verify(name):
     else:
         status, reason = compare(row, score)
     ledger().append(replace(row, status=status, val_bpb=round(score["val_bpb"], 6), val_stderr=round(score["val_stderr"], 6),
-                            sealed_bpb=round(score["sealed_bpb"], 6), reason=reason, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())))
+                            sealed_bpb=round(score["sealed_bpb"], 6), reason=reason, time=utc()))
     for key, value in score.items():
         print(f"{key}: {value:.6f}" if isinstance(value, float) else f"{key}: {value}")
     print(f"run: {row.run}\nstatus: {status}\nreason: {reason}")

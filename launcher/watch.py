@@ -11,6 +11,7 @@ from backends.platforms import mac_state, output_of
 
 OTHERS_CPU = 0.10       # share of all cores that other processes may use when the CPU is the device ...
 OTHERS_CPU_HOST = 0.50  # ... and when it only feeds one
+OTHERS_SECONDS = 2.0    # CPU seconds of others that are never called contention: a run of seconds has as much by chance
 SLEPT = 2.0             # seconds that the wall clock may gain on the monotonic one
 SAMPLE_EVERY = 5.0      # seconds
 
@@ -53,7 +54,8 @@ class Watch:
         wall, clock = time.time() - self._began[0], time.monotonic() - self._began[1]
         self.slept = wall - clock
         busy, own = self._busy() - self._cpu[0], self._own() - self._cpu[1]
-        self.others_share = max(0.0, busy - own) / max(clock * (os.cpu_count() or 1), 1e-9)
+        others = max(0.0, busy - own)
+        self.others_share = others / max(clock * (os.cpu_count() or 1), 1e-9) if others > OTHERS_SECONDS else 0.0
         self._cpu = None
 
     def verdict(self):

@@ -16,7 +16,7 @@ def test_run_leaves_a_complete_ledger_line(autoresearch, house):
     assert 0.5 < row.val_bpb < 8 and row.val_stderr > 0
     assert 3 <= row.training_seconds < 6
     printed = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert float(printed["val_bpb"]) == row.val_bpb and printed["run"] == row.run and "no verdict" in printed["reason"]
+    assert float(printed["val_bpb"]) == row.val_bpb and printed["run"] == row.run and "3 s never ranks" in printed["reason"]
     run_dir = house / "runs" / row.run
     assert {"run.json", "train_cuda.py", "train.log", "events.jsonl", "result.json"} <= {p.name for p in run_dir.iterdir()}
     events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]

@@ -127,6 +127,13 @@ def test_shards_and_the_pinned_validation_shard(hub, tmp_path, pack):
     assert hub.log == []  # what is prepared needs no network
 
 
+def test_a_training_shard_that_repeats_held_out_documents(hub, tmp_path):
+    texts = [f"s2d{i} {words(20000 + i, 12)}" for i in range(2500)]
+    hub.parquet("shard_00001.parquet", texts[::2] + [f"s1d{i} {words(10000 + i, 12)}" for i in range(1000)])
+    text = text_of(prepare.prepare(track(tmp_path)), "train")
+    assert "s1d" in text and "s2d" not in text
+
+
 def test_a_dataset_without_a_validation_shard_is_split_by_document(hub, tmp_path):
     prepared = prepare.prepare(track(tmp_path, train_shards=0, val_shard=-1))
     assert len(prepared.rows("sealed")) == 20

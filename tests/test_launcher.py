@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import psutil
 import pytest
@@ -130,6 +129,29 @@ def test_a_crash_shows_its_last_lines(autoresearch, house, source, code, says):
     assert done.returncode == code and says in done.stdout and "status: crash" in done.stdout
     [row] = Ledger(house / "results.tsv").rows()
     assert row.status == "crash" and row.reason
+
+
+def test_a_dry_run_says_what_is_wrong_and_leaves_nothing(house):
+    from launcher.run import dry_run
+
+    (house / "bad.py").write_text("from train_cuda import *\nprint('so far so good')\nraise ValueError('my own mistake')")
+    outcome, tail = dry_run(house / "bad.py", "cpu")
+    assert (outcome.status, outcome.reason) == ("crash", "the trainer exited with code 1: ValueError: my own mistake") and "so far so good" in tail
+    (house / "deaf.py").write_text("print('val_bpb: 0.1')")
+    assert "without a result" in dry_run(house / "deaf.py", "cpu")[0].reason
+    outcome, _ = dry_run(ROOT / "train_cuda.py", "cpu")
+    assert outcome.status == "" and outcome.result["val_tokens"] == 128 and 3 <= outcome.training_seconds < 8
+    assert not (house / "results.tsv").exists() and not (house / "runs").exists()
+
+
+def test_a_missing_framework_is_a_sentence(house, monkeypatch):
+    from launcher import run as runner
+
+    monkeypatch.setattr(runner.importlib.util, "find_spec", lambda name: None)
+    for platform, package in (("cpu", "torch"), ("mlx-cpu", "mlx")):
+        with pytest.raises(runner.UserError, match=f"{platform} needs the package {package}"):
+            runner.run(runner.Options(platform=platform))
+    assert not (house / "results.tsv").exists()
 
 
 def test_startup_has_a_limit(autoresearch, house, tiny_cache, monkeypatch):

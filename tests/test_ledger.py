@@ -109,3 +109,9 @@ def test_rows_of_other_rules_or_marks_do_not_count():
     rows = [row(val_bpb=0.5, rules=2), row(val_bpb=0.6, marks="short", budget=60.0), row(val_bpb=0.7, marks="contended"), row(val_bpb=0.9, run="good")]
     assert [r.run for r in champion(rows, row().board)] == ["good"]
     assert noise_of(rows, row().board) is None
+
+
+def test_a_refuted_run_is_nobodys_champion():
+    rows = [row(val_bpb=0.9, run="honest", source="a"), row(val_bpb=0.5, run="fake", source="b"), row(run="fake", status="refuted")]
+    assert [r.run for r in champion(rows, row().board)] == ["honest"]
+    assert [r.run for r in champion([*rows, row(run="fake", status="verified")], row().board)] == ["fake"]

@@ -2,7 +2,9 @@
 
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -11,9 +13,9 @@ from datetime import datetime, timedelta
 
 import psutil
 import pytest
+from conftest import edit
 from rich.console import Console
 from test_launcher import wait_for_line
-from test_trial import edit, repository, supervise  # noqa: F401  a fixture
 
 from launcher import loop, repo, trial
 from launcher import run as runner
@@ -83,13 +85,14 @@ def test_the_prompt_may_be_an_argument(night, repository):
 
 
 @pytest.mark.parametrize("agent, says", [
-    ("sys.exit('no network')", "exit code 1: no network"),
-    ("time.sleep(60)", "did not end within 2 s"),
+    ("trainer.write_text('half an edit'); sys.exit('no network')", "exit code 1: no network"),
+    ("trainer.write_text('half an edit'); time.sleep(60)", "did not end within 2 s"),
     ("print('I only looked')", "changed nothing in train_cuda.py"),
+    ("trainer.unlink()", "deleted train_cuda.py"),
 ])
 def test_an_agent_that_fails_is_retried_with_growing_pauses(night, repository, monkeypatch, agent, says, capsys):
     monkeypatch.setattr(loop, "GIVE_UP", 4)
-    assert night("trainer.write_text('half an edit') if 'looked' not in open(__file__).read() else None\n" + agent, 2, agent_seconds=2.0) == 1
+    assert night(agent, 2, agent_seconds=2.0) == 1
     assert [round(p) for p in night.pauses] == [7, 14, 28] and all(says in e["reason"] for e in recorded("failed"))
     assert len(recorded("failed")) == 4 and "gave up after 4 turns" in capsys.readouterr().out
     assert (repository / "train_cuda.py").read_text() == "SCORE = 1.5\n" and len(rows()) == 1
@@ -201,8 +204,10 @@ def test_a_loop_that_was_killed_goes_on(night, repository, where, capsys):
 
 def test_ctrl_c_during_a_run_leaves_order(night, repository, capsys):
     assert night("trainer.write_text('SCORE = 1.0  # STOP')\nprint('experiment: stopped')", 5) == 130
-    assert rows()[-1].reason == "interrupted" and not loop.state_path().exists() and not trial.journal().exists()
+    assert rows()[-1].reason == "interrupted" and not trial.journal().exists()
     assert "ended: interrupted" in capsys.readouterr().out and repo.git("for-each-ref", "refs/autoresearch/")
+    assert night("sys.exit('not asked')", 1) == 0  # the edit that nobody judged is tried first, under its own name
+    assert (rows()[-1].description, rows()[-1].status, rows()[-1].val_bpb) == ("stopped", "keep", 1.0) and not loop.state_path().exists()
 
 
 def test_until(night, repository, capsys):
@@ -212,6 +217,13 @@ def test_until(night, repository, capsys):
             parse_until(text)
     assert night(BETTER, None, until=datetime.now() + timedelta(seconds=60)) == 0  # five minutes do not fit
     assert not rows() and "another experiment would not end by" in capsys.readouterr().out
+
+
+def test_a_laptop_on_battery_is_told_before_the_night(night, repository, monkeypatch):
+    monkeypatch.setattr(loop, "mac_state", lambda: {"on_battery": True, "low_power_mode": False})
+    with pytest.raises(UserError, match="on battery: no result"):
+        night(BETTER)
+    assert not rows()
 
 
 def test_an_agent_that_does_not_exist_is_a_mistake(house):
@@ -286,3 +298,27 @@ def test_a_signal_ends_a_real_loop_in_order(checkout, tiny_cache):
     [row] = Ledger(checkout / "results.tsv").rows()
     assert row.reason == "interrupted"
     assert subprocess.run(["git", "status", "--porcelain"], cwd=checkout, capture_output=True, text=True).stdout == ""
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_the_night_live(checkout, tiny_cache):
+    screen, slave = pty.openpty()
+    process = subprocess.Popen(**command(checkout, tiny_cache, "loop", "--agent", f"{sys.executable} tests/agents/climber.py", "--budget", "600",
+                                         "--experiments", "7"), stdout=subprocess.PIPE, stderr=slave)
+    os.close(slave)
+    shown, deadline = b"", time.monotonic() + 100
+    try:
+        while b"tok/s" not in shown and time.monotonic() < deadline:
+            if select.select([screen], [], [], 1.0)[0]:
+                shown += os.read(screen, 65536)
+        process.send_signal(signal.SIGINT)
+        while process.poll() is None and time.monotonic() < deadline:  # a terminal that nobody reads would block it
+            if select.select([screen], [], [], 0.2)[0]:
+                shown += os.read(screen, 65536)
+    finally:
+        process.kill()
+        out, _ = process.communicate()
+        os.close(screen)
+    assert process.returncode == 130 and "ended: interrupted" in out
+    for part in (b"1 of 7: training: baseline", b"none yet", b"0 kept, 0 discarded", b"7 experiments", b"step "):
+        assert part in shown, shown[-2000:]

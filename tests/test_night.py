@@ -131,3 +131,5 @@ def test_names_of_runs(house):
     assert [find_run(n).run for n in ("best", "last", "2026-0")] == ["2026-1", "2026-2", "2026-0"]
     with pytest.raises(UserError, match="3 runs begin with"):
         find_run("2026")
+    Ledger(house / "results.tsv").append(Row(run="2027-0", val_bpb=2.5, status="keep", rules=1, track="another"))
+    assert find_run("best").run == "2027-0"  # boards do not mix

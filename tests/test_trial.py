@@ -1,67 +1,15 @@
 """`try` in a real repository: kept, taken back, refused, cut off anywhere. Only the training itself is made up."""
 
 import os
-import re
-import shutil
-import subprocess
 
 import pytest
+from conftest import calls, edit, supervise
 
-from launcher import loop, program, repo, trial
+from launcher import repo, trial
 from launcher import run as runner
-from launcher.child import Outcome, Stopped
 from launcher.ledger import Ledger
 from launcher.run import Options
 from prepare import UserError
-
-RESULT = {"val_stderr": 0.01, "peak_memory_mb": 100.0, "total_tokens_M": 1.0, "num_steps": 10, "num_params_M": 1.0, "depth": 2, "mfu_percent": 10.0,
-          "flops_per_token": 1000, "track": "tiny", "platform": "cpu", "val_tokens": 16384, "seed": 1}
-
-
-@pytest.fixture
-def repository(house, monkeypatch):
-    """A repository of its own, whose trainers say what they score: `SCORE = 1.5`, or `CRASH`, or `HANG`."""
-    root = house / "project" / "inner"  # below the repository's top folder: paths must hold there too
-    root.mkdir(parents=True)
-    shutil.copy(runner.ROOT / "program.md", root)
-    for name, text in (("train_cuda.py", "SCORE = 1.5\n"), ("train_mlx.py", "SCORE = 1.5\n"), ("prepare.py", "RULES = 1\n"), ("README.md", "read me\n"),
-                       ("backends/cuda.py", "\n"), (".gitignore", "/runs/\n/results.tsv*\n")):
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_text(text)
-    for module in (loop, program, repo, trial, runner):
-        monkeypatch.setattr(module, "ROOT", root)
-    monkeypatch.setattr(runner, "harness_modified", lambda: False)
-    monkeypatch.setattr(runner, "supervise", supervise)
-    monkeypatch.setattr(loop, "dry_run", lambda trainer, *_: (Outcome(status="crash" if "NODRY" in trainer.read_text() else "", reason="bad"), "the tail"))
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # nobody's name, nobody's hooks
-    calls.clear()
-    for command in ("init -q -b main", "add -A", "-c user.name=me -c user.email=me@here commit -qm start"):
-        subprocess.run(["git", "-C", str(root.parent), *command.split()], check=True)
-    return root
-
-
-calls = []
-
-
-def supervise(copy, run_dir, settings, platform, budget, watch, show):
-    text = copy.read_text()
-    calls.append(text)
-    if "DIE" in text:
-        os._exit(9)
-    if "STOP" in text:
-        raise Stopped("SIGINT")
-    if "BUSY" in text:
-        watch.others_share = 0.9
-    outcome = Outcome(training_seconds=300.0, total_seconds=310.0, exit_code=0)
-    if "CRASH" in text:
-        outcome.status, outcome.reason, outcome.exit_code = "crash", "it crashed", 1
-    else:
-        outcome.result = {**RESULT, "val_bpb": float(re.search(r"SCORE = ([\d.]+)", text)[1])}
-    return outcome
-
-
-def edit(root, text):
-    (root / "train_cuda.py").write_text(text)
 
 
 def attempt(text, root, description="an idea"):

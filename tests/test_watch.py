@@ -30,8 +30,8 @@ def test_a_busy_cpu_is_contention(busy, monkeypatch):
     child, _ = busy
     w = watch.Watch("torch-cpu")
     w.begin(child.pid)
-    child_only = time.monotonic()
-    while time.monotonic() - child_only < 1.5:
+    began = time.monotonic()
+    while time.monotonic() - began < 4.0:
         w.sample()
         time.sleep(0.1)
     w.end()
