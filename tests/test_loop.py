@@ -305,7 +305,6 @@ def test_a_terminal_shows_the_night_live(checkout, tiny_cache):
     screen, slave = pty.openpty()
     process = subprocess.Popen(**command(checkout, tiny_cache, "loop", "--agent", f"{sys.executable} tests/agents/climber.py", "--budget", "600",
                                          "--experiments", "7"), stdout=subprocess.PIPE, stderr=slave)
-    os.close(slave)
     shown, deadline = b"", time.monotonic() + 100
     try:
         while b"tok/s" not in shown and time.monotonic() < deadline:
@@ -319,6 +318,7 @@ def test_a_terminal_shows_the_night_live(checkout, tiny_cache):
         process.kill()
         out, _ = process.communicate()
         os.close(screen)
+        os.close(slave)  # not before: a terminal without an owner answers with an error
     assert process.returncode == 130 and "ended: interrupted" in out
     for part in (b"1 of 7: training: baseline", b"none yet", b"0 kept, 0 discarded", b"7 experiments", b"step "):
         assert part in shown, shown[-2000:]
