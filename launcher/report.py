@@ -24,7 +24,7 @@ h1 { font-size:1.5rem; } h2 { font-size:1.15rem; margin-top:2rem; }
 figure { margin:1rem 0; overflow-x:auto; } svg { width:100%; height:auto; min-width:30rem; }
 .scroll { overflow-x:auto; } table { border-collapse:collapse; font-size:.85rem; white-space:nowrap; }
 th, td { text-align:right; padding:.2rem .6rem; border-bottom:1px solid var(--faint); }
-th:last-child, td:last-child { text-align:left; white-space:normal; min-width:14rem; }
+th.text, td.text { text-align:left; white-space:normal; min-width:14rem; }
 tr.keep td { color:var(--kept); } footer { margin-top:2rem; color:var(--tried); font-size:.85rem; }
 """
 
@@ -121,9 +121,10 @@ def summary(series, apart):
 
 
 def table(rows, columns):
-    head = "".join(f"<th>{html.escape(c.replace('_', ' '))}</th>" for c in columns)
-    body = "".join(f"<tr class=\"{html.escape(str(row.get('status', '')))}\">" + "".join(f"<td>{html.escape(shown(c, row[c]))}</td>" for c in columns) + "</tr>"
-                   for row in rows)
+    kind = lambda c: " class=text" if c in ("description", "why") else ""
+    head = "".join(f"<th{kind(c)}>{html.escape(c.replace('_', ' '))}</th>" for c in columns)
+    body = "".join(f"<tr class=\"{html.escape(str(row.get('status', '')))}\">" + "".join(f"<td{kind(c)}>{html.escape(shown(c, row[c]))}</td>" for c in columns)
+                   + "</tr>" for row in rows)
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
@@ -164,7 +165,7 @@ def report(paths, folder, track=None, platform=None, runs=()):
     figure.savefig(folder / "report.png", dpi=130)
     plt.close(figure)
 
-    columns = ("rank", "val_bpb", "stderr", "gain", "verified", "tokens_per_second", "mfu_percent", "memory_gb", "num_params_M", "run", "description")
+    columns = ("rank", "val_bpb", "description", "gain", "stderr", "verified", "tokens_per_second", "mfu_percent", "memory_gb", "num_params_M", "run")
     parts = [f"<p>{html.escape(line)}</p>" for line in summary(series, apart)]
     parts += [f"<figure>{picture}</figure>" for picture in pictures]
     for board in boards:
@@ -174,7 +175,7 @@ def report(paths, folder, track=None, platform=None, runs=()):
         parts.append("<h2>across devices</h2>" + table(rows, tuple(rows[0])))
     if apart:
         rows = [{"val_bpb": r.val_bpb, "run": r.run, "why": why_apart(r, checked), "description": r.description} for r in apart]
-        parts.append("<h2>not ranked</h2>" + table(rows, ("val_bpb", "run", "why", "description")))
+        parts.append("<h2>not ranked</h2>" + table(rows, ("val_bpb", "description", "why", "run")))
     page = (f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content=\"width=device-width, initial-scale=1\">"
             f"<title>autoresearch report</title><style>{STYLE}</style></head><body><h1>autoresearch</h1>{''.join(parts)}"
             f"<footer>val_bpb: bits per byte of held-out text, lower is better.</footer></body></html>")
