@@ -282,7 +282,7 @@ def check(night, status, trainer, description):
     except UserError as e:
         put_aside(trainer, f"stray/{new_id()}", description)
         raise Failed("edit", f"«{description}»: {e}") from None
-    earlier = scored_before(repo.source_hash(ROOT / trainer), night.options)
+    earlier = scored_before((ROOT / trainer).read_bytes(), night.options)
     if earlier:
         put_aside(trainer, f"stray/{new_id()}", description)
         raise Failed("edit", f"«{description}»: the same source was scored by run {earlier.run}: {earlier.val_bpb:.6f}, {earlier.status}")
@@ -399,7 +399,7 @@ def turn(night, status, trainer, result, edit):
     if edited:
         known = edit and edit["blob"] == repo.blob(trainer)
         description = edit["description"] if known else "what lay in the trainer, uncommitted"
-    elif scored_before(repo.source_hash(ROOT / trainer), night.options) is None:
+    elif scored_before((ROOT / trainer).read_bytes(), night.options) is None:
         description = "baseline: the trainer as committed"
     else:
         check_edit(trainer)  # before an agent is called in vain: did somebody change what a run reads?

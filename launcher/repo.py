@@ -43,8 +43,13 @@ def harness_modified():
     return bool(git("rev-parse", "--git-dir")) and bool(git("status", "--porcelain", "--", *paths))
 
 
+def digest(source):
+    """Of a trainer's bytes, as the ledger writes it."""
+    return hashlib.sha256(source).hexdigest()[:12]
+
+
 def source_hash(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    return digest(Path(path).read_bytes())
 
 
 # ---------------------------------------------------------------------------
@@ -126,6 +131,11 @@ def commit_alone(trainer, message):
     return commit_tree(tree, head(), message)
 
 
+def content(tree, path):
+    """The bytes of a file of a commit or tree, as a checkout would write them."""
+    return subprocess.run(["git", "-C", str(ROOT), "cat-file", "--filters", f"{tree}:./{path}"], capture_output=True, check=True).stdout
+
+
 def mode_of(tree, path):
     return change("ls-tree", tree, "--", path).partition(" ")[0]
 
@@ -181,12 +191,12 @@ def bring_back(paths, tree):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         mode = mode_of(tree, path)
-        content = subprocess.run(["git", "-C", str(ROOT), "cat-file", "--filters", f"{tree}:./{path}"], capture_output=True, check=True).stdout
+        data = content(tree, path)
         if mode == "120000":
             target.unlink(missing_ok=True)
-            target.symlink_to(os.fsdecode(content))
+            target.symlink_to(os.fsdecode(data))
             continue
         scratch = target.with_name(target.name + ".autoresearch-tmp")
-        scratch.write_bytes(content)
+        scratch.write_bytes(data)
         scratch.chmod(0o755 if mode == "100755" else 0o644)
         os.replace(scratch, target)

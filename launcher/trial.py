@@ -80,21 +80,25 @@ def trial(options):
     platform, _ = choose_platform(options.platform)
     trainer = platform.trainer
     check_edit(trainer)
-    source, committed = repo.blob(trainer), repo.committed_blob(trainer)
-    edited, earlier = source != committed, scored_before(repo.source_hash(ROOT / trainer), options)
+    base, edited = repo.head(), repo.blob(trainer) != repo.committed_blob(trainer)
+    commit = repo.commit_alone(trainer, options.description or "no description") if edited else base
+    source = repo.content(commit, trainer)  # from here on it is the commit that is tried, whatever somebody does to the file
+    earlier = scored_before(source, options)
     if earlier and not edited:
         raise UserError(f"{trainer} is as in the last commit, and run {earlier.run} scored it ({earlier.val_bpb:.6f}): edit it first")
-    base = repo.head()
-    commit = repo.commit_alone(trainer, options.description or "no description") if edited else base
     write_json(journal(), asdict(Begun(trainer, commit, base, repo.branch(), options.description, stamp())))
     if earlier:
         say(f"not run again: run {earlier.run} scored the identical {trainer}: {earlier.val_bpb:.6f}, {earlier.status}")
         settle(earlier)
         return earlier
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / trainer  # what was committed, whatever somebody does to the file during the run
-        copy.write_bytes((ROOT / trainer).read_bytes())
-        row = experiment(replace(options, trainer=copy, commit=commit[:7]))
+        copy = Path(scratch) / trainer
+        copy.write_bytes(source)
+        try:
+            row = experiment(replace(options, trainer=copy, commit=commit[:7]))
+        except UserError:  # it could not even begin: nothing is to be settled
+            journal().unlink()
+            raise
     settle(row)
     return row
 
@@ -115,13 +119,13 @@ def check_edit(trainer):
 
 
 def scored_before(source, options):
-    """The last row that a verdict may rest on of this very source, under the conditions at hand; None if there is none."""
+    """The last row that a verdict may rest on of this very source (bytes), under the conditions at hand; None if there is none."""
     platform, _ = choose_platform(options.platform)
     os.environ["AUTORESEARCH_TRACK"] = options.track or platform.track
     track, val_tokens = current_track(platform)
     board = (track.name, prepare(track).fingerprint, RULES, options.budget, -(-val_tokens // track.seq_len) * track.seq_len, platform.name,
              machine_facts().device)
-    rows = [row for row in ledger().rows(lambda message: None) if row.source == source and row.compares and row.decided and row.board == board]
+    rows = [row for row in ledger().rows(lambda message: None) if row.source == repo.digest(source) and row.compares and row.decided and row.board == board]
     return rows[-1] if rows else None
 
 
