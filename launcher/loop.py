@@ -20,6 +20,7 @@ from datetime import datetime, timedelta
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from backends.platforms import mac_state
 from launcher import repo
@@ -130,7 +131,7 @@ class Status:
                             ("best", f"{self.best.val_bpb:.6f}  {self.best.description}" if self.best else "none yet"),
                             ("so far", f"{self.kept} kept, {self.discarded} discarded, {self.failed} failed, {self.turns_lost} turns without an experiment"),
                             ("left", self.left())):
-            table.add_row(name, value)
+            table.add_row(name, Text(value))  # an agent's brackets are no markup
         return table
 
     def left(self):

@@ -235,13 +235,13 @@ def test_an_agent_that_does_not_exist_is_a_mistake(house):
 
 def test_the_panel_tells_what_a_person_wants_to_know():
     status = loop.Status(Night(["agent"], Options(), 10, datetime.now() + timedelta(hours=2)))
-    status.count(Row(status="keep", val_bpb=1.25, description="a smaller window", total_seconds=390.0))
+    status.count(Row(status="keep", val_bpb=1.25, description="[/a] smaller [bold] window", total_seconds=390.0))
     status.count(Row(status="discard", val_bpb=1.30))
     status.phase, status.detail = "training: a larger batch", "step 12 | loss 3.1"
     console = Console(record=True, width=120, file=open(os.devnull, "w"))
     console.print(status.panel())
     text = console.export_text()
-    for part in ("3 of 10: training: a larger batch", "step 12 | loss 3.1", "1.250000  a smaller window", "1 kept, 1 discarded, 0 failed", "8 experiments", "1:59:"):
+    for part in ("3 of 10: training: a larger batch", "step 12 | loss 3.1", "1.250000  [/a] smaller [bold] window", "1 kept, 1 discarded, 0 failed", "8 experiments", "1:59:"):
         assert part in text
 
 
