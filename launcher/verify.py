@@ -87,7 +87,7 @@ def noise(repeats, platform, track, budget):
     rows = []
     for i in range(repeats):
         say(f"noise: run {i + 1} of {repeats}")
-        row = run_once(Options(f"noise: seed {i + 1}", chosen.name, track, budget, seed=i + 1, marks=("noise",)), repetition=True)
+        row = run_once(Options(f"noise: seed {i + 1}", platform, track, budget, seed=i + 1, marks=("noise",)), repetition=True)
         if not row.scored:
             return exit_code(row)
         rows.append(row)
