@@ -112,10 +112,14 @@ def current_platform():
     return platforms[name]
 
 
-def current_track(platform):
-    """The track of this process, with the number of validation tokens that the platform scores (a dry run: hardly any)."""
-    track = load_track(os.environ.get("AUTORESEARCH_TRACK") or platform.track)
-    return track, min(int(os.environ.get("AUTORESEARCH_VAL_TOKENS") or 0) or platform.val_tokens or track.val_tokens, track.val_tokens)
+def current_track(platform, name=None):
+    """The named track, else that of this process, with the number of validation tokens that are scored: whole rows.
+
+    That is what the platform says, or $AUTORESEARCH_VAL_TOKENS (a dry run: hardly any).
+    """
+    track = load_track(name or os.environ.get("AUTORESEARCH_TRACK") or platform.track)
+    wanted = min(int(os.environ.get("AUTORESEARCH_VAL_TOKENS") or 0) or platform.val_tokens or track.val_tokens, track.val_tokens)
+    return track, -(-wanted // track.seq_len) * track.seq_len
 
 
 # ---------------------------------------------------------------------------

@@ -19,8 +19,6 @@ EXIT_SECONDS = 30.0     # from the result to the end of the process
 WHOLE_SECONDS = 300.0   # of a run beyond its budget: ten minutes in all
 TERM_SECONDS = 5.0      # between the request to end and the kill
 MARKER = "AUTORESEARCH_RUN_ID"  # in the environment of everything a run starts
-
-
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -147,8 +145,12 @@ def judge_exit(outcome, log):
     elif outcome.exit_code and outcome.exit_code < 0:
         fail(outcome, "crash", f"the trainer died of signal {signal.Signals(-outcome.exit_code).name}")
     elif outcome.exit_code:
-        last = ([line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it printed nothing"])[-1]
-        fail(outcome, "crash", f"the trainer exited with code {outcome.exit_code}: {last.strip()[:300]}")
+        fail(outcome, "crash", f"the trainer exited with code {outcome.exit_code}: {last_line(log)}")
+
+
+def last_line(log, most=300):
+    """The last line with something in it of what a child printed."""
+    return ([line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it printed nothing"])[-1][:most]
 
 
 def end_group(child):

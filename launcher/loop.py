@@ -9,6 +9,7 @@ again with the same command and goes on.
 """
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from rich.text import Text
 
 from backends.platforms import mac_state
 from launcher import repo
-from launcher.child import MARKER, Stopped, end_group, end_survivors, ignore_signals, stop_on_signals
+from launcher.child import MARKER, Stopped, end_group, end_survivors, ignore_signals, last_line, stop_on_signals
 from launcher.ledger import INTERRUPTED, Row
 from launcher.program import program
 from launcher.run import Options, Progress, choose_platform, dry_run, ledger, log_tail, new_id, runs_dir, say, utc, write_json
@@ -70,6 +71,10 @@ class Night:
     until: datetime | None = None
     agent_seconds: float = 900.0
     pause: float = 30.0             # seconds after a first failure
+
+    def left(self):
+        """Seconds until the night ends; infinite without an `until`."""
+        return max(0.0, (self.until - datetime.now()).total_seconds()) if self.until else math.inf
 
 
 def parse_agent(text):
@@ -135,7 +140,7 @@ class Status:
         return table
 
     def left(self):
-        parts = [f"{max(timedelta(), self.night.until - datetime.now())}".split(".")[0] + f" until {self.night.until:%H:%M}"] if self.night.until else []
+        parts = [f"{timedelta(seconds=int(self.night.left()))} until {self.night.until:%H:%M}"] if self.night.until else []
         parts += [f"{self.night.experiments - self.done} experiments"] if self.night.experiments else []
         return ", ".join(parts) or "until Ctrl-C"
 
@@ -205,20 +210,19 @@ def agent_turn(night, status, trainer, result):
     turn = {"tree": repo.snapshot(), "head": repo.head(), "branch": repo.branch(), "stamp": stamp}
     save_state(night, status, turn)
     status.enter("the agent thinks")
-    seconds = min(night.agent_seconds, max(1.0, (night.until - datetime.now()).total_seconds())) if night.until else night.agent_seconds
+    seconds = min(night.agent_seconds, max(1.0, night.left()))
     code = call_agent(night.agent, prompt, folder / stamp, seconds, stamp)
-    said = (folder / f"{stamp}.log").read_text(errors="replace")
     if code != 0:
         undo_turn(turn, None)
-        last = ([line for line in said.splitlines() if line.strip()] or ["it printed nothing"])[-1][:200]
-        raise Failed("agent", f"the agent did not end within {seconds:.0f} s" if code is None else f"the agent ended with exit code {code}: {last}")
+        raise Failed("agent", f"the agent did not end within {seconds:.0f} s" if code is None else
+                     f"the agent ended with exit code {code}: {last_line(folder / f'{stamp}.log')}")
     undo_turn(turn, trainer)
     if not (ROOT / trainer).is_file():
         repo.put_back(trainer)
         raise Failed("agent", f"the agent deleted {trainer}")
-    if repo.blob(trainer) == repo.committed_blob(trainer):
+    if not repo.edited(trainer):
         raise Failed("agent", f"the agent changed nothing in {trainer}")
-    description = what_it_did(said)
+    description = what_it_did((folder / f"{stamp}.log").read_text(errors="replace"))
     save_state(night, status, edit={"blob": repo.blob(trainer), "description": description})
     return description
 
@@ -328,7 +332,7 @@ def loop(night):
                 end_turn()
                 settle()
         edit = load_state().get("edit")
-        if edit and edit["blob"] == repo.blob(platform.trainer) != repo.committed_blob(platform.trainer):  # interrupted before its verdict: the next loop tries it first
+        if edit and repo.edited(platform.trainer) and edit["blob"] == repo.blob(platform.trainer):  # interrupted before its verdict: the next loop tries it first
             write_json(state_path(), {"edit": edit})
             say(f"no verdict yet on «{edit['description']}»: the edit is still in {platform.trainer}, and the next loop tries it first")
         else:
@@ -368,7 +372,7 @@ def turns(night, status, trainer):
         save_state(night, status, edit=edit)
         if night.experiments and status.done >= night.experiments:
             return f"{night.experiments} experiments were asked for", 0
-        if night.until and datetime.now() + timedelta(seconds=status.longest) > night.until:
+        if status.longest > night.left():
             return f"another experiment would not end by {night.until:%H:%M}", 0
         try:
             row = turn(night, status, trainer, complaint + result, edit)
@@ -381,8 +385,9 @@ def turns(night, status, trainer):
             record("failed", kind=kind, reason=reason, failures=failures, pause=pause)
             if failures >= GIVE_UP:
                 return f"gave up after {failures} turns without an experiment in a row: {reason.splitlines()[0]}", 1
-            status.enter(f"pausing {pause:.0f} s") if pause else None
-            time.sleep(min(pause, max(0.0, (night.until - datetime.now()).total_seconds())) if night.until else pause)
+            if pause:
+                status.enter(f"pausing {pause:.0f} s")
+                time.sleep(min(pause, night.left()))
             continue
         failures, bad_edits, complaint, edit = 0, 0, "", None
         status.count(row)
@@ -396,7 +401,7 @@ def turn(night, status, trainer, result, edit):
 
     edit: what an earlier loop knew of the trainer when it was interrupted.
     """
-    edited = repo.blob(trainer) != repo.committed_blob(trainer)
+    edited = repo.edited(trainer)
     if edited:
         known = edit and edit["blob"] == repo.blob(trainer)
         description = edit["description"] if known else "what lay in the trainer, uncommitted"

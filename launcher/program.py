@@ -1,6 +1,5 @@
 """`autoresearch program`: the human's page for this machine, with what an agent needs to know now."""
 
-import os
 import re
 
 from backends.platforms import current_track, machine_facts
@@ -37,8 +36,7 @@ def program(platform=None, track=None, recent=RECENT):
 
 def facts(platform, why, track, recent):
     """What is true at this moment, a line each."""
-    os.environ["AUTORESEARCH_TRACK"] = track or platform.track
-    track, val_tokens = current_track(platform)
+    track, val_tokens = current_track(platform, track or platform.track)
     device = machine_facts().device
     lines = [f"trainer: {platform.trainer}", f"platform: {platform.name} ({why})", f"device: {device}",
              f"track: {track.name}, vocab_size {track.vocab_size}, seq_len {track.seq_len}, {val_tokens:,} tokens scored",

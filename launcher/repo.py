@@ -120,6 +120,11 @@ def committed_blob(trainer, commit="HEAD"):
     return git("rev-parse", "--verify", "-q", f"{commit}:./{trainer}")
 
 
+def edited(trainer):
+    """The trainer differs from the last commit."""
+    return blob(trainer) != committed_blob(trainer)
+
+
 def commit_alone(trainer, message):
     """A commit on top of HEAD in which only the trainer differs; HEAD, index and working tree stay. Returns its id."""
     mode = mode_of("HEAD", trainer) or "100644"
@@ -137,6 +142,7 @@ def content(tree, path):
 
 
 def mode_of(tree, path):
+    """The mode of a file of a commit or tree, "" where there is none."""
     return change("ls-tree", tree, "--", path).partition(" ")[0]
 
 
@@ -185,12 +191,11 @@ def bring_back(paths, tree):
     """The paths in the working tree as they are in the tree; those that it lacks are removed."""
     for path in paths:
         target = ROOT / path
-        entry = git("rev-parse", "--verify", "-q", f"{tree}:./{path}")
-        if not entry:
+        mode = mode_of(tree, path)
+        if not mode:
             target.unlink(missing_ok=True)
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        mode = mode_of(tree, path)
         data = content(tree, path)
         if mode == "120000":
             target.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from backends.platforms import current_track, describe, load_platforms, mac_stat
 from launcher import verdict
 from launcher.child import Stopped, alive, supervise
 from launcher.ledger import CUT_OFF, INTERRUPTED, REPEAT, Ledger, Row
-from launcher.repo import git, harness_hash, harness_modified, source_hash
+from launcher.repo import digest, git, harness_hash, harness_modified
 from launcher.watch import Awake, Watch
 from prepare import ROOT, RULES, TIME_BUDGET, UserError, cache_dir, config_path, prepare
 
@@ -80,6 +80,15 @@ def require_packages(platform):
 # One device, one experiment
 # ---------------------------------------------------------------------------
 
+def acquire(lock, why):
+    """Take a file lock. Waits while another process has it, and says for what: why() tells."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting: {why()}")
+        lock.acquire()
+
+
 class DeviceLock:
     """Only one experiment on a device at a time, whoever starts it. Waits, and says for what."""
 
@@ -90,11 +99,7 @@ class DeviceLock:
         self.lock, self.holder = FileLock(folder / f"{device}.lock"), folder / f"{device}.json"
 
     def __enter__(self):
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            say(f"waiting: another experiment holds the device ({self.holder_text()})")
-            self.lock.acquire()
+        acquire(self.lock, lambda: f"another experiment holds the device ({self.holder_text()})")
         return self
 
     def name(self, run_id):
@@ -184,6 +189,11 @@ def exit_code(row):
     return EXIT_NO_VERDICT if row.scored and not row.compares else EXIT_CODES[row.status]
 
 
+def settings_of(platform, track, seed, budget):
+    """What a trainer's process is told, in its environment."""
+    return {"AUTORESEARCH_PLATFORM": platform.name, "AUTORESEARCH_TRACK": track.name, "AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_BUDGET": str(budget)}
+
+
 def run_once(options, repetition=False):
     """One run of the trainer. repetition: it repeats a trainer with another seed. Returns its ledger row."""
     platform, why = choose_platform(options.platform)
@@ -193,10 +203,8 @@ def run_once(options, repetition=False):
         source = trainer.read_bytes()  # before any waiting: what runs is what lay there when it was asked for
     except OSError as e:
         raise UserError(f"there is no trainer {trainer} ({e.strerror})", 2) from None
-    settings = {"AUTORESEARCH_PLATFORM": platform.name, "AUTORESEARCH_SEED": str(options.seed), "AUTORESEARCH_BUDGET": str(options.budget)}
-    os.environ["AUTORESEARCH_TRACK"] = options.track or platform.track
-    track, val_tokens = current_track(platform)
-    prepared = prepare(track)
+    track, val_tokens = current_track(platform, options.track or platform.track)
+    settings, prepared = settings_of(platform, track, options.seed, options.budget), prepare(track)
     facts = machine_facts()
     marks = list(options.marks) + (["short"] if options.budget != TIME_BUDGET else [])
     if harness_modified():
@@ -220,7 +228,7 @@ def run_once(options, repetition=False):
         row = Row(commit=options.commit or git("rev-parse", "--short=7", "HEAD") or "none", description=options.description or "no description",
                   run=run_id, time=utc(), platform=platform.name, device=facts.device,
                   track=track.name, seed=options.seed, rules=RULES, fingerprint=prepared.fingerprint, harness=harness_hash(),
-                  budget=options.budget, val_tokens=-(-val_tokens // track.seq_len) * track.seq_len, source=source_hash(copy))
+                  budget=options.budget, val_tokens=val_tokens, source=digest(source))
         write_json(run_dir / "run.json", {"row": {k: getattr(row, k) for k in row.__slots__}, "pid": os.getpid(), "why": why, "facts": describe(facts),
                                           "laptop": laptop, "python": sys.version.split()[0], "packages": versions(), "trainer": trainer.name})
         say(f"run {run_id}: {platform.name} ({why}), track {track.name}, {options.budget:g} s of training, seed {options.seed}")
@@ -372,10 +380,9 @@ def dry_run(trainer, platform, track=None, seed=1):
     Nothing is recorded, and nothing of it stays.
     """
     platform, _ = choose_platform(platform)
-    os.environ["AUTORESEARCH_TRACK"] = track or platform.track
-    prepare(current_track(platform)[0])
-    settings = {"AUTORESEARCH_PLATFORM": platform.name, "AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_BUDGET": str(DRY_BUDGET),
-                "AUTORESEARCH_VAL_TOKENS": "1"}  # a row, that is: scored as a batch of the usual shape
+    track, _ = current_track(platform, track or platform.track)
+    prepare(track)
+    settings = {**settings_of(platform, track, seed, DRY_BUDGET), "AUTORESEARCH_VAL_TOKENS": "1"}  # a row, scored as a batch of the usual shape
     with DeviceLock(platform.backend) as lock, tempfile.TemporaryDirectory(prefix="dry-") as scratch:
         lock.name("dry run")
         copy = Path(scratch) / Path(trainer).name

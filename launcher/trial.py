@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from backends.platforms import current_track, machine_facts
 from launcher import repo
-from launcher.ledger import STATUSES
-from launcher.run import choose_platform, exit_code, experiment, ledger, recover, say, stamp, write_json
+from launcher.ledger import STATUSES, Row
+from launcher.run import acquire, choose_platform, exit_code, experiment, ledger, recover, say, stamp, write_json
 from prepare import ROOT, RULES, UserError, prepare
 
 IN_LOOP = "AUTORESEARCH_LOOP"  # set for the agent that the loop calls: it must not start experiments of its own
@@ -55,11 +55,7 @@ def the_repository():
         raise UserError("`autoresearch loop` runs the experiments: edit the trainer, say what you did, and end")
     repo.require_repository()
     lock = FileLock(repo.git_path("autoresearch.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say("waiting: another try or loop works in this repository")
-        lock.acquire()
+    acquire(lock, lambda: "another try or loop works in this repository")
     with lock:
         recover()
         settle()
@@ -80,7 +76,7 @@ def trial(options):
     platform, _ = choose_platform(options.platform)
     trainer = platform.trainer
     check_edit(trainer)
-    base, edited = repo.head(), repo.blob(trainer) != repo.committed_blob(trainer)
+    base, edited = repo.head(), repo.edited(trainer)
     commit = repo.commit_alone(trainer, options.description or "no description") if edited else base
     source = repo.content(commit, trainer)  # from here on it is the commit that is tried, whatever somebody does to the file
     earlier = scored_before(source, options)
@@ -121,10 +117,9 @@ def check_edit(trainer):
 def scored_before(source, options):
     """The last row that a verdict may rest on of this very source (bytes), under the conditions at hand; None if there is none."""
     platform, _ = choose_platform(options.platform)
-    os.environ["AUTORESEARCH_TRACK"] = options.track or platform.track
-    track, val_tokens = current_track(platform)
-    board = (track.name, prepare(track).fingerprint, RULES, options.budget, -(-val_tokens // track.seq_len) * track.seq_len, platform.name,
-             machine_facts().device)
+    track, val_tokens = current_track(platform, options.track or platform.track)
+    board = Row(track=track.name, fingerprint=prepare(track).fingerprint, rules=RULES, budget=options.budget, val_tokens=val_tokens, platform=platform.name,
+                device=machine_facts().device).board
     rows = [row for row in ledger().rows(lambda message: None) if row.source == repo.digest(source) and row.compares and row.decided and row.board == board]
     return rows[-1] if rows else None
 

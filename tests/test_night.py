@@ -3,14 +3,13 @@
 import json
 
 import pytest
+from conftest import RESULT
 
 from launcher import run as runner
 from launcher.child import Outcome
 from launcher.ledger import Ledger, Row
+from launcher.repo import source_hash
 from prepare import RULES, UserError
-
-RESULT = {"val_stderr": 0.01, "peak_memory_mb": 100.0, "total_tokens_M": 1.0, "num_steps": 10, "num_params_M": 1.0, "depth": 2, "mfu_percent": 10.0,
-          "flops_per_token": 1000, "track": "tiny", "platform": "cpu", "val_tokens": 16384}
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def test_noise_is_recorded_and_read(scores, house, capsys):
     assert noise(3, "cpu", None, 300.0) == 0
     out = capsys.readouterr().out
     assert "noise_sigma: 0.002000" in out and "noise_runs: 3" in out and seeds == [1, 2, 3]
-    assert all("noise" in r.mark_list and r.source == runner.source_hash(runner.ROOT / "train_cuda.py") for r in Ledger(house / "results.tsv").rows())
+    assert all("noise" in r.mark_list and r.source == source_hash(runner.ROOT / "train_cuda.py") for r in Ledger(house / "results.tsv").rows())
     # within the noise (the margin of one run is 0.016): repeated with a second seed, and the means decide
     waiting.extend([1.499, 1.4985])
     assert runner.run(runner.Options("small", trainer=trainer(house, trainer_text + "# small\n"))) == 3
