@@ -12,13 +12,15 @@ which returns a model with model(x) -> logits [B, T, vocab_size], and main().
 import gc
 import math
 import shutil
+import sys
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from backends import kernels
 from backends.cuda import Experiment, compute_dtype, current_platform
 
 # ---------------------------------------------------------------------------
@@ -86,7 +88,7 @@ def attention_kernel(window, seq_len, device, dtype):
     if device == "cpu":
         return partial(block_attention, window=window)
     if dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 9:
-        kernel = flash4() or flash3()
+        kernel = kernels.flash4() or kernels.flash3()
         if kernel:
             return partial(kernel, window=window)
     if window == seq_len:
@@ -128,63 +130,6 @@ def flex_attention(window, seq_len, device):
     return lambda q, k, v: flex_attention(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=blocks).transpose(1, 2)
 
 
-@cache
-def flash3():
-    """FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) through the kernels package; Hopper only."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        return None
-    try:
-        from kernels import get_kernel
-
-        fa3 = get_kernel("varunneal/flash-attention-3").flash_attn_interface
-    except Exception:  # not installed, or no network and not in the hub's cache: the next kernel is used
-        return None
-    return lambda q, k, v, window: fa3.flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
-
-
-@cache
-def flash4():
-    """FlashAttention-4 (the CuTe DSL kernels of flash-attn-4), as one opaque operation to torch.compile."""
-    try:
-        from flash_attn.cute.interface import _flash_attn_bwd, flash_attn_func
-    except ImportError:
-        return None
-
-    def edges(window, T):
-        return (None, None) if window >= T else (window - 1, 0)
-
-    @torch.library.custom_op("autoresearch::flash4", mutates_args=())
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = flash_attn_func(q, k, v, causal=True, window_size=edges(window, q.shape[1]), return_lse=True)[:2]
-        return out, lse
-
-    @torch.library.custom_op("autoresearch::flash4_backward", mutates_args=())
-    def backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor,
-                 window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        left, right = edges(window, q.shape[1])
-        dq, dk, dv = _flash_attn_bwd(q, k, v, out, dout.contiguous(), lse, causal=True, window_size_left=left, window_size_right=right)[:3]
-        return dq, dk, dv
-
-    @forward.register_fake
-    def _(q, k, v, window):
-        return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-    @backward.register_fake
-    def _(q, k, v, out, lse, dout, window):
-        return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-
-    def setup(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3], *output)
-        ctx.window = inputs[3]
-
-    def differentiate(ctx, dout, dlse):
-        q, k, v, out, lse = ctx.saved_tensors
-        return *backward(q, k, v, out, lse, dout, ctx.window), None
-
-    forward.register_autograd(differentiate, setup_context=setup)
-    return lambda q, k, v, window: forward(q, k, v, window)[0]
-
-
 # ---------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------
@@ -221,9 +166,10 @@ def linear(x, weight):
     return F.linear(x, weight.to(x.dtype))
 
 
-def rotate(x, cos, sin):
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), the halves of head_dim as the pair. x: [B, T, H, D]."""
+def rotate(x, rotary):
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), the halves of head_dim as the pair. x: [B, T, H, D]; rotary: float32 [T, D]."""
     x1, x2 = x.float().chunk(2, dim=-1)
+    cos, sin = rotary.view(x.shape[1], 1, -1, 2).unbind(-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).to(x.dtype)
 
 
@@ -232,21 +178,26 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer, device, dtype):
         super().__init__()
-        self.n_head, self.head_dim = config.n_head, config.head_dim
-        self.attend = attention_kernel(config.window(layer), config.seq_len, device, dtype)
+        self.n_head, self.head_dim, self.window = config.n_head, config.head_dim, config.window(layer)
+        self.attend = attention_kernel(self.window, config.seq_len, device, dtype)
         D = config.n_embd
         self.qkv = nn.Parameter(torch.empty(3, D, D))
         self.proj = nn.Parameter(torch.empty(D, D))
         self.gate = nn.Parameter(torch.empty(self.n_head, min(self.GATE_CHANNELS, D))) if config.has_value_embedding(layer) else None
 
-    def forward(self, x, ve, cos, sin):
+    def gated(self, x, ve):
+        """Value embeddings, gated per head (after ResFormer, Zhou et al. 2024, arXiv:2410.17897). x, ve: [B, T, D]; ve may be None."""
+        if ve is None:
+            return None
+        gate = 2 * torch.sigmoid(linear(x[..., : self.gate.shape[1]], self.gate))
+        return (gate.unsqueeze(-1) * ve.view(*gate.shape, self.head_dim)).view(x.shape)
+
+    def forward(self, x, ve, rotary):
         B, T, D = x.shape
         q, k, v = linear(x, self.qkv.flatten(0, 1)).view(B, T, 3, self.n_head, self.head_dim).unbind(2)
         if ve is not None:
-            # Value embeddings, gated per head (after ResFormer, Zhou et al. 2024, arXiv:2410.17897).
-            gate = 2 * torch.sigmoid(linear(x[..., : self.gate.shape[1]], self.gate))
-            v = v + gate.unsqueeze(-1) * ve.view(v.shape)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+            v = v + self.gated(x, ve).view(v.shape)
+        q, k = norm(rotate(q, rotary)), norm(rotate(k, rotary))
         return linear(self.attend(q, k, v).reshape(B, T, D), self.proj)
 
 
@@ -264,9 +215,14 @@ class Block(nn.Module):
     def __init__(self, config, layer, device, dtype):
         super().__init__()
         self.attn, self.mlp = Attention(config, layer, device, dtype), MLP(config)
+        self.fused = False  # see fuse
 
-    def forward(self, x, ve, cos, sin):
-        x = x + self.attn(norm(x), ve, cos, sin)
+    def forward(self, x, ve, rotary):
+        if self.fused:
+            h = norm(x)
+            y = kernels.fused_attention(h, self.attn.gated(h, ve), self.attn.qkv, rotary, self.attn.window)
+            return kernels.fused_mlp(x, y, self.attn.proj, self.mlp.fc, self.mlp.proj)
+        x = x + self.attn(norm(x), ve, rotary)
         return x + self.mlp(norm(x))
 
 
@@ -283,8 +239,7 @@ class GPT(nn.Module):
         self.resid_lambdas = nn.Parameter(torch.empty(L))
         self.x0_lambdas = nn.Parameter(torch.empty(L))
         angle = torch.arange(config.seq_len)[:, None] * ROPE_BASE ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
-        self.register_buffer("cos", angle.cos()[None, :, None], persistent=False)
-        self.register_buffer("sin", angle.sin()[None, :, None], persistent=False)
+        self.register_buffer("rotary", torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1), persistent=False)  # [seq_len, head_dim]
 
     @torch.no_grad()
     def init_weights(self):
@@ -305,13 +260,13 @@ class GPT(nn.Module):
 
     def trunk(self, idx):
         """int64 [B, T] -> hidden states [B, T, n_embd] in the compute dtype, normalised."""
-        T = idx.shape[1]
-        cos, sin = self.cos[:, :T], self.sin[:, :T]
+        B, T = idx.shape
+        rotary = self.rotary[:T].repeat(B, 1) if self.blocks[0].fused else self.rotary[:T]  # fused: once for every row
         x = x0 = norm(F.embedding(idx, self.wte))
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
             ve = F.embedding(idx, self.value_embeds[f"layer{i}"]) if self.config.has_value_embedding(i) else None
-            x = block(x, ve, cos, sin)
+            x = block(x, ve, rotary)
         return norm(x)
 
     def forward(self, idx):
@@ -333,7 +288,32 @@ def build_model(track, platform):
     with torch.device(device):
         model = GPT(config, device, compute_dtype(platform))
     model.init_weights()
+    fuse(model)
     return model
+
+
+@torch.no_grad()
+def fuse(model):
+    """Run the blocks in the kernels of backends/kernels.py, if those compute what Block computes: after a change to it they may not."""
+    c, device, dtype = model.config, model.wte.device, model.wte.dtype
+    if not kernels.fit(device, dtype, c.n_embd, c.head_dim, c.seq_len):
+        return
+    random, difference = torch.Generator(device).manual_seed(0), 0.0
+    x, ve = (torch.randn(1, c.seq_len, c.n_embd, device=device, generator=random).to(dtype) for _ in range(2))
+    for i, block in enumerate(model.blocks):
+        kept, results = [p.clone() for p in block.parameters()], []
+        for p in block.parameters():
+            p.copy_(0.05 * torch.randn(p.shape, device=device, generator=random))
+        for block.fused in (False, True):
+            results.append(block(x, ve if c.has_value_embedding(i) else None, model.rotary).float())
+        for p, value in zip(block.parameters(), kept):
+            p.copy_(value)
+        difference = max(difference, float((results[1] - results[0]).norm() / (results[0] - x).norm()))
+    agree = difference < 0.03  # rounding to bfloat16 makes 0.006
+    for block in model.blocks:
+        block.fused = agree
+    if not agree:
+        print(f"Block differs from the fused kernels by {difference:.2f}: it runs without them", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------
@@ -352,34 +332,50 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets):
         # x: [N, D] compute dtype; weight: float32 [V, D]; targets: int64 [N]
         w, dx, dw = weight.to(x.dtype), torch.empty_like(x), torch.zeros_like(weight)
+        fused = x.is_cuda and x.dtype == torch.bfloat16 and len(w) % 128 == 0 and kernels.available()
         rows = max(1, LOSS_CHUNK * (64 if x.is_cuda else 1) // len(w))
         loss = torch.zeros((), device=x.device)
         for i in range(0, len(x), rows):
             part, target = x[i : i + rows], targets[i : i + rows]
-            each = torch.arange(len(part), device=x.device)
-            logits = part @ w.T
-            at_target = torch.tanh(logits[each, target].float() / SOFTCAP)
-            total, dlogits = softcap_exp(logits)
-            dlogits[each, target] = ((torch.exp(SOFTCAP * at_target) - total) * (1 - at_target.square())).to(dlogits.dtype)
-            loss += (total.log() - SOFTCAP * at_target).sum()
-            share = (1 / (total * len(x)))[:, None]
-            torch.mul(dlogits @ w, share, out=dx[i : i + rows])
-            dw += dlogits.T @ (part * share).to(part.dtype)
+            dlogits, total = kernels.product("softcap_exp", part, w, softcap=SOFTCAP) if fused else softcap_exp(part @ w.T)
+            nats, at_target, share, shared = target_terms(part, w, target, total, len(x))
+            dlogits[torch.arange(len(part), device=x.device), target] = at_target
+            loss += nats
+            if fused:
+                kernels.product("scale", dlogits, w.T, scale=share, out=dx[i : i + rows])
+                kernels.product("accumulate", dlogits.T, shared.T, dw, out=dw)
+            else:
+                torch.mul(dlogits @ w, share[:, None], out=dx[i : i + rows])
+                dw += dlogits.T @ shared
         ctx.save_for_backward(dx, dw)
         return loss / len(x)
 
     @staticmethod
     def backward(ctx, scale):
         dx, dw = ctx.saved_tensors
-        return dx * scale.to(dx.dtype), dw * scale, None
+        return times(dx, scale), times(dw, scale), None
 
 
 @compiled
 def softcap_exp(logits):
-    """(sum of z = exp(softcapped logits) float32 [N], its derivative by the logits in their dtype). logits: [N, V]."""
+    """(Derivative of z = exp(softcapped logits) by the logits, in their dtype; sum of z float32 [N]). logits: [N, V]."""
     squashed = 1 - 2 / (torch.exp(logits.float() * (2 / SOFTCAP)) + 1)  # tanh, by the exponential that vectorises better
     z = torch.exp(SOFTCAP * squashed)  # exp(15) is far from overflow: no maximum is needed
-    return z.sum(dim=1), (z * (1 - squashed.square())).to(logits.dtype)
+    return (z * (1 - squashed.square())).to(logits.dtype), z.sum(dim=1)
+
+
+@compiled
+def target_terms(x, w, target, total, count):
+    """What the targets [N] add, from the sum of z [N]: (sum of the losses, d logits at the targets, share = 1 / (total * count), x * share)."""
+    squashed = torch.tanh((x.float() * w[target].float()).sum(dim=1) / SOFTCAP)
+    at_target = (torch.exp(SOFTCAP * squashed) - total) * (1 - squashed.square())
+    share = 1 / (total * count)
+    return (total.log() - SOFTCAP * squashed).sum(), at_target.to(x.dtype), share, (x * share[:, None]).to(x.dtype)
+
+
+@compiled
+def times(t, scale):
+    return (t * scale).to(t.dtype)
 
 
 def linear_cross_entropy(x, weight, targets):

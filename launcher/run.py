@@ -394,7 +394,7 @@ def dry_run(trainer, platform, track=None, seed=1):
 def versions():
     """Versions of what computes."""
     found = {}
-    for package in ("torch", "triton", "mlx", "numpy", "tiktoken", "flash-attn-4", "kernels"):
+    for package in ("torch", "triton", "mlx", "numpy", "tiktoken", "flash-attn-4", "quack-kernels", "kernels"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

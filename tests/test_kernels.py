@@ -1,0 +1,110 @@
+"""The fused kernels of backends/kernels.py without a GPU: what stands in for them here is each epilogue's definition in plain
+PyTorch, and Triton's interpreter. The model made of them must have the loss and the gradients of the plain one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from backends import kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def epilogue(name, a, b, c=None, scale=None, x=None, out=None, softcap=15.0):
+    """kernels.product in plain PyTorch and in the operands' precision."""
+    acc, column = a @ b.T, None if scale is None else scale[:, None]
+    if name == "softcap_exp":
+        t = torch.tanh(acc / softcap)
+        z = torch.exp(softcap * t)
+        return z * (1 - t * t), z.sum(dim=1)
+    if name == "norm_rotary":
+        heads = acc.view(len(acc), -1, x.shape[1])
+        rstd = (heads.square().mean(dim=-1) + 1e-6).rsqrt()
+        (even, odd), (cos, sin) = ((t[..., ::2], t[..., 1::2]) for t in (heads * rstd[..., None], x[:, None]))
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).view(acc.shape), rstd
+    D, other = {
+        "add": lambda: (acc + c, None),
+        "accumulate": lambda: (acc + c, None),
+        "add_squares": lambda: (acc + c, (acc + c).square().sum(dim=1)),
+        "scale": lambda: (acc * column, None),
+        "relu_squared": lambda: ((acc * column).relu().square(), None),
+        "relu_squared_backward": lambda: (acc * x.sqrt() * 2 * column, (acc * x * 2).sum(dim=1)),
+        "add_norm_backward": lambda: (acc + c - x * column, None),
+    }[name]()
+    D = D if out is None else out.copy_(D)
+    return D if other is None else (D, other)
+
+
+def attention(q, k, v, window):
+    """Attention and what its backward pass needs, on any device: (output, logarithm of the sums)."""
+    T = q.shape[1]
+    i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)[None, :]
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill((j > i) | (j <= i - window), -torch.inf)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(dim=-1), v).contiguous(), scores.logsumexp(dim=-1)
+
+
+STAND_INS = """
+import sys, types
+import torch, train_cuda
+from backends import kernels
+sys.path.insert(0, "tests")
+from test_kernels import attention, epilogue
+
+def flash(q, k, v, causal, window_size, return_lse):
+    return attention(q, k, v, q.shape[1] if window_size[0] is None else window_size[0] + 1)
+def flash_backward(q, k, v, out, dout, lse, causal, window_size_left, window_size_right, dq, dk, dv):
+    window, scale = q.shape[1] if window_size_left is None else window_size_left + 1, q.shape[-1] ** -0.5
+    i, j = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])[None, :]
+    weights = (torch.einsum("bihd,bjhd->bhij", q, k) * scale - lse[..., None]).exp().masked_fill((j > i) | (j <= i - window), 0)
+    d = torch.einsum("bihd,bjhd->bhij", dout, v)
+    d = weights * (d - (d * weights).sum(dim=-1, keepdim=True)) * scale
+    dq.copy_(torch.einsum("bhij,bjhd->bihd", d, k)); dk.copy_(torch.einsum("bhij,bihd->bjhd", d, q)); dv.copy_(torch.einsum("bhij,bihd->bjhd", weights, dout))
+module = types.ModuleType("flash_attn.cute.interface")
+module.flash_attn_func, module._flash_attn_bwd = flash, flash_backward
+sys.modules.update({"flash_attn": types.ModuleType("flash_attn"), "flash_attn.cute": types.ModuleType("flash_attn.cute"), "flash_attn.cute.interface": module})
+kernels.product = epilogue
+"""
+
+MODEL = STAND_INS + """
+config = train_cuda.Config(vocab_size=64, seq_len=128, n_layer=3, n_embd=128, head_dim=64, window_pattern="SL", short_window=32)
+def run(fused, compile):
+    torch.manual_seed(0)
+    model = train_cuda.GPT(config, "cpu", torch.float32)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1 if p.ndim > 1 else 1)
+    for block in model.blocks:
+        block.fused = fused
+    trunk = torch.compile(model.trunk, dynamic=False, fullgraph=True) if compile else model.trunk
+    tokens = torch.randint(0, 64, (2, 3, 128))
+    loss = train_cuda.linear_cross_entropy(trunk(tokens[0]), model.lm_head, tokens[1])
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+plain = run(False, False)
+kernels.fit = lambda *model: True  # as on Hopper
+for change, expected in ((None, True), (lambda self, x: train_cuda.linear(torch.nn.functional.gelu(train_cuda.linear(x, self.fc)), self.proj), False)):
+    train_cuda.MLP.forward, kept = change or train_cuda.MLP.forward, train_cuda.MLP.forward
+    model = train_cuda.GPT(config, "cpu", torch.float32)
+    model.init_weights()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train_cuda.fuse(model)
+    assert {block.fused for block in model.blocks} == {expected}, change
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    train_cuda.MLP.forward = kept
+for compile in (False, "--compile" in sys.argv):
+    for name, ours in run(True, compile).items():
+        torch.testing.assert_close(ours, plain[name], rtol=2e-4, atol=2e-4 * float(plain[name].abs().max()), msg=lambda m: f"{name}, compiled {compile}: {m}")
+print("agrees")
+"""
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton comes with PyTorch on Linux only")
+@pytest.mark.parametrize("how", ["eager", pytest.param("--compile", marks=pytest.mark.slow)])
+def test_the_fused_model_has_the_loss_and_the_gradients_of_the_plain_one(how):
+    done = subprocess.run([sys.executable, "-c", MODEL, how], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.stdout == "agrees\n", done.stderr[-2000:]
