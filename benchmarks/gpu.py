@@ -1,11 +1,12 @@
 """
 Everything that we claim about speed on an NVIDIA GPU, in one table.
 
-    python benchmarks/gpu.py                          # ceilings, attention, profile, train: about eight minutes
+    python benchmarks/gpu.py                          # ceilings, attention, fused, profile, train: about eight minutes
     python benchmarks/gpu.py --parts compare --budget 60 --seed 1 2
 
 Parts: ceilings (a large bf16 matrix product, a large copy); attention (each path that is present, at the
-trainer's shapes, against float64 and for time); profile (one training step by kernel family); train (through
+trainer's shapes, against float64 and for time); fused (loss and gradients of the model with the fused kernels and
+of the plain one against float32); tiles (each fused product with every candidate of its tile); profile (one training step by kernel family); train (through
 the real launcher, `--budget` seconds); compare (the reference's settings against the published findings, in turn,
 for each `--seed`); kill (a killed launcher leaves nothing on the GPU); mlx (train_mlx.py on the same device, with
 MLX's CUDA build). It needs no network: the corpus is the Python source of the packages
@@ -29,13 +30,14 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("AUTORESEARCH_HOME", "/tmp/autoresearch-gpu")
 
 REFERENCE = dict(n_layer=8, n_embd=512, head_dim=128, window_pattern="SSSL", short_window=1024,
-                 total_batch_size=524288, device_batch_size=128, eval_batch_size=128)
+                 total_batch_size=524288, device_batch_size=256, eval_batch_size=128)
 TOY = dict(n_layer=2, n_embd=128, head_dim=32, window_pattern="SL", short_window=64,
            total_batch_size=2048, device_batch_size=8, eval_batch_size=8)
 # What the original's agents found: half the tokens a step, a layer more, short windows, a long warmdown, a little warmup.
-FINDINGS = dict(N_LAYER=9, TOTAL_BATCH_SIZE=262144, SHORT_WINDOW=256, WARMDOWN_RATIO=0.7, WARMUP_RATIO=0.05)
+FINDINGS = dict(N_LAYER=9, TOTAL_BATCH_SIZE=262144, DEVICE_BATCH_SIZE=128, SHORT_WINDOW=256, WARMDOWN_RATIO=0.7, WARMUP_RATIO=0.05)
 TOY_FINDINGS = dict(N_LAYER=3, SHORT_WINDOW=32, WARMDOWN_RATIO=0.7, WARMUP_RATIO=0.05)
 FAMILIES = [  # kernel name -> family, the first that matches
+    ("fused", r"GemmMod|norm_rotary"),
     ("attention", r"flash|fmha|flex|attention|sdpa|FlashAttn|cute_dsl|kernel_cutlass"),
     ("matmul", r"nvjet|gemm|cutlass|xmma|cublas|addmm|aten::mm|aten::bmm"),
     ("copy", r"memcpy|memset|copy|CatArray"),
@@ -100,6 +102,7 @@ def attention(device, start, seq_len):
     import torch
 
     import train_cuda as trainer
+    from backends import kernels
 
     B, H, D = start["device_batch_size"], start["n_embd"] // start["head_dim"], start["head_dim"]
     full, paths = seq_len, {}
@@ -107,7 +110,7 @@ def attention(device, start, seq_len):
     if device == "cuda":
         paths["sdpa"] = lambda q, k, v, window: trainer.sdpa_attention(q, k, v) if window >= full else None
         paths["flex"] = None  # made for each window
-        for name, make in (("flash3", trainer.flash3), ("flash4", trainer.flash4)):
+        for name, make in (("flash3", kernels.flash3), ("flash4", kernels.flash4)):
             kernel = make()
             if kernel:
                 paths[name] = kernel
@@ -139,6 +142,73 @@ def attention(device, start, seq_len):
                 print(f"  window {window:5}  {name:7} gradient error {max(errors):.1e}  forward {1e3 * forward:7.2f} ms  both {1e3 * both:7.2f} ms", flush=True)
             except Exception as e:
                 print(f"  window {window:5}  {name:7} failed: {type(e).__name__}: {str(e).strip().splitlines()[0][:150] if str(e).strip() else ''}", flush=True)
+
+
+def fused(device):
+    """Loss and gradients of a small model, fused and plain in bfloat16, against the plain one in float32."""
+    import torch
+
+    import train_cuda as trainer
+
+    T, D = (2048, 512) if device == "cuda" else (256, 128)
+    config = trainer.Config(vocab_size=8192, seq_len=T, n_layer=4, n_embd=D, head_dim=D // 4, window_pattern="SSSL", short_window=T // 8)
+    tokens = torch.randint(0, 8192, (2, 2, T), device=device, generator=torch.Generator(device).manual_seed(1))
+    expected, attention_kernel = None, trainer.attention_kernel
+    for name in ("float32", "plain", "fused"):
+        trainer.attention_kernel = attention_kernel if name == "fused" else lambda window, *rest: partial(trainer.block_attention, window=window)
+        with torch.device(device):
+            model = trainer.GPT(config, device, torch.float32 if name == "float32" else torch.bfloat16)
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                p.copy_(torch.randn(p.shape, device=device, generator=generator) * (0.05 if p.ndim > 1 and "block" in key or key == "lm_head" else 1))
+        if name == "fused":
+            trainer.fuse(model)
+        loss = trainer.linear_cross_entropy(trainer.compiled(model.trunk)(tokens[0]), model.lm_head, tokens[1])
+        loss.backward()
+        gradients = {key: p.grad.double() for key, p in model.named_parameters()}
+        if name == "float32":
+            expected = loss.item(), gradients
+            continue
+        errors = {key: float((g - expected[1][key]).norm() / expected[1][key].norm()) for key, g in gradients.items()}
+        worst = max(errors, key=errors.get)
+        missing = " (no fused kernels here)" if name == "fused" and not model.blocks[0].fused else ""
+        print(f"{name}{missing}: loss differs by {loss.item() - expected[0]:+.1e}, gradients by {sorted(errors.values())[len(errors) // 2]:.1e} "
+              f"(median), {errors[worst]:.1e} ({worst})", flush=True)
+
+
+def product_cases(bf16, fp32):
+    """Operands of every fused product at the shapes of the trainer. bf16 and fp32 make a tensor of a shape."""
+    N, D, V, C = 2**18, 512, 8192, 2**15
+    x, hidden, scale = bf16(N, D), bf16(N, 4 * D), fp32(N)
+    wide, narrow, head, logits = bf16(4 * D, D), bf16(D, 4 * D), bf16(V, D), bf16(C, V)
+    return {
+        "add": (hidden, narrow, x), "add_squares": (x, bf16(D, D), x), "relu_squared": (x, wide, None, scale),
+        "relu_squared_backward": (x, narrow.T, None, scale, hidden), "add_norm_backward": (hidden, wide.T, x, scale, x),
+        "norm_rotary": (x, bf16(2 * D, D), None, None, fp32(N, 128)), "softcap_exp": (x[:C], head),
+        "scale": (logits, head.T, None, scale[:C]), "accumulate": (logits.T, x[:C].T, fp32(V, D), None, None, fp32(V, D)),
+    }
+
+
+def tiles():
+    """Every fused product with each candidate of its tile; those of backends/kernels.py are the best of an H100."""
+    import torch
+
+    from backends import kernels
+
+    if not (torch.cuda.is_available() and kernels.available()):
+        return print("tiles: no fused kernels here")
+    cases = product_cases(lambda *shape: torch.rand(*shape, device="cuda").bfloat16(), lambda *shape: torch.rand(*shape, device="cuda"))
+    for name, operands in cases.items():
+        times, chosen = {}, kernels.TILES[name]
+        for tile in ((128, 256, False), (256, 128, False), (128, 128, True), (192, 128, True)):
+            for cluster in ((2, 1), (1, 2)):
+                kernels.TILES[name] = tile + cluster
+                times[tile + cluster] = 1e3 * timed(lambda: kernels.product(name, *operands, softcap=15.0), "cuda")
+        kernels.TILES[name] = chosen
+        flops = 2 * len(operands[0]) * operands[0].shape[1] * len(operands[1])
+        best = min(times, key=times.get)
+        print(f"tiles {name:22} {times[chosen]:.3f} ms {flops / times[chosen] / 1e9:.0f} TFLOP/s; best {times[best]:.3f} {best}; worst {max(times.values()):.3f}", flush=True)
 
 
 def profile(device, tflops):
@@ -251,7 +321,7 @@ def variant(settings, label):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="ceilings,attention,profile,train")
+    parser.add_argument("--parts", default="ceilings,attention,fused,profile,train")
     parser.add_argument("--budget", type=float, nargs="*", default=[60, 300])
     parser.add_argument("--seed", type=int, nargs="*", default=[1])
     parser.add_argument("--set", nargs="*", default=[], help="NAME=VALUE constants of the trainer for the train part")
@@ -273,6 +343,10 @@ def main():
     tflops = ceilings(device) if {"ceilings", "profile"} & set(parts) else 0
     if "attention" in parts:
         attention(device, start, prepared.seq_len)
+    if "fused" in parts:
+        fused(device)
+    if "tiles" in parts:
+        tiles()
     if "profile" in parts:
         profile(device, tflops)
         if gpu:
