@@ -4,12 +4,12 @@ Everything that we claim about speed on an NVIDIA GPU, in one table.
     python benchmarks/gpu.py                          # ceilings, attention, fused, profile, train: about eight minutes
     python benchmarks/gpu.py --parts compare --budget 60 --seed 1 2
 
-Parts: ceilings (a large bf16 matrix product, a large copy); attention (each path that is present, at the
-trainer's shapes, against float64 and for time); fused (loss and gradients of the model with the fused kernels and
-of the plain one against float32); tiles (each fused product with every candidate of its tile); profile (one training step by kernel family); train (through
-the real launcher, `--budget` seconds); compare (the reference's settings against the published findings, in turn,
-for each `--seed`); kill (a killed launcher leaves nothing on the GPU); mlx (train_mlx.py on the same device, with
-MLX's CUDA build). It needs no network: the corpus is the Python source of the packages
+Parts: ceilings (a large bf16 matrix product, a large copy); attention (each path that is present, at the trainer's
+shapes, against float64 and for time); fused (loss and gradients of the model with the fused kernels and of the plain
+one against float32); tiles (each fused product with every candidate of its tile); profile (one training step by
+kernel family); train (through the real launcher, `--budget` seconds); compare (the original's settings against the
+published findings, in turn, for each `--seed`); kill (a killed launcher leaves nothing on the GPU); mlx (train_mlx.py
+on the same device, with MLX's CUDA build). It needs no network: the corpus is the Python source of the packages
 that happen to be installed, so val_bpb compares between runs of one machine only. On a machine without a GPU
 it runs the same code at a toy size on the CPU.
 """
@@ -33,6 +33,7 @@ REFERENCE = dict(n_layer=8, n_embd=512, head_dim=128, window_pattern="SSSL", sho
                  total_batch_size=524288, device_batch_size=256, eval_batch_size=128)
 TOY = dict(n_layer=2, n_embd=128, head_dim=32, window_pattern="SL", short_window=64,
            total_batch_size=2048, device_batch_size=8, eval_batch_size=8)
+ORIGINAL = dict(ROPE_BASE=10_000, WARMUP_RATIO=0.0, WARMDOWN_RATIO=0.5)  # its constants, beside the sizes of REFERENCE
 # What the original's agents found: half the tokens a step, a layer more, short windows, a long warmdown, a little warmup.
 FINDINGS = dict(N_LAYER=9, TOTAL_BATCH_SIZE=262144, DEVICE_BATCH_SIZE=128, SHORT_WINDOW=256, WARMDOWN_RATIO=0.7, WARMUP_RATIO=0.05)
 TOY_FINDINGS = dict(N_LAYER=3, SHORT_WINDOW=32, WARMDOWN_RATIO=0.7, WARMUP_RATIO=0.05)
@@ -270,14 +271,14 @@ def train(budget, trainer, label, seed, platform="bench"):
 
 
 def compare(budget, seeds, findings):
-    """The reference's settings and the findings, in turn, for each seed."""
-    other, wins = variant(findings, "findings"), 0
+    """The original's settings and the findings, in turn, for each seed."""
+    trainers, wins = {"original": variant(ORIGINAL, "original"), "findings": variant(findings, "findings")}, 0
     for seed in seeds:
-        scores = train(budget, None, f"reference-{budget:g}s-seed{seed}", seed), train(budget, other, f"findings-{budget:g}s-seed{seed}", seed)
+        scores = [train(budget, path, f"{name}-{budget:g}s-seed{seed}", seed) for name, path in trainers.items()]
         if None in scores:
             return
         wins += scores[1] < scores[0]
-        print(f"compare {budget:g} s, seed {seed}: reference {scores[0]:.4f}, findings {scores[1]:.4f}, difference {scores[1] - scores[0]:+.4f}", flush=True)
+        print(f"compare {budget:g} s, seed {seed}: original {scores[0]:.4f}, findings {scores[1]:.4f}, difference {scores[1] - scores[0]:+.4f}", flush=True)
     print(f"compare {budget:g} s: the findings are better in {wins} of {len(seeds)} seeds")
 
 
