@@ -333,9 +333,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         for i in range(0, len(x), rows):
             part, target = x[i : i + rows], targets[i : i + rows]
-            dlogits, total = kernels.product("softcap_exp", part, w, softcap=SOFTCAP) if fused else softcap_exp(part @ w.T)
-            nats, at_target, share, shared = target_terms(part, w, target, total, len(x))
-            dlogits[torch.arange(len(part), device=x.device), target] = at_target
+            each = torch.arange(len(part), device=x.device)
+            if fused:
+                (dlogits, total), chosen = kernels.product("softcap_exp", part, w, softcap=SOFTCAP), row_dots(part, w, target)
+            else:  # the logits are rounded: the target's has to be the one that is in the sum
+                logits = part @ w.T
+                (dlogits, total), chosen = softcap_exp(logits), logits[each, target].float()
+            nats, at_target, share, shared = target_terms(part, chosen, total, len(x))
+            dlogits[each, target] = at_target
             loss += nats
             if fused:
                 kernels.product("scale", dlogits, w.T, scale=share, out=dx[i : i + rows])
@@ -370,12 +375,18 @@ def fused_softcap_exp(device, dtype):
 
 
 @compiled
-def target_terms(x, w, target, total, count):
-    """What the targets [N] add, from the sum of z [N]: (sum of the losses, d logits at the targets, share = 1 / (total * count), x * share)."""
-    squashed = torch.tanh((x.float() * w[target].float()).sum(dim=1) / SOFTCAP)
+def target_terms(x, logits, total, count):
+    """What the targets' logits [N] add to the sums of z [N]: (sum of the losses, d logits there, share = 1 / (total * count), x * share)."""
+    squashed = torch.tanh(logits / SOFTCAP)
     at_target = (torch.exp(SOFTCAP * squashed) - total) * (1 - squashed.square())
     share = 1 / (total * count)
     return (total.log() - SOFTCAP * squashed).sum(), at_target.to(x.dtype), share, (x * share[:, None]).to(x.dtype)
+
+
+@compiled
+def row_dots(x, w, rows):
+    """Each x [N, D] times its row of w [V, D], float32 [N]."""
+    return (x.float() * w[rows].float()).sum(dim=1)
 
 
 @compiled

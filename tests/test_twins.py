@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 mx = pytest.importorskip("mlx.core")
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
@@ -117,6 +118,14 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(trainers, monkeypat
         mx.array(x.astype(np.float32)), mx.array(w.astype(np.float32)))
     assert relative(value.item() / 3, expected.item()) < 1e-6
     assert relative(np.array(grads[0]) / 3, tx.grad) < 1e-5 and relative(np.array(grads[1]) / 3, tw.grad) < 1e-5
+
+
+def test_the_loss_of_a_sure_prediction_is_not_negative_in_bfloat16(trainers):
+    cuda, _ = trainers
+    w = F.normalize(torch.randn(128, 256, generator=torch.Generator().manual_seed(6)), dim=1)
+    x, targets = (22 * w[:64, None, None]).bfloat16(), torch.arange(64)
+    losses = [cuda.linear_cross_entropy(a, w, t.view(1, 1)).item() for a, t in zip(x, targets)]
+    assert -1e-5 < min(losses) and max(losses) < 0.01  # the sum of z holds the one that it divides
 
 
 def test_orthogonalize_makes_singular_values_one(trainers):
