@@ -185,9 +185,7 @@ class Attention(nn.Module):
         self.gate = nn.Parameter(torch.empty(self.n_head, min(self.GATE_CHANNELS, D))) if config.has_value_embedding(layer) else None
 
     def gated(self, x, ve):
-        """Value embeddings, gated per head (after ResFormer, Zhou et al. 2024, arXiv:2410.17897). x, ve: [B, T, D]; ve may be None."""
-        if ve is None:
-            return None
+        """Value embeddings, gated per head (after ResFormer, Zhou et al. 2024, arXiv:2410.17897). x, ve: [B, T, D]."""
         gate = 2 * torch.sigmoid(linear(x[..., : self.gate.shape[1]], self.gate))
         return (gate.unsqueeze(-1) * ve.view(*gate.shape, self.head_dim)).view(x.shape)
 
@@ -219,7 +217,7 @@ class Block(nn.Module):
     def forward(self, x, ve, rotary):
         if self.fused:
             h = norm(x)
-            y = kernels.fused_attention(h, self.attn.gated(h, ve), self.attn.qkv, rotary, self.attn.window)
+            y = kernels.fused_attention(h, ve if ve is None else self.attn.gated(h, ve), self.attn.qkv, rotary, self.attn.window)
             return kernels.fused_mlp(x, y, self.attn.proj, self.mlp.fc, self.mlp.proj)
         x = x + self.attn(norm(x), ve, rotary)
         return x + self.mlp(norm(x))
@@ -295,7 +293,7 @@ def build_model(track, platform):
 def fuse(model):
     """Run the blocks in the kernels of backends/kernels.py, if those compute what Block computes: after a change to it they may not."""
     c, device, dtype = model.config, model.wte.device, model.wte.dtype
-    if not kernels.fit(device, dtype, c.n_embd, c.head_dim, c.seq_len):
+    if not (kernels.available(device, dtype) and kernels.fit(c.n_embd, c.head_dim, c.seq_len)):
         return
     random, agree = torch.Generator(device).manual_seed(0), True
     x, ve = (torch.randn(1, c.seq_len, c.n_embd, device=device, generator=random).to(dtype) for _ in range(2))
@@ -368,7 +366,7 @@ def softcap_exp(logits):
 @cache
 def fused_softcap_exp(device, dtype):
     """Whether there is a kernel that computes softcap_exp with the product before it: after a change to it there may not be."""
-    if not kernels.fit(device, dtype, 128, 128, 128):
+    if not kernels.available(device, dtype):
         return False
     x, w = (torch.randn(128, 128, device=device, generator=torch.Generator(device).manual_seed(i)).to(dtype) for i in range(2))
     return kernels.agree("softcap_exp", lambda: kernels.product("softcap_exp", x, w, softcap=SOFTCAP)[0], softcap_exp(x @ w.T)[0])

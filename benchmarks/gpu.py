@@ -51,13 +51,12 @@ def write_config(gpu, start):
     """A configuration with one track of everything installed and the platform under test."""
     packages = sorted({d.metadata["Name"] for d in importlib.metadata.distributions()
                        if sum(f.suffix == ".py" for f in d.files or []) > 20}) if gpu else ["mpmath", "networkx"]
+    both = {"track": "local", "bf16": gpu, "peak_bf16_tflops": 989.5 if gpu else 0.0, "startup_seconds": 280, "start": start}
     config = {
         "tracks": {"local": {"packages": packages, "vocab_size": 8192 if gpu else 1024, "seq_len": 2048 if gpu else 256, "val_tokens": 2**21 if gpu else 2**15}},
         "platforms": {
-            "bench": {"backend": "cuda" if gpu else "torch-cpu", "trainer": "train_cuda.py", "track": "local", "bf16": gpu,
-                      "peak_bf16_tflops": 989.5 if gpu else 0.0, "startup_seconds": 280, "start": start},
-            "bench-mlx": {"backend": "mlx-cuda" if gpu else "mlx-cpu", "trainer": "train_mlx.py", "track": "local", "bf16": gpu, "auto": False,
-                          "peak_bf16_tflops": 989.5 if gpu else 0.0, "startup_seconds": 280, "start": start},
+            "bench": {**both, "backend": "cuda" if gpu else "torch-cpu", "trainer": "train_cuda.py"},
+            "bench-mlx": {**both, "backend": "mlx-cuda" if gpu else "mlx-cpu", "trainer": "train_mlx.py", "auto": False},
         },
     }
     path = Path(os.environ["AUTORESEARCH_HOME"]) / "bench.yaml"
@@ -142,7 +141,7 @@ def attention(device, start, seq_len):
                 both = timed(lambda: torch.autograd.grad(call(*large), large, upstream), device)
                 print(f"  window {window:5}  {name:7} gradient error {max(errors):.1e}  forward {1e3 * forward:7.2f} ms  both {1e3 * both:7.2f} ms", flush=True)
             except Exception as e:
-                print(f"  window {window:5}  {name:7} failed: {type(e).__name__}: {str(e).strip().splitlines()[0][:150] if str(e).strip() else ''}", flush=True)
+                print(f"  window {window:5}  {name:7} failed: " + f"{type(e).__name__}: {str(e).strip()}".splitlines()[0][:170], flush=True)
 
 
 def fused(device):
@@ -197,7 +196,7 @@ def tiles():
 
     from backends import kernels
 
-    if not (torch.cuda.is_available() and kernels.available()):
+    if not kernels.available(torch.device("cuda"), torch.bfloat16):
         return print("tiles: no fused kernels here")
     cases = product_cases(lambda *shape: torch.rand(*shape, device="cuda").bfloat16(), lambda *shape: torch.rand(*shape, device="cuda"))
     for name, operands in cases.items():

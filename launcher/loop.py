@@ -318,7 +318,8 @@ def put_aside(trainer, name, description):
 def loop(night):
     """Run the night. Returns the exit code: 0 at its end, 1 when it gave up, 130 when it was interrupted."""
     platform, _ = choose_platform(night.options.platform)
-    weak = [name for name in ("on_battery", "low_power_mode") if mac_state().get(name)]
+    laptop = mac_state()
+    weak = [name for name in ("on_battery", "low_power_mode") if laptop.get(name)]
     if weak:
         raise UserError(f"this Mac is {weak[0].replace('_', ' ')}: no result of the night would count; plug it in and leave low-power mode")
     with the_repository(), stop_on_signals(), Awake(), Status(night) as status:
