@@ -184,16 +184,14 @@ class Attention(nn.Module):
         self.proj = nn.Parameter(torch.empty(D, D))
         self.gate = nn.Parameter(torch.empty(self.n_head, min(self.GATE_CHANNELS, D))) if config.has_value_embedding(layer) else None
 
-    def gated(self, x, ve):
-        """Value embeddings, gated per head (after ResFormer, Zhou et al. 2024, arXiv:2410.17897). x, ve: [B, T, D]."""
-        gate = 2 * torch.sigmoid(linear(x[..., : self.gate.shape[1]], self.gate))
-        return (gate.unsqueeze(-1) * ve.view(*gate.shape, self.head_dim)).view(x.shape)
-
     def forward(self, x, ve, rotary):
         B, T, D = x.shape
         q, k, v = linear(x, self.qkv.flatten(0, 1)).view(B, T, 3, self.n_head, self.head_dim).unbind(2)
         if ve is not None:
-            v = v + self.gated(x, ve).view(v.shape)
+            # Value embeddings (a table [V, D] and idx [B, T]), gated per head (after ResFormer, Zhou et al. 2024, arXiv:2410.17897).
+            table, idx = ve
+            gate = 2 * torch.sigmoid(linear(x[..., : self.gate.shape[1]], self.gate))
+            v = v + gate.unsqueeze(-1) * F.embedding(idx, table).view(v.shape)
         q, k = norm(rotate(q, rotary)), norm(rotate(k, rotary))
         return linear(self.attend(q, k, v).reshape(B, T, D), self.proj)
 
@@ -216,8 +214,7 @@ class Block(nn.Module):
 
     def forward(self, x, ve, rotary):
         if self.fused:
-            h = norm(x)
-            y = kernels.fused_attention(h, ve if ve is None else self.attn.gated(h, ve), self.attn.qkv, rotary, self.attn.window)
+            y = kernels.fused_attention(norm(x), self.attn.qkv, rotary, self.attn.window, self.attn.gate, *(ve or (None, None)))
             return kernels.fused_mlp(x, y, self.attn.proj, self.mlp.fc, self.mlp.proj)
         x = x + self.attn(norm(x), ve, rotary)
         return x + self.mlp(norm(x))
@@ -258,11 +255,11 @@ class GPT(nn.Module):
     def trunk(self, idx):
         """int64 [B, T] -> hidden states [B, T, n_embd] in the compute dtype, normalised."""
         B, T = idx.shape
-        rotary = self.rotary[:T].repeat(B, 1) if self.blocks[0].fused else self.rotary[:T]  # fused: once for every row
+        rotary = self.rotary[:T].half().repeat(B, 1) if self.blocks[0].fused else self.rotary[:T]  # fused: once for every row
         x = x0 = norm(F.embedding(idx, self.wte))
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
-            ve = F.embedding(idx, self.value_embeds[f"layer{i}"]) if self.config.has_value_embedding(i) else None
+            ve = (self.value_embeds[f"layer{i}"], idx) if self.config.has_value_embedding(i) else None
             x = block(x, ve, rotary)
         return norm(x)
 
@@ -296,14 +293,18 @@ def fuse(model):
     if not (kernels.available(device, dtype) and kernels.fit(c.n_embd, c.head_dim, c.seq_len)):
         return
     random, agree = torch.Generator(device).manual_seed(0), True
-    x, ve = (torch.randn(1, c.seq_len, c.n_embd, device=device, generator=random).to(dtype) for _ in range(2))
+    x, table = (torch.randn(1, c.seq_len, c.n_embd, device=device, generator=random).to(dtype) for _ in range(2))
+    ve = table[0], torch.randint(c.seq_len, (1, c.seq_len), device=device, generator=random)
+
+    def added(block, i, fused):
+        block.fused = fused
+        return block(x, ve if c.has_value_embedding(i) else None, model.rotary.half() if fused else model.rotary) - x
+
     for i, block in enumerate(model.blocks):
         kept = [p.clone() for p in block.parameters()]
         for p in block.parameters():
             p.copy_(0.05 * torch.randn(p.shape, device=device, generator=random))
-        inputs = x, ve if c.has_value_embedding(i) else None, model.rotary
-        expected, block.fused = block(*inputs), True
-        agree = agree and kernels.agree("Block", lambda: block(*inputs) - x, expected - x)
+        agree = agree and kernels.agree("Block", partial(added, block, i, True), partial(added, block, i, False))
         for p, value in zip(block.parameters(), kept):
             p.copy_(value)
     for block in model.blocks:
@@ -369,7 +370,7 @@ def fused_softcap_exp(device, dtype):
     if not kernels.available(device, dtype):
         return False
     x, w = (torch.randn(128, 128, device=device, generator=torch.Generator(device).manual_seed(i)).to(dtype) for i in range(2))
-    return kernels.agree("softcap_exp", lambda: kernels.product("softcap_exp", x, w, softcap=SOFTCAP)[0], softcap_exp(x @ w.T)[0])
+    return kernels.agree("softcap_exp", lambda: kernels.product("softcap_exp", x, w, softcap=SOFTCAP)[0], lambda: softcap_exp(x @ w.T)[0])
 
 
 @compiled

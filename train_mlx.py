@@ -172,9 +172,10 @@ class Attention(nn.Module):
         B, T, D = x.shape
         q, k, v = linear(x, self.qkv.flatten(0, 1)).reshape(B, T, 3, self.n_head, self.head_dim).transpose(2, 0, 3, 1, 4)
         if ve is not None:
-            # Value embeddings, gated per head (after ResFormer, Zhou et al. 2024, arXiv:2410.17897).
+            # Value embeddings (a table [V, D] and idx [B, T]), gated per head (after ResFormer, Zhou et al. 2024, arXiv:2410.17897).
+            table, idx = ve
             gate = 2 * mx.sigmoid(linear(x[..., : self.gate.shape[1]], self.gate))
-            v = v + gate.swapaxes(1, 2)[..., None] * ve.reshape(B, T, self.n_head, self.head_dim).swapaxes(1, 2)
+            v = v + gate.swapaxes(1, 2)[..., None] * table[idx].reshape(B, T, self.n_head, self.head_dim).swapaxes(1, 2)
         q, k = norm(rotate(q)), norm(rotate(k))
         return linear(self.attend(q, k, v).swapaxes(1, 2).reshape(B, T, D), self.proj)
 
@@ -230,7 +231,7 @@ class GPT(nn.Module):
         x = x0 = norm(self.wte[idx])
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i].astype(x.dtype) * x + self.x0_lambdas[i].astype(x.dtype) * x0
-            ve = self.value_embeds[f"layer{i}"][idx] if self.config.has_value_embedding(i) else None
+            ve = (self.value_embeds[f"layer{i}"], idx) if self.config.has_value_embedding(i) else None
             x = block(x, ve)
         return norm(x)
 

@@ -32,10 +32,11 @@ def fit(n_embd, head_dim, seq_len):
     return head_dim in (64, 128) and n_embd % 128 == 0 and seq_len % 128 == 0
 
 
-def agree(name, function, expected):
-    """Whether function(), made of these kernels, gives what was expected but for rounding; says so on stderr if not."""
+def agree(name, fused, plain):
+    """Whether fused(), made of these kernels, gives what plain() gives but for rounding; says so on stderr if not."""
     try:
-        difference = float((function().float() - expected.float()).norm() / expected.float().norm())
+        expected = plain().float()
+        difference = float((fused().float() - expected).norm() / expected.norm())
         if difference < 0.03:  # rounding to bfloat16 makes 0.006 in a block
             return True
         what = f"{difference}"
@@ -114,16 +115,17 @@ def flash4():
 # Matrix products with an epilogue
 # ---------------------------------------------------------------------------
 
-TILES = {  # of a product: rows, columns, pingpong, cluster of rows, of columns; the fastest of those tried on an H100
-    "add": (192, 128, True, 1, 2),
-    "accumulate": (128, 128, True, 1, 2),
-    "add_squares": (128, 128, True, 1, 2),
-    "relu_squared": (192, 128, True, 1, 2),
-    "relu_squared_backward": (192, 128, True, 1, 2),
-    "add_norm_backward": (192, 128, True, 1, 2),
-    "norm_rotary": (192, 128, True, 1, 2),
-    "scale": (128, 256, False, 1, 2),
-    "softcap_exp": (192, 128, True, 1, 2),
+TILES = {  # of a product: rows, columns, pingpong, cluster of rows, of columns, pieces of c and x on their way; the fastest of those tried on an H100
+    "add": (192, 128, True, 1, 2, 4),
+    "add_value": (128, 128, True, 1, 2, 8),
+    "accumulate": (128, 128, True, 1, 2, 4),
+    "add_squares": (128, 128, True, 1, 2, 4),
+    "relu_squared": (192, 128, True, 1, 2, 4),
+    "relu_squared_backward": (192, 128, True, 1, 2, 12),
+    "add_norm_backward": (192, 128, True, 1, 2, 4),
+    "norm_rotary": (192, 128, True, 1, 2, 8),
+    "scale": (128, 256, False, 1, 2, 4),
+    "softcap_exp": (128, 128, True, 1, 2, 4),
 }
 
 
@@ -187,16 +189,18 @@ def epilogues(softcap=0.0):
         z = element.exp(t * softcap, fastmath=True)
         return {"D": z - z * t * t, "sum": z}
 
-    return dict(add=add, accumulate=add, add_squares=add_squares, scale=scale, relu_squared=relu_squared, relu_squared_backward=relu_squared_backward,
+    return dict(add=add, add_value=add, accumulate=add, add_squares=add_squares, scale=scale, relu_squared=relu_squared, relu_squared_backward=relu_squared_backward,
                 add_norm_backward=add_norm_backward, norm_rotary=norm_rotary, softcap_exp=softcap_exp)
 
 
 def product(epilogue, a, b, c=None, scale=None, x=None, out=None, softcap=0.0):
     """a [M, K] @ b.T [K, N] through an epilogue, [M, N] in the dtype of a; or a pair of that and what else it gives, float32: sums [M] or rstd [M, heads].
 
-    c, x: [M, N], but for norm_rotary x is float32 [M, head_dim]; scale: float32 [M]; out: where the result goes.
+    c, x: [M, N], but for norm_rotary x is float16 [M, head_dim]; scale: float32 [M]; out: where the result goes.
     """
-    kernel, (M, N), (rows, columns, pingpong, cluster_m, cluster_n) = epilogues(softcap)[epilogue], (len(a), len(b)), TILES[epilogue]
+    from quack.gemm_sm90 import GemmSm90
+
+    kernel, (M, N), (rows, columns, pingpong, cluster_m, cluster_n, loads) = epilogues(softcap)[epilogue], (len(a), len(b)), TILES[epilogue]
     D, operands = a.new_empty(M, N) if out is None else out, {}
     if scale is not None:
         operands["scale"] = scale[None]
@@ -206,10 +210,20 @@ def product(epilogue, a, b, c=None, scale=None, x=None, out=None, softcap=0.0):
         operands.update(rstd=x.shape[1], rstd_out=floats(a, M, N // x.shape[1]))
     elif kernel.sinks:
         operands["sum"] = floats(a, M, -(-N // columns))
-    kernel.gemm(a, b, D, c, epi_args=operands, tile_M=rows, tile_N=columns, pingpong=pingpong, cluster_M=cluster_m, cluster_N=cluster_n)
+    GemmSm90.epi_c_stage_base = loads  # read when the kernel is compiled; post_init_attrs makes it part of the name in its cache on disk
+    kernel.gemm(a, b, D, c, epi_args=operands, tile_M=rows, tile_N=columns, pingpong=pingpong, cluster_M=cluster_m, cluster_N=cluster_n,
+                post_init_attrs=(("loads", loads),))
     if "sum" in operands:
-        return D, operands["sum"].sum(dim=1)
+        return D, row_sums(operands["sum"])
     return (D, operands["rstd_out"]) if "rstd_out" in operands else D
+
+
+def row_sums(t):
+    """float32 [N, n], few n -> [N]: in a third of the time that PyTorch's sum takes."""
+    sums, (N, n) = floats(t, len(t)), t.shape
+    width = triton.next_power_of_2(n)
+    row_sums_kernel[(triton.cdiv(N, 4096 // width),)](t, sums, N, n, WIDTH=width, ROWS=4096 // width)
+    return sums
 
 
 def floats(t, *shape):
@@ -224,26 +238,32 @@ def floats(t, *shape):
 def fused_mlp(residual, y, out, fc, proj):
     """x + relu(norm(x) @ fc.T)^2 @ proj.T, where x = residual + y @ out.T.
 
-    residual, y: bfloat16 [B, T, D], and so is the result; out: float32 [D, D]; fc: float32 [4 D, D]; proj: float32 [D, 4 D].
+    residual, y: bfloat16 [B, T, D], and so is the result; out [D, D], fc [4 D, D], proj [D, 4 D]: of any dtype.
     norm(x) is x times a number for each row: it is never stored, the number is applied to the product. Of the hidden
     layer only the squares are stored.
     """
-    return mlp_forward(residual, y, out, fc, proj)[0]
+    return mlp_forward(residual, y, *(w.to(y.dtype) for w in (out, fc, proj)))[0]
 
 
-def fused_attention(h, ve, qkv, rotary, window):
-    """Attention over the last `window` positions of q, k, v = h @ qkv.T, with q and k rotated and normalised and ve added to v.
+def fused_attention(h, qkv, rotary, window, gate=None, table=None, idx=None):
+    """Attention over the last `window` positions of q, k, v = h @ qkv.T, with q and k rotated and normalised; to v may be added a gated embedding.
 
-    h: bfloat16 [B, T, D]; ve: the same or None; qkv: float32 [3, D, D]; rotary: float32 [B * T, head_dim], cosines and
-    sines in turn. Returns bfloat16 [B, T, D].
+    h: bfloat16 [B, T, D]; qkv: [3, D, D] of any dtype; rotary: float16 [B * T, head_dim], cosines and sines in turn. For
+    each head, 2 sigmoid(h[..., :C] @ gate.T) times its part of table[idx]; gate: float32 [heads, C], C a power of two;
+    table: bfloat16 [V, D]; idx: int64 [B, T]. Returns bfloat16 [B, T, D].
     """
-    return attention_forward(h, ve, qkv, rotary, window)[0]
+    return attention_forward(h, alternate(qkv, rotary.shape[1]).to(h.dtype), rotary, window, gate, table, idx)[0]
+
+
+def alternate(qkv, head_dim):
+    """[3, D, D] -> [3 D, D], with the halves of each head of q and k in turn: norm_rotary rotates neighbours."""
+    qk, v = qkv.flatten(0, 1).split([2 * qkv.shape[1], qkv.shape[1]])
+    return torch.cat([qk.view(-1, 2, head_dim // 2, qk.shape[1]).transpose(1, 2).reshape(qk.shape), v])
 
 
 @torch.library.custom_op("autoresearch::mlp_forward", mutates_args=())
 def mlp_forward(residual: Tensor, y: Tensor, out: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result of fused_mlp, and for the backward pass (x, rstd, squares)."""
-    out, fc, proj = (w.to(y.dtype) for w in (out, fc, proj))
     x, sum_of_squares = product("add_squares", y.flatten(0, 1), out, residual.flatten(0, 1))
     rstd = torch.rsqrt(sum_of_squares / x.shape[1] + 1e-6)
     squares = product("relu_squared", x, fc, scale=rstd)
@@ -258,58 +278,95 @@ def mlp_backward(d: Tensor, y: Tensor, x: Tensor, rstd: Tensor, squares: Tensor,
     The backward pass of the norm takes sum(d norm(x) * norm(x)) out of each row. That is the sum of dz * z over the
     hidden layer, and so known before the product that gives d norm(x).
     """
-    out, fc, proj = (w.to(y.dtype) for w in (out, fc, proj))
     shape, d, y = y.shape, d.flatten(0, 1), y.flatten(0, 1)
     dz, dots = product("relu_squared_backward", d, proj.T, scale=rstd, x=squares)  # dz times rstd
     dx = product("add_norm_backward", dz, fc.T, d, dots * rstd.square() / x.shape[1], x)
-    return dx.view(shape), (dx @ out).view(shape), (dx.T @ y).float(), (dz.T @ x).float(), (d.T @ squares).float()
+    return dx.view(shape), (dx @ out).view(shape), dx.T @ y, dz.T @ x, d.T @ squares
 
 
 @torch.library.custom_op("autoresearch::attention_forward", mutates_args=())
-def attention_forward(h: Tensor, ve: Tensor | None, qkv: Tensor, rotary: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result of fused_attention, and for the backward pass (qk, rstd, v, lse)."""
-    (B, T, D), head_dim = h.shape, rotary.shape[1]
-    h, w = h.flatten(0, 1), alternate(qkv, head_dim).to(h.dtype)
+def attention_forward(h: Tensor, w: Tensor, rotary: Tensor, window: int, gate: Tensor | None, table: Tensor | None,
+                      idx: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The result of fused_attention, and for the backward pass (qk, rstd, v, lse). w: qkv after alternate, in the dtype of h."""
+    (B, T, D), head_dim, h = h.shape, rotary.shape[1], h.flatten(0, 1)
     qk, rstd = product("norm_rotary", h, w[: 2 * D], x=rotary)
-    v = h @ w[2 * D :].T if ve is None else product("add", h, w[2 * D :], ve.flatten(0, 1))
+    if gate is None:
+        v = h @ w[2 * D :].T
+    else:
+        gated = torch.empty_like(h)
+        gated_kernel[(B * T // 16,)](h, gate, table, idx.contiguous(), gated, HEADS=len(gate), HEAD_DIM=head_dim, CHANNELS=gate.shape[1], ROWS=16)
+        v = product("add_value", h, w[2 * D :], gated)
     q, k = qk.view(B, T, 2, -1, head_dim).unbind(2)
     out, lse = flash4().forward(q, k, v.view(q.shape), window)
     return out.view(B, T, D), qk, rstd, v, lse
 
 
 @torch.library.custom_op("autoresearch::attention_backward", mutates_args=())
-def attention_backward(dout: Tensor, h: Tensor, qkv: Tensor, rotary: Tensor, out: Tensor, qk: Tensor, rstd: Tensor, v: Tensor, lse: Tensor,
-                       window: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of h, of q, k and v side by side [B, T, 3 D] (the last third is that of ve), and of qkv."""
-    (B, T, D), head_dim = h.shape, rotary.shape[1]
+def attention_backward(dout: Tensor, h: Tensor, w: Tensor, rotary: Tensor, gate: Tensor | None, table: Tensor | None, idx: Tensor | None, out: Tensor,
+                       qk: Tensor, rstd: Tensor, v: Tensor, lse: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (h, w, gate, table); the last two are empty without a gate."""
+    (B, T, D), head_dim, h = h.shape, rotary.shape[1], h.flatten(0, 1)
     q, k = qk.view(B, T, 2, -1, head_dim).unbind(2)
     dqkv = flash4().backward(q, k, v.view(q.shape), out.view(q.shape), lse, dout.view(q.shape), window).view(B * T, 3 * D)
     norm_rotary_backward_kernel[(B * T // 16,)](dqkv, qk, rstd, rotary, T, HEADS=2 * D // head_dim, HEAD_DIM=head_dim, ROWS=16)
-    dh, dw = dqkv @ alternate(qkv, head_dim).to(h.dtype), (dqkv.T @ h.flatten(0, 1)).float()
-    return dh.view(h.shape), dqkv.view(B, T, 3 * D), alternate(dw, head_dim, back=True).view(qkv.shape)
-
-
-def alternate(qkv, head_dim, back=False):
-    """[3, D, D] or [3 D, D] -> [3 D, D] with the halves of each head of q and k in turn, as norm_rotary rotates neighbours; or back."""
-    w, pair = qkv.view(-1, qkv.shape[-1]), (head_dim // 2, 2) if back else (2, head_dim // 2)
-    qk, v = w.split([len(w) // 3 * 2, len(w) // 3])
-    return torch.cat([qk.view(-1, *pair, w.shape[1]).transpose(1, 2).reshape(qk.shape), v])
+    dh, dgate, dtable = dqkv @ w, floats(h, 0), floats(h, 0)
+    if gate is not None:
+        dgate, dtable = torch.zeros_like(gate), torch.zeros_like(table, dtype=torch.float32)
+        gated_backward_kernel[(B * T // 16,)](dqkv, h, gate, table, idx.contiguous(), dh, dgate, dtable,
+                                              HEADS=len(gate), HEAD_DIM=head_dim, CHANNELS=gate.shape[1], ROWS=16)
+        dtable = dtable.to(table.dtype)
+    return dh.view(dout.shape), dqkv.T @ h, dgate, dtable
 
 
 if triton:
+    @triton.jit
+    def row_sums_kernel(t, sums, N, n, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+        rows, lane = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, WIDTH)[None, :]
+        inside = rows < N
+        values = tl.load(t + rows[:, None] * n + lane, mask=inside[:, None] & (lane < n), other=0.0)
+        tl.store(sums + rows, tl.sum(values, axis=1), mask=inside)
+
     @triton.jit
     def norm_rotary_backward_kernel(g, y, rstd, rotary, seq_len, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
         """Turn the gradients of the normalised and rotated q and k into those of q and k, in place. g: [N, 3, HEADS / 2, HEAD_DIM], of which q and k;
         y: their values [N, HEADS, HEAD_DIM]; rstd: [N, HEADS]; rotary: [seq_len, HEAD_DIM]."""
         rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         lane = tl.arange(0, HEAD_DIM)[None, :]
-        c, s = tl.split(tl.load(rotary + rows % seq_len * HEAD_DIM + lane).reshape(ROWS, HEAD_DIM // 2, 2))
+        c, s = tl.split(tl.load(rotary + rows % seq_len * HEAD_DIM + lane).to(tl.float32).reshape(ROWS, HEAD_DIM // 2, 2))
         for head in range(HEADS):
             at = g + (rows * (HEADS // 2 * 3) + head) * HEAD_DIM + lane
             d, ys = tl.load(at).to(tl.float32), tl.load(y + (rows * HEADS + head) * HEAD_DIM + lane).to(tl.float32)
             d = (d - ys * (tl.sum(d * ys, axis=1, keep_dims=True) / HEAD_DIM)) * tl.load(rstd + rows * HEADS + head)
             a, b = tl.split(d.reshape(ROWS, HEAD_DIM // 2, 2))
             tl.store(at, tl.join(a * c + b * s, b * c - a * s).reshape(ROWS, HEAD_DIM))
+
+
+    @triton.jit
+    def gated_kernel(h, gate, table, idx, out, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
+        """The gated embedding of fused_attention. h, out: [N, HEADS * HEAD_DIM]; the rest as there."""
+        rows, lane, channel = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, HEAD_DIM)[None, :], tl.arange(0, CHANNELS)[None, :]
+        chosen, x = tl.load(idx + rows)[:, None], tl.load(h + rows[:, None] * (HEADS * HEAD_DIM) + channel).to(tl.float32)
+        for head in range(HEADS):
+            g = 2 * tl.sigmoid(tl.sum(x * tl.load(gate + head * CHANNELS + channel), axis=1, keep_dims=True))
+            value = tl.load(table + (chosen * HEADS + head) * HEAD_DIM + lane).to(tl.float32)
+            tl.store(out + (rows[:, None] * HEADS + head) * HEAD_DIM + lane, g * value)
+
+    @triton.jit
+    def gated_backward_kernel(dqkv, h, gate, table, idx, dh, dgate, dtable, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
+        """Add the gradients of gated_kernel to dh, dgate and dtable. dqkv: [N, 3, HEADS, HEAD_DIM], of which the last third."""
+        rows, lane, channel = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, HEAD_DIM)[None, :], tl.arange(0, CHANNELS)[None, :]
+        at = rows[:, None] * (HEADS * HEAD_DIM) + channel
+        chosen, x, dx = tl.load(idx + rows)[:, None], tl.load(h + at).to(tl.float32), tl.load(dh + at).to(tl.float32)
+        for head in range(HEADS):
+            w = tl.load(gate + head * CHANNELS + channel)
+            s = tl.sigmoid(tl.sum(x * w, axis=1, keep_dims=True))
+            d = tl.load(dqkv + ((rows[:, None] * 3 + 2) * HEADS + head) * HEAD_DIM + lane).to(tl.float32)
+            entry = (chosen * HEADS + head) * HEAD_DIM + lane
+            dlogit = 2 * s * (1 - s) * tl.sum(d * tl.load(table + entry).to(tl.float32), axis=1, keep_dims=True)
+            tl.atomic_add(dtable + entry, 2 * s * d, sem="relaxed")
+            tl.atomic_add(dgate + head * CHANNELS + channel, tl.sum(dlogit * x, axis=0, keep_dims=True), sem="relaxed")
+            dx += dlogit * w
+        tl.store(dh + at, dx)
 
 
 @mlp_forward.register_fake
@@ -324,14 +381,14 @@ def _(d, y, x, rstd, squares, out, fc, proj):
 
 
 @attention_forward.register_fake
-def _(h, ve, qkv, rotary, window):
+def _(h, w, rotary, window, gate, table, idx):
     (B, T, D), H = h.shape, h.shape[2] // rotary.shape[1]
     return torch.empty_like(h), h.new_empty(B * T, 2 * D), floats(h, B * T, 2 * H), h.new_empty(B * T, D), floats(h, B, H, T)
 
 
 @attention_backward.register_fake
-def _(dout, h, qkv, rotary, out, qk, rstd, v, lse, window):
-    return torch.empty_like(h), h.new_empty(*h.shape[:2], 3 * h.shape[2]), torch.empty_like(qkv)
+def _(dout, h, w, rotary, gate, table, idx, *rest):
+    return tuple(floats(h, 0) if t is None else torch.empty_like(t) for t in (h, w, gate, table))
 
 
 def keep_for_mlp(ctx, inputs, output):
@@ -339,13 +396,13 @@ def keep_for_mlp(ctx, inputs, output):
 
 
 def keep_for_attention(ctx, inputs, output):
-    h, ve, qkv, rotary, ctx.window = inputs
-    ctx.save_for_backward(h, qkv, rotary, *output)
+    h, w, rotary, ctx.window, *gated = inputs
+    ctx.save_for_backward(h, w, rotary, *gated, *output)
 
 
 def differentiate_attention(ctx, dout, *_):
-    dh, dqkv, dw = attention_backward(dout, *ctx.saved_tensors, ctx.window)
-    return dh, dqkv[..., 2 * dh.shape[-1] :] if ctx.needs_input_grad[1] else None, dw, None, None
+    dh, dw, dgate, dtable = attention_backward(dout, *ctx.saved_tensors, ctx.window)
+    return (dh, dw, None, None, dgate, dtable, None) if ctx.needs_input_grad[4] else (dh, dw, *[None] * 5)
 
 
 mlp_forward.register_autograd(lambda ctx, d, *_: mlp_backward(d, *ctx.saved_tensors), setup_context=keep_for_mlp)

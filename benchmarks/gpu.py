@@ -16,6 +16,7 @@ it runs the same code at a toy size on the CPU.
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -38,7 +39,7 @@ ORIGINAL = dict(ROPE_BASE=10_000, WARMUP_RATIO=0.0, WARMDOWN_RATIO=0.5)  # its c
 FINDINGS = dict(N_LAYER=9, TOTAL_BATCH_SIZE=262144, DEVICE_BATCH_SIZE=128, SHORT_WINDOW=256, WARMDOWN_RATIO=0.7, WARMUP_RATIO=0.05)
 TOY_FINDINGS = dict(N_LAYER=3, SHORT_WINDOW=32, WARMDOWN_RATIO=0.7, WARMUP_RATIO=0.05)
 FAMILIES = [  # kernel name -> family, the first that matches
-    ("fused", r"GemmMod|norm_rotary"),
+    ("fused", r"GemmMod|norm_rotary|gated|row_sums"),
     ("attention", r"flash|fmha|flex|attention|sdpa|FlashAttn|cute_dsl|kernel_cutlass"),
     ("matmul", r"nvjet|gemm|cutlass|xmma|cublas|addmm|aten::mm|aten::bmm"),
     ("copy", r"memcpy|memset|copy|CatArray"),
@@ -56,7 +57,8 @@ def write_config(gpu, start):
         "tracks": {"local": {"packages": packages, "vocab_size": 8192 if gpu else 1024, "seq_len": 2048 if gpu else 256, "val_tokens": 2**21 if gpu else 2**15}},
         "platforms": {
             "bench": {**both, "backend": "cuda" if gpu else "torch-cpu", "trainer": "train_cuda.py"},
-            "bench-mlx": {**both, "backend": "mlx-cuda" if gpu else "mlx-cpu", "trainer": "train_mlx.py", "auto": False},
+            "bench-mlx": {**both, "backend": "mlx-cuda" if gpu else "mlx-cpu", "trainer": "train_mlx.py", "auto": False,
+                          "start": {**start, "device_batch_size": min(start["device_batch_size"], 32), "eval_batch_size": min(start["eval_batch_size"], 32)}},
         },
     }
     path = Path(os.environ["AUTORESEARCH_HOME"]) / "bench.yaml"
@@ -183,9 +185,9 @@ def product_cases(bf16, fp32):
     x, hidden, scale = bf16(N, D), bf16(N, 4 * D), fp32(N)
     wide, narrow, head, logits = bf16(4 * D, D), bf16(D, 4 * D), bf16(V, D), bf16(C, V)
     return {
-        "add": (hidden, narrow, x), "add_squares": (x, bf16(D, D), x), "relu_squared": (x, wide, None, scale),
+        "add": (hidden, narrow, x), "add_value": (x, bf16(D, D), x), "add_squares": (x, bf16(D, D), x), "relu_squared": (x, wide, None, scale),
         "relu_squared_backward": (x, narrow.T, None, scale, hidden), "add_norm_backward": (hidden, wide.T, x, scale, x),
-        "norm_rotary": (x, bf16(2 * D, D), None, None, fp32(N, 128)), "softcap_exp": (x[:C], head),
+        "norm_rotary": (x, bf16(2 * D, D), None, None, fp32(N, 128).half()), "softcap_exp": (x[:C], head),
         "scale": (logits, head.T, None, scale[:C]), "accumulate": (logits.T, x[:C].T, fp32(V, D), None, None, fp32(V, D)),
     }
 
@@ -202,9 +204,9 @@ def tiles():
     for name, operands in cases.items():
         times, chosen = {}, kernels.TILES[name]
         for tile in ((128, 256, False), (256, 128, False), (128, 128, True), (192, 128, True)):
-            for cluster in ((2, 1), (1, 2)):
-                kernels.TILES[name] = tile + cluster
-                times[tile + cluster] = 1e3 * timed(lambda: kernels.product(name, *operands, softcap=15.0), "cuda")
+            for cluster, loads in itertools.product(((2, 1), (1, 2)), (4, 8, 12)):
+                kernels.TILES[name] = tile + cluster + (loads,)
+                times[kernels.TILES[name]] = 1e3 * timed(lambda: kernels.product(name, *operands, softcap=15.0), "cuda")
         kernels.TILES[name] = chosen
         flops = 2 * len(operands[0]) * operands[0].shape[1] * len(operands[1])
         best = min(times, key=times.get)

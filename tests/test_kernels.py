@@ -29,6 +29,7 @@ def epilogue(name, a, b, c=None, scale=None, x=None, out=None, softcap=15.0):
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).view(acc.shape), rstd
     D, other = {
         "add": lambda: (acc + c, None),
+        "add_value": lambda: (acc + c, None),
         "accumulate": lambda: (acc + c, None),
         "add_squares": lambda: (acc + c, (acc + c).square().sum(dim=1)),
         "scale": lambda: (acc * column, None),
@@ -70,6 +71,7 @@ module = types.ModuleType("flash_attn.cute.interface")
 module.flash_attn_func, module._flash_attn_bwd = flash, flash_backward
 sys.modules.update({"flash_attn": types.ModuleType("flash_attn"), "flash_attn.cute": types.ModuleType("flash_attn.cute"), "flash_attn.cute.interface": module})
 kernels.product = epilogue
+torch.Tensor.half = lambda self: self  # the rotary table: everything here is float32
 
 config = train_cuda.Config(vocab_size=64, seq_len=128, n_layer=3, n_embd=128, head_dim=64, window_pattern="SL", short_window=32)
 def run(fused, compile, flash=False):
@@ -82,8 +84,8 @@ def run(fused, compile, flash=False):
         if flash:
             block.attn.attend = partial(kernels.flash4(), window=block.attn.window)
     trunk = torch.compile(model.trunk, dynamic=False, fullgraph=True) if compile else model.trunk
-    tokens = torch.randint(0, 64, (2, 3, 128))
-    loss = train_cuda.linear_cross_entropy(trunk(tokens[0]), model.lm_head, tokens[1])
+    tokens = torch.randint(0, 64, (3, 129))
+    loss = train_cuda.linear_cross_entropy(trunk(tokens[:, :-1]), model.lm_head, tokens[:, 1:])
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
@@ -98,6 +100,10 @@ def fuses():
     [answer] = {block.fused for block in model.blocks}
     return answer, train_cuda.fused_softcap_exp(torch.device("cpu"), torch.float32)
 
+for shape in ((5000, 6), (4096, 64), (300, 1)):
+    t = torch.rand(shape)
+    torch.testing.assert_close(kernels.row_sums(t), t.sum(dim=1))
+
 print(*fuses())
 train_cuda.fused_softcap_exp.cache_clear()
 train_cuda.MLP.forward, mlp = lambda self, x: train_cuda.linear(torch.nn.functional.gelu(train_cuda.linear(x, self.fc)), self.proj), train_cuda.MLP.forward
@@ -107,10 +113,13 @@ train_cuda.MLP.forward, train_cuda.softcap_exp = mlp, softcap_exp
 kernels.fused_mlp, fused_mlp = lambda *tensors: tensors[9], kernels.fused_mlp
 print(*fuses())
 kernels.fused_mlp = fused_mlp
+train_cuda.Block.forward, forward = lambda self, x, ve: x, train_cuda.Block.forward
+print(*fuses())
+train_cuda.Block.forward = forward
 
 for how in ((True, False), (True, True), (False, False, True)):
     for name, ours in run(*how).items():
-        torch.testing.assert_close(ours, plain[name], rtol=2e-4, atol=2e-4 * float(plain[name].abs().max()), msg=lambda m: f"{name}, {how}: {m}")
+        torch.testing.assert_close(ours, plain[name], rtol=2e-4, atol=5e-4 * float(plain[name].abs().max()), msg=lambda m: f"{name}, {how}: {m}")
 """
 
 
@@ -119,8 +128,8 @@ for how in ((True, False), (True, True), (False, False, True)):
 def test_the_fused_model_has_the_loss_and_the_gradients_of_the_plain_one_and_a_changed_one_is_not_fused():
     done = subprocess.run([sys.executable, "-c", MODEL], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == ["True True", "False False", "False False"]  # as it is, changed, with a kernel that fails
-    for reason in ("Block is not what the fused kernels compute (0.", "softcap_exp is not what", "(IndexError: tuple index out of range)"):
+    assert done.stdout.splitlines() == ["True True", "False False", "False False", "False False"]  # as it is, changed, with a kernel that fails, with other arguments
+    for reason in ("Block is not what the fused kernels compute (0.", "softcap_exp is not what", "(IndexError: tuple index out of range)", "(TypeError: "):
         assert reason in done.stderr
 
 
@@ -138,6 +147,7 @@ here, torch.cuda.is_available, torch.cuda.get_device_capability = torch.cuda.is_
 for kernel in set(kernels.epilogues(15.0).values()):
     kernel.gemm = partial(kernel.gemm, _launch=False)
 torch.cuda.is_available = here
+kernels.row_sums = lambda sums: sums  # of Triton, the rest is not
 with FakeTensorMode():
     empty = lambda dtype: lambda *shape: torch.empty(*shape, dtype=dtype, device="cuda")
     for name, operands in product_cases(empty(torch.bfloat16), empty(torch.float32)).items():
