@@ -115,7 +115,7 @@ def flash4():
 # Matrix products with an epilogue
 # ---------------------------------------------------------------------------
 
-TILES = {  # of a product: rows, columns, pingpong, cluster of rows, of columns, pieces of c and x on their way; the fastest of those tried on an H100
+TILES = {  # of a product: rows, columns, pingpong, cluster of rows, of columns, loads of c and x under way; the fastest of those tried on an H100
     "add": (192, 128, True, 1, 2, 4),
     "add_value": (128, 128, True, 1, 2, 8),
     "accumulate": (128, 128, True, 1, 2, 4),
@@ -189,8 +189,8 @@ def epilogues(softcap=0.0):
         z = element.exp(t * softcap, fastmath=True)
         return {"D": z - z * t * t, "sum": z}
 
-    return dict(add=add, add_value=add, accumulate=add, add_squares=add_squares, scale=scale, relu_squared=relu_squared, relu_squared_backward=relu_squared_backward,
-                add_norm_backward=add_norm_backward, norm_rotary=norm_rotary, softcap_exp=softcap_exp)
+    return dict(add=add, add_value=add, accumulate=add, add_squares=add_squares, scale=scale, relu_squared=relu_squared,
+                relu_squared_backward=relu_squared_backward, add_norm_backward=add_norm_backward, norm_rotary=norm_rotary, softcap_exp=softcap_exp)
 
 
 def product(epilogue, a, b, c=None, scale=None, x=None, out=None, softcap=0.0):
@@ -352,7 +352,8 @@ if triton:
             tl.store(out + (rows[:, None] * HEADS + head) * HEAD_DIM + lane, g * value)
 
     @triton.jit
-    def gated_backward_kernel(dqkv, h, gate, table, idx, dh, dgate, dtable, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
+    def gated_backward_kernel(dqkv, h, gate, table, idx, dh, dgate, dtable,
+                              HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
         """Add the gradients of gated_kernel to dh, dgate and dtable. dqkv: [N, 3, HEADS, HEAD_DIM], of which the last third."""
         rows, lane, channel = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, HEAD_DIM)[None, :], tl.arange(0, CHANNELS)[None, :]
         at = rows[:, None] * (HEADS * HEAD_DIM) + channel

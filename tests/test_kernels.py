@@ -161,3 +161,23 @@ def test_every_product_compiles_for_hopper():
     pytest.importorskip("quack")
     done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True)
     assert set(done.stdout.split()) == set(kernels.TILES), done.stderr[-2000:]
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton comes with PyTorch on Linux only")
+def test_every_triton_kernel_compiles_for_hopper():
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    gated = {"h": "*bf16", "gate": "*fp32", "table": "*bf16", "idx": "*i64"}
+    arguments = {
+        "row_sums_kernel": {"t": "*fp32", "sums": "*fp32", "N": "i32", "n": "i32"},
+        "norm_rotary_backward_kernel": {"g": "*bf16", "y": "*bf16", "rstd": "*fp32", "rotary": "*fp16", "seq_len": "i32"},
+        "gated_kernel": {**gated, "out": "*bf16"},
+        "gated_backward_kernel": {**gated, "dqkv": "*bf16", "dh": "*bf16", "dgate": "*fp32", "dtable": "*fp32"},
+    }
+    constants = {"HEADS": 4, "HEAD_DIM": 128, "CHANNELS": 32, "ROWS": 16, "WIDTH": 16}
+    assert {name for name in vars(kernels) if name.endswith("_kernel")} == set(arguments)
+    for name, types in arguments.items():
+        kernel = getattr(kernels, name)
+        source = ASTSource(kernel, {n: types.get(n, "constexpr") for n in kernel.arg_names}, {n: constants[n] for n in kernel.arg_names if n in constants})
+        assert kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"], name
