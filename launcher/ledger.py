@@ -148,8 +148,8 @@ class Ledger:
     def __init__(self, path):
         self.path = Path(path)
 
-    def rows(self, complain=warn):
-        """All rows, oldest first; an absent file has none."""
+    def rows(self, complain=None):
+        """All rows, oldest first; an absent file has none. `complain` as for parse."""
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:

@@ -354,7 +354,7 @@ def resume(night, status):
         status.done = state["done"]
         status.note(f"going on with a loop that was cut off after {status.done} experiments")
     platform, options = choose_platform(night.options.platform)[0], night.options
-    kept = [row for row in ledger().rows(lambda message: None) if row.compares and row.status == "keep" and row.budget == options.budget
+    kept = [row for row in ledger().rows() if row.compares and row.status == "keep" and row.budget == options.budget
             and (row.platform, row.track) == (platform.name, options.track or platform.track)]
     status.best = min(kept, key=lambda row: row.val_bpb, default=None)
 
@@ -437,5 +437,5 @@ def result_of(row):
 
 
 def last_result():
-    rows = ledger().rows(lambda message: None)
+    rows = ledger().rows()
     return result_of(rows[-1]) if rows else "none: the ledger is empty"

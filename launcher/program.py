@@ -43,7 +43,7 @@ def facts(platform, why, track, recent):
              f"budget: {TIME_BUDGET} s of training; start-up at most {platform.startup_seconds:.0f} s"]
     boards, _, _ = gather([home() / "results.tsv"], track.name, platform.name)
     boards = [b for b in boards if b.key[6] == device and b.key[2] == RULES]
-    rows = [row for row in ledger().rows(lambda message: None) if row.platform == platform.name and row.track == track.name and row.status in STATUSES]
+    rows = [row for row in ledger().rows() if row.platform == platform.name and row.track == track.name and row.status in STATUSES]
     if boards:
         board = boards[0]
         spread = verdict.noise_of(board.rows, board.key)

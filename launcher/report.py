@@ -34,7 +34,7 @@ def series_of(paths, track, platform):
     boards, apart, checked = gather(paths, track, platform)
     series = [(b.title, sorted(b.rows, key=lambda r: (r.time, r.run))) for b in boards]
     for path in paths:
-        foreign = [r for r in Ledger(path).rows(lambda message: None) if not r.rules and r.val_bpb > 0 and not track and not platform]
+        foreign = [r for r in Ledger(path).rows() if not r.rules and r.val_bpb > 0 and not track and not platform]
         if foreign:
             series.append((f"{path} (from another tool: its rules are unknown)", foreign))
     return series, boards, apart, checked

@@ -292,7 +292,7 @@ def judge(row, repetition, notes):
     if not row.compares:
         row.reason = "no verdict: " + "; ".join(notes + [mark for mark in row.mark_list if mark in ("battery", "low-power")])
         return
-    rows = ledger().rows(complain=lambda message: None)
+    rows = ledger().rows()
     best = verdict.champion(rows, row.board)
     if best and best[0].source == row.source:
         row.status, row.reason = "keep", "the best trainer so far, once more" if repetition else "unchanged: this trainer is the best so far"
@@ -313,7 +313,7 @@ def settle_weights(row, run_dir, asked_for):
     if row.status != "keep" or not row.ranks:
         weights.unlink(missing_ok=True)
         return
-    for other in ledger().rows(complain=lambda message: None):
+    for other in ledger().rows():
         if other.run != row.run and other.board == row.board and other.run:
             folder = runs_dir() / other.run
             if not (folder / "keep-weights").exists():
@@ -357,7 +357,7 @@ def recover():
     for path in sorted(runs_dir().glob("*/run.json")):
         if (path.parent / "recorded").exists():
             continue
-        known = {row.run for row in ledger().rows(complain=lambda message: None)} if known is None else known
+        known = {row.run for row in ledger().rows()} if known is None else known
         if path.parent.name not in known:
             try:
                 data = json.loads(path.read_text())

@@ -45,7 +45,7 @@ def sparkline(points, width=WIDTH):
 
 def best_before(row):
     """The best comparable run of the same board that came before this one."""
-    rows = [r for r in ledger().rows(lambda message: None) if r.compares and r.board == row.board and r.time < row.time and r.source != row.source]
+    rows = [r for r in ledger().rows() if r.compares and r.board == row.board and r.time < row.time and r.source != row.source]
     return min(rows, key=lambda r: r.val_bpb) if rows else None
 
 
@@ -80,7 +80,7 @@ def restore(name, force):
     target = ROOT / choose_platform(row.platform)[0].trainer
     if target.exists() and not force:
         current = source_hash(target)
-        known = {r.source for r in ledger().rows(lambda message: None)}
+        known = {r.source for r in ledger().rows()}
         committed = git("hash-object", str(target)) == git("rev-parse", f"HEAD:{target.name}") != ""
         if current not in known and not committed:
             raise UserError(f"{target.name} has changes that no run and no commit holds: commit them, run them, or use --force", 2)

@@ -120,7 +120,7 @@ def scored_before(source, options):
     track, val_tokens = current_track(platform, options.track or platform.track)
     board = Row(track=track.name, fingerprint=prepare(track).fingerprint, rules=RULES, budget=options.budget, val_tokens=val_tokens, platform=platform.name,
                 device=machine_facts().device).board
-    rows = [row for row in ledger().rows(lambda message: None) if row.source == repo.digest(source) and row.compares and row.decided and row.board == board]
+    rows = [row for row in ledger().rows() if row.source == repo.digest(source) and row.compares and row.decided and row.board == board]
     return rows[-1] if rows else None
 
 
@@ -135,7 +135,7 @@ def settle(row=None):
         journal().unlink(missing_ok=True)
         return
     if row is None:
-        rows = [r for r in ledger().rows(lambda message: None) if r.commit == trial.commit[:7] and r.run >= trial.began and r.status in STATUSES]
+        rows = [r for r in ledger().rows() if r.commit == trial.commit[:7] and r.run >= trial.began and r.status in STATUSES]
         row = rows[-1] if rows else None
         say(f"an earlier command was cut off while it tried «{trial.description or trial.trainer}»: " + (f"run {row.run}: {row.status}" if row else "it was not run"))
     if trial.commit != trial.base:

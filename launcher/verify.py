@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 from launcher import verdict
-from launcher.ledger import REFUTED, VERIFIED
+from launcher.ledger import REFUTED, VERIFIED, warn
 from launcher.run import EXIT_CODES, DeviceLock, Options, choose_platform, exit_code, ledger, run_once, runs_dir, say, utc
 from prepare import ROOT, TIME_BUDGET, UserError
 
@@ -24,7 +24,7 @@ def find_run(name):
 
     "last" is the newest run, "best" the lowest val_bpb on the board of the newest ranked run.
     """
-    rows = [row for row in ledger().rows() if row.status not in (VERIFIED, REFUTED) and row.run]
+    rows = [row for row in ledger().rows(warn) if row.status not in (VERIFIED, REFUTED) and row.run]
     if name == "last" and rows:
         return rows[-1]
     if name == "best":
@@ -108,7 +108,7 @@ def clean(apply):
     from prepare import cache_dir, load_tracks, prepared_path
 
     best = {}
-    for row in ledger().rows():
+    for row in ledger().rows(warn):
         if row.ranks and row.status == "keep":
             best[row.board] = row.run
     freed, items = 0, []
