@@ -231,10 +231,9 @@ def run_once(options, repetition=False):
                   budget=options.budget, val_tokens=val_tokens, source=digest(source))
         write_json(run_dir / "run.json", {"row": {k: getattr(row, k) for k in row.__slots__}, "pid": os.getpid(), "why": why, "facts": describe(facts),
                                           "laptop": laptop, "python": sys.version.split()[0], "packages": versions(), "trainer": trainer.name})
-        say(f"run {run_id}: {platform.name} ({why}), track {track.name}, {options.budget:g} s of training, seed {options.seed}")
-        watch, progress = Watch(platform.backend), options.show or Progress(options.budget)
-        interrupted = None
+        watch, progress, interrupted = Watch(platform.backend), options.show or Progress(options.budget), None
         try:
+            say(f"run {run_id}: {platform.name} ({why}), track {track.name}, {options.budget:g} s of training, seed {options.seed}")
             outcome = supervise(copy, run_dir, settings, platform, options.budget, watch, progress)
         except Stopped as stop:
             interrupted = stop

@@ -7,6 +7,7 @@ from conftest import calls, edit, supervise
 
 from launcher import repo, trial
 from launcher import run as runner
+from launcher.child import Stopped
 from launcher.ledger import Ledger
 from launcher.run import Options
 from prepare import UserError
@@ -78,6 +79,15 @@ def test_without_a_verdict_the_edit_stays(repository, capsys):
     assert attempt("SCORE = 1.0  # STOP\n", repository) == 130
     assert "STOP" in (repository / "train_cuda.py").read_text() and not trial.journal().exists()
     assert len(repo.git("for-each-ref", "refs/autoresearch/").splitlines()) == 2
+
+
+def test_a_run_is_on_record_from_the_moment_it_is_announced(repository, monkeypatch):
+    def say(message):
+        if message.startswith("run "):
+            raise Stopped("SIGTERM")
+    monkeypatch.setattr(runner, "say", say)
+    assert attempt("SCORE = 1.0\n", repository) == 130
+    assert [row.reason for row in Ledger(runner.home() / "results.tsv").rows()] == ["interrupted"]
 
 
 def test_what_somebody_does_during_the_run_is_left_alone(repository, monkeypatch, capsys):
