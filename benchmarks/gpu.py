@@ -6,12 +6,12 @@ Everything that we claim about speed on an NVIDIA GPU, in one table.
 
 Parts: ceilings (a large bf16 matrix product, a large copy); attention (each path that is present, at the trainer's
 shapes, against float64 and for time); fused (loss and gradients of the model with the fused kernels and of the plain
-one against float32); tiles (each fused product with every candidate of its tile); profile (one training step by
-kernel family); train (through the real launcher, `--budget` seconds); compare (the original's settings against the
-published findings, in turn, for each `--seed`); kill (a killed launcher leaves nothing on the GPU); mlx (train_mlx.py
-on the same device, with MLX's CUDA build). It needs no network: the corpus is the Python source of the packages
-that happen to be installed, so val_bpb compares between runs of one machine only. On a machine without a GPU
-it runs the same code at a toy size on the CPU.
+one against float32); tiles (each fused product with every candidate of its tile, several minutes); profile (one
+training step by kernel family); train (through the real launcher, `--budget` seconds); compare (the original's
+settings against the published findings, in turn, for each `--seed`); kill (a killed launcher leaves nothing on the
+GPU); mlx (train_mlx.py on the same device, with MLX's CUDA build). It needs no network: the corpus is the Python
+source of the packages that happen to be installed, so val_bpb compares between runs of one machine only. On a
+machine without a GPU it runs the same code at a toy size on the CPU.
 """
 
 import argparse
@@ -203,10 +203,11 @@ def tiles():
     cases = product_cases(lambda *shape: torch.rand(*shape, device="cuda").bfloat16(), lambda *shape: torch.rand(*shape, device="cuda"))
     for name, operands in cases.items():
         times, chosen = {}, kernels.TILES[name]
-        for tile in ((128, 256, False), (256, 128, False), (128, 128, True), (192, 128, True)):
-            for cluster, loads in itertools.product(((2, 1), (1, 2)), (4, 8, 12)):
-                kernels.TILES[name] = tile + cluster + (loads,)
-                times[kernels.TILES[name]] = 1e3 * timed(lambda: kernels.product(name, *operands, softcap=15.0), "cuda")
+        loads = (4, 12) if any(t is not None for t in operands[2:3] + operands[4:5]) else (4,)  # c and x
+        shapes = (128, 256, False), (256, 128, False), (128, 128, True), (192, 128, True)
+        for candidate in dict.fromkeys([chosen, *((*shape, *cluster, n) for shape, cluster, n in itertools.product(shapes, ((2, 1), (1, 2)), loads))]):
+            kernels.TILES[name] = candidate
+            times[candidate] = 1e3 * timed(lambda: kernels.product(name, *operands, softcap=15.0), "cuda")
         kernels.TILES[name] = chosen
         flops = 2 * len(operands[0]) * operands[0].shape[1] * len(operands[1])
         best = min(times, key=times.get)
