@@ -3,9 +3,9 @@ Kernels for recent NVIDIA GPUs that PyTorch does not have, each beside what it r
 
 flash3 and flash4 are attention (Hopper and newer). fused_attention and fused_mlp are the two halves of a block, for
 bfloat16 on Hopper, made of matrix products that finish their result before they store it: between two products
-nothing passes through memory that the backward pass does not need. They compute what Block in train_cuda.py computes;
-a trainer whose Block was changed runs without them (see fuse there). flash-attn-4 brings what they need:
-quack-kernels and the CuTe DSL. Without it available() is false.
+nothing passes through memory that the backward pass does not need, but for the gated value embedding. They compute
+what Block in train_cuda.py computes; a trainer whose Block was changed runs without them (see fuse there).
+flash-attn-4 brings what they need: quack-kernels and the CuTe DSL. Without it available() is false.
 """
 
 import os
@@ -222,7 +222,8 @@ def row_sums(t):
     """float32 [N, n], few n -> [N]: in a third of the time that PyTorch's sum takes."""
     sums, (N, n) = floats(t, len(t)), t.shape
     width = triton.next_power_of_2(n)
-    row_sums_kernel[(triton.cdiv(N, 4096 // width),)](t, sums, N, n, WIDTH=width, ROWS=4096 // width)
+    rows = 4096 // width
+    row_sums_kernel[(triton.cdiv(N, rows),)](t, sums, N, n, WIDTH=width, ROWS=rows)
     return sums
 
 
@@ -294,7 +295,7 @@ def attention_forward(h: Tensor, w: Tensor, rotary: Tensor, window: int, gate: T
         v = h @ w[2 * D :].T
     else:
         gated = torch.empty_like(h)
-        gated_kernel[(B * T // 16,)](h, gate, table, idx.contiguous(), gated, HEADS=len(gate), HEAD_DIM=head_dim, CHANNELS=gate.shape[1], ROWS=16)
+        by_rows(gated_kernel, h, gate, table, idx.contiguous(), gated, HEADS=len(gate), HEAD_DIM=head_dim, CHANNELS=gate.shape[1])
         v = product("add_value", h, w[2 * D :], gated)
     q, k = qk.view(B, T, 2, -1, head_dim).unbind(2)
     out, lse = flash4().forward(q, k, v.view(q.shape), window)
@@ -308,14 +309,18 @@ def attention_backward(dout: Tensor, h: Tensor, w: Tensor, rotary: Tensor, gate:
     (B, T, D), head_dim, h = h.shape, rotary.shape[1], h.flatten(0, 1)
     q, k = qk.view(B, T, 2, -1, head_dim).unbind(2)
     dqkv = flash4().backward(q, k, v.view(q.shape), out.view(q.shape), lse, dout.view(q.shape), window).view(B * T, 3 * D)
-    norm_rotary_backward_kernel[(B * T // 16,)](dqkv, qk, rstd, rotary, T, HEADS=2 * D // head_dim, HEAD_DIM=head_dim, ROWS=16)
+    by_rows(norm_rotary_backward_kernel, dqkv, qk, rstd, rotary, T, HEADS=2 * D // head_dim, HEAD_DIM=head_dim)
     dh, dgate, dtable = dqkv @ w, floats(h, 0), floats(h, 0)
     if gate is not None:
         dgate, dtable = torch.zeros_like(gate), torch.zeros_like(table, dtype=torch.float32)
-        gated_backward_kernel[(B * T // 16,)](dqkv, h, gate, table, idx.contiguous(), dh, dgate, dtable,
-                                              HEADS=len(gate), HEAD_DIM=head_dim, CHANNELS=gate.shape[1], ROWS=16)
+        by_rows(gated_backward_kernel, dqkv, h, gate, table, idx.contiguous(), dh, dgate, dtable, HEADS=len(gate), HEAD_DIM=head_dim, CHANNELS=gate.shape[1])
         dtable = dtable.to(table.dtype)
     return dh.view(dout.shape), dqkv.T @ h, dgate, dtable
+
+
+def by_rows(kernel, first, *rest, **sizes):
+    """Run a kernel over the rows of its first argument [N, ...], 16 in a program: fit() has N a multiple of 128."""
+    kernel[(len(first) // 16,)](first, *rest, **sizes, ROWS=16)
 
 
 if triton:
@@ -339,7 +344,6 @@ if triton:
             d = (d - ys * (tl.sum(d * ys, axis=1, keep_dims=True) / HEAD_DIM)) * tl.load(rstd + rows * HEADS + head)
             a, b = tl.split(d.reshape(ROWS, HEAD_DIM // 2, 2))
             tl.store(at, tl.join(a * c + b * s, b * c - a * s).reshape(ROWS, HEAD_DIM))
-
 
     @triton.jit
     def gated_kernel(h, gate, table, idx, out, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
