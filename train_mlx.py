@@ -11,100 +11,123 @@ which returns a model with model(x) -> logits [B, T, vocab_size], and main().
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from backends.mlx import Experiment, compute_dtype, current_platform
+from backends.mlx import Experiment, Platform, compute_dtype, current_platform
+from prepare import Prepared
 
 # ---------------------------------------------------------------------------
 # Hyperparameters
 # ---------------------------------------------------------------------------
 
-START = current_platform().start  # sizes for this hardware, from platforms.yaml; an experiment writes a number instead
+START = (
+    current_platform().start
+)  # sizes for this hardware, from platforms.yaml; an experiment writes a number
 
 # Model
-N_LAYER = START["n_layer"]
-N_EMBD = START["n_embd"]
-HEAD_DIM = START["head_dim"]
-WINDOW_PATTERN = START["window_pattern"]  # a letter per layer, repeated: L sees the whole row, S the short window; the last layer is L
-SHORT_WINDOW = START["short_window"]      # tokens, the position itself included
+N_LAYER = START.n_layer
+N_EMBD = START.n_embd
+HEAD_DIM = START.head_dim
+# A letter per layer, repeated: L sees the whole row, S the short window; the last layer is L.
+WINDOW_PATTERN = START.window_pattern
+SHORT_WINDOW = START.short_window  # tokens, the position itself included
 ROPE_BASE = 200_000
-SOFTCAP = 15.0                            # logits are squashed to (-SOFTCAP, SOFTCAP)
+SOFTCAP = 15.0  # logits are squashed to (-SOFTCAP, SOFTCAP)
 
 # Batch
-TOTAL_BATCH_SIZE = START["total_batch_size"]    # tokens an optimizer step
-DEVICE_BATCH_SIZE = START["device_batch_size"]  # rows a forward and backward pass; lower it when memory runs out
-EVAL_BATCH_SIZE = START["eval_batch_size"]      # rows a forward pass when scoring
+TOTAL_BATCH_SIZE = START.total_batch_size  # tokens an optimizer step
+DEVICE_BATCH_SIZE = START.device_batch_size  # rows a forward and backward pass; lower it when memory runs out
+EVAL_BATCH_SIZE = START.eval_batch_size  # rows a forward pass when scoring
 
 # Optimizer
-MATRIX_LR = 0.04         # Muon, all matrices of the blocks
-EMBEDDING_LR = 0.6       # AdamW, token and value embeddings
-UNEMBEDDING_LR = 0.004   # AdamW, lm_head
-SCALAR_LR = 0.5          # AdamW, residual and x0 scalars
+MATRIX_LR = 0.04  # Muon, all matrices of the blocks
+EMBEDDING_LR = 0.6  # AdamW, token and value embeddings
+UNEMBEDDING_LR = 0.004  # AdamW, lm_head
+SCALAR_LR = 0.5  # AdamW, residual and x0 scalars
 ADAM_BETAS = (0.8, 0.95)
-MUON_BETA2 = 0.95        # of NorMuon's second moment
-WEIGHT_DECAY = 0.2       # Muon, cautious; falls to 0 over the run
-EMBEDDING_DECAY = 0.0    # AdamW, embeddings
-WARMUP_RATIO = 0.05      # share of the time budget over which the learning rate rises
-WARMDOWN_RATIO = 0.7     # share over which it falls
-FINAL_LR_FRAC = 0.0      # of the full rate, at the end
-MOMENTUM_RATIO = 0.3     # share over which Muon's momentum rises from 0.85 to 0.95
+MUON_BETA2 = 0.95  # of NorMuon's second moment
+WEIGHT_DECAY = 0.2  # Muon, cautious; falls to 0 over the run
+EMBEDDING_DECAY = 0.0  # AdamW, embeddings
+WARMUP_RATIO = 0.05  # share of the time budget over which the learning rate rises
+WARMDOWN_RATIO = 0.7  # share over which it falls
+FINAL_LR_FRAC = 0.0  # of the full rate, at the end
+MOMENTUM_RATIO = 0.3  # share over which Muon's momentum rises from 0.85 to 0.95
 
 # Machine
 COMPILE = True
-WARMUP_STEPS = 3         # on random tokens, before the clock starts; their updates are thrown away
-LOSS_CHUNK = 2**26       # logits held at a time by the loss (see linear_cross_entropy)
+WARMUP_STEPS = 3  # on random tokens, before the clock starts; their updates are thrown away
+LOSS_CHUNK_CPU = 2**22  # logits that the loss holds at a time (see linear_cross_entropy) on the CPU
+LOSS_CHUNK_GPU = 2**26  # and on a GPU
 
 # ---------------------------------------------------------------------------
 # Compilation
 # ---------------------------------------------------------------------------
 
-def compiled(function, state=None):
-    """mx.compile; `state`: arrays (in lists and dicts) that the function reads and replaces."""
-    return mx.compile(function, inputs=state, outputs=state) if COMPILE else function
+
+def compiled_with(state: list) -> Callable[[Callable], Callable]:
+    """Return mx.compile as a decorator. state: arrays, in lists and dicts, that the function replaces."""
+    return partial(mx.compile, inputs=state, outputs=state) if COMPILE else lambda function: function
 
 
 # ---------------------------------------------------------------------------
 # Attention
 # ---------------------------------------------------------------------------
 
-def attention_kernel(window, seq_len):
-    """Causal attention as f(q, k, v), over the last `window` positions, the own one included.
 
-    q, k, v: [B, n_head, seq_len, head_dim]; f returns the same shape. On Metal the fused kernel has no backward
-    pass (mlx 0.32: pull requests 2995 and 3241 are not in it), so that a gradient stores all scores: windows
-    are computed in blocks, where they are few.
+def attention_kernel(config: "Config", layer: int) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+    """Return causal attention for a layer, as f(q, k, v).
+
+    q, k, v: [B, n_head, seq_len, head_dim]; f returns the same shape. A position attends to the last
+    config.window(layer) positions, its own included. On Metal the fused kernel has no backward pass (mlx
+    0.32: pull requests 2995 and 3241 are not in it), so that a gradient stores all scores: windows are
+    computed in blocks, where they are few.
     """
-    if window < seq_len:
+    window = config.window(layer)
+    if window < config.seq_len:
         return partial(block_attention, window=window)
     return sdpa_attention
 
 
-def sdpa_attention(q, k, v):
-    """MLX's scaled_dot_product_attention, over the whole row."""
+def sdpa_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Return MLX's scaled_dot_product_attention over the whole row. q, k, v: [B, H, T, D]."""
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask="causal")
 
 
-def block_attention(q, k, v, window):
-    """A block of `window` queries at a time against its own keys and those of the block before: T x 2W scores, not T x T."""
+def block_attention(q: mx.array, k: mx.array, v: mx.array, window: int) -> mx.array:
+    """Return attention computed for a block of `window` queries at a time.
+
+    q, k, v: [B, H, T, D]. A block meets its own keys and those of the block before: T x 2W scores, not T x T.
+    """
     B, H, T, D = q.shape
     n = -(-T // window)
-    q, k, v = (mx.pad(t, ((0, 0), (0, 0), (0, n * window - T), (0, 0))).reshape(B, H, n, window, D) for t in (q, k, v))
-    k, v = (mx.concatenate([mx.pad(t, ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))[:, :, :-1], t], axis=3) for t in (k, v))
-    query, key = mx.arange(window)[:, None] + window, mx.arange(2 * window)[None, :]
-    seen = (key <= query) & (key > query - window) & ((mx.arange(n)[:, None, None] > 0) | (key >= window))
+    rest = (0, n * window - T)
+    q, k, v = (mx.pad(t, ((0, 0), (0, 0), rest, (0, 0))).reshape(B, H, n, window, D) for t in (q, k, v))
+    k, v = (mx.concatenate([one_block_later(t), t], axis=3) for t in (k, v))
+    query = mx.arange(window)[:, None] + window
+    key = mx.arange(2 * window)[None, :]
+    has_before = mx.arange(n)[:, None, None] > 0
+    seen = (key <= query) & (key > query - window) & (has_before | (key >= window))
     scores = (q @ k.swapaxes(-1, -2)).astype(mx.float32) * D**-0.5
     weights = mx.softmax(mx.where(seen, scores, -math.inf), axis=-1).astype(q.dtype)
     return (weights @ v).reshape(B, H, n * window, D)[:, :, :T]
 
 
+def one_block_later(t: mx.array) -> mx.array:
+    """Return t [B, H, n, W, D] moved by one along n; the first block is zero."""
+    return mx.pad(t, ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))[:, :, :-1]
+
+
 # ---------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------
+
 
 @dataclass
 class Config:
@@ -115,31 +138,33 @@ class Config:
     head_dim: int
     window_pattern: str
     short_window: int
+    dtype: mx.Dtype  # of activations and embeddings; the other weights are float32
 
     @property
-    def n_head(self):
+    def n_head(self) -> int:
         return self.n_embd // self.head_dim
 
-    def window(self, layer):
-        """Positions that a layer attends to."""
+    def window(self, layer: int) -> int:
+        """Return how many positions a layer attends to."""
         short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer < self.n_layer - 1
         return min(self.short_window, self.seq_len) if short else self.seq_len
 
-    def has_value_embedding(self, layer):
-        """Alternating layers, the last one included."""
+    def has_value_embedding(self, layer: int) -> bool:
+        """Return whether a layer has one: alternating layers do, the last one included."""
         return layer % 2 == (self.n_layer - 1) % 2
 
 
-def norm(x):
+def norm(x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x, None, 1e-6)
 
 
 @mx.custom_function
-def linear(x, weight):
-    """x [..., in] times weight [out, in] transposed, in the dtype of x.
+def linear(x: mx.array, weight: mx.array) -> mx.array:
+    """Return x [..., in] times weight [out, in] transposed, in the dtype of x.
 
-    The weight is laid out anew, and the gradients are written so that no large product has a transposed right-hand
-    side: MLX's CPU build takes 1.4 times as long for one, and the copy costs Metal next to nothing.
+    The weight is laid out anew, and the gradients are written so that no large product has a transposed
+    right-hand side: MLX's CPU build takes 1.4 times as long for one, and the copy costs Metal next to
+    nothing.
     """
     return x @ mx.contiguous(weight.astype(x.dtype).T)
 
@@ -151,70 +176,96 @@ def _(primals, cotangent, output):
     return cotangent @ weight.astype(x.dtype), dw.astype(weight.dtype)
 
 
-def rotate(x):
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), the halves of head_dim as the pair. x: [B, H, T, D]."""
-    return mx.fast.rope(x, x.shape[-1], traditional=False, base=ROPE_BASE, scale=1.0, offset=0)
+def rotate(x: mx.array, rotary: mx.array) -> mx.array:
+    """Apply rotary position embedding (Su et al. 2021, arXiv:2104.09864), the halves of head_dim as the pair.
+
+    x: [B, H, T, D]; rotary: float32 [D / 2], the positions in which each pair's angle grows by 1.
+    """
+    return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=0, freqs=rotary)
 
 
 class Attention(nn.Module):
     GATE_CHANNELS = 32  # of the input, that decide how much value embedding a head takes
 
-    def __init__(self, config, layer):
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.n_head, self.head_dim = config.n_head, config.head_dim
-        self.attend = attention_kernel(config.window(layer), config.seq_len)
         D = config.n_embd
+        self.n_head = config.n_head
+        self.head_dim = config.head_dim
+        self.attend = attention_kernel(config, layer)
         self.qkv = mx.zeros((3, D, D))
         self.proj = mx.zeros((D, D))
-        self.gate = mx.zeros((self.n_head, min(self.GATE_CHANNELS, D))) if config.has_value_embedding(layer) else None
+        self.gate: Any = None
+        if config.has_value_embedding(layer):
+            self.gate = mx.zeros((self.n_head, min(self.GATE_CHANNELS, D)))
 
-    def __call__(self, x, ve):
+    def __call__(self, x: mx.array, ve: tuple[mx.array, mx.array] | None, rotary: mx.array) -> mx.array:
+        """Return [B, T, D]. x: [B, T, D]; ve: a table [V, D] of value embeddings and idx [B, T]."""
         B, T, D = x.shape
-        q, k, v = linear(x, self.qkv.flatten(0, 1)).reshape(B, T, 3, self.n_head, self.head_dim).transpose(2, 0, 3, 1, 4)
+        qkv = linear(x, self.qkv.flatten(0, 1)).reshape(B, T, 3, self.n_head, self.head_dim)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
         if ve is not None:
-            # Value embeddings (a table [V, D] and idx [B, T]), gated per head (after ResFormer, Zhou et al. 2024, arXiv:2410.17897).
+            # Gated per head (after ResFormer, Zhou et al. 2024, arXiv:2410.17897).
             table, idx = ve
             gate = 2 * mx.sigmoid(linear(x[..., : self.gate.shape[1]], self.gate))
-            v = v + gate.swapaxes(1, 2)[..., None] * table[idx].reshape(B, T, self.n_head, self.head_dim).swapaxes(1, 2)
-        q, k = norm(rotate(q)), norm(rotate(k))
+            value = table[idx].reshape(B, T, self.n_head, self.head_dim)
+            v = v + gate.swapaxes(1, 2)[..., None] * value.swapaxes(1, 2)
+        q = norm(rotate(q, rotary))
+        k = norm(rotate(k, rotary))
         return linear(self.attend(q, k, v).swapaxes(1, 2).reshape(B, T, D), self.proj)
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.fc = mx.zeros((4 * config.n_embd, config.n_embd))
         self.proj = mx.zeros((config.n_embd, 4 * config.n_embd))
 
-    def __call__(self, x):
-        return linear(mx.square(mx.maximum(linear(x, self.fc), 0)), self.proj)  # ReLU squared: So et al. 2021, arXiv:2109.08668
+    def __call__(self, x: mx.array) -> mx.array:
+        hidden = mx.square(
+            mx.maximum(linear(x, self.fc), 0)
+        )  # ReLU squared: So et al. 2021, arXiv:2109.08668
+        return linear(hidden, self.proj)
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.attn, self.mlp = Attention(config, layer), MLP(config)
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
 
-    def __call__(self, x, ve):
-        x = x + self.attn(norm(x), ve)
+    def __call__(self, x: mx.array, ve: tuple[mx.array, mx.array] | None, rotary: mx.array) -> mx.array:
+        x = x + self.attn(norm(x), ve, rotary)
         return x + self.mlp(norm(x))
 
 
 class GPT(nn.Module):
-    def __init__(self, config, dtype):
+    """The language model. `init_weights` fills the weights."""
+
+    def __init__(self, config: Config) -> None:
         super().__init__()
+        V = config.vocab_size
+        D = config.n_embd
+        L = config.n_layer
         self.config = config
-        V, D, L = config.vocab_size, config.n_embd, config.n_layer
-        self.wte = mx.zeros((V, D), dtype)
-        self.value_embeds = {f"layer{i}": mx.zeros((V, D), dtype) for i in range(L) if config.has_value_embedding(i)}
+        self.wte = mx.zeros((V, D), config.dtype)
+        self.value_embeds = {
+            f"layer{i}": mx.zeros((V, D), config.dtype) for i in range(L) if config.has_value_embedding(i)
+        }
         self.blocks = [Block(config, i) for i in range(L)]
         self.lm_head = mx.zeros((V, D))
         self.resid_lambdas = mx.zeros((L,))
         self.x0_lambdas = mx.zeros((L,))
+        # Not a weight: the underscore says so to MLX.
+        self._rotary = ROPE_BASE ** (mx.arange(0, config.head_dim, 2) / config.head_dim)
 
-    def init_weights(self):
+    def init_weights(self) -> None:
+        """Draw new weights from the framework's generator."""
         bound = (3 / self.config.n_embd) ** 0.5  # uniform with standard deviation n_embd ** -0.5
-        uniform = lambda like: mx.random.uniform(-bound, bound, like.shape).astype(like.dtype)
+
+        def uniform(like: mx.array) -> mx.array:
+            return mx.random.uniform(-bound, bound, like.shape).astype(like.dtype)
+
         self.wte = mx.random.normal(self.wte.shape).astype(self.wte.dtype)
         self.lm_head = 0.001 * mx.random.normal(self.lm_head.shape)
         for name, table in self.value_embeds.items():
@@ -222,35 +273,53 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.attn.qkv = uniform(block.attn.qkv)
             block.mlp.fc = uniform(block.mlp.fc)
+            block.attn.proj = mx.zeros_like(block.attn.proj)
+            block.mlp.proj = mx.zeros_like(block.mlp.proj)
+            if block.attn.gate is not None:
+                block.attn.gate = mx.zeros_like(block.attn.gate)
         self.resid_lambdas = mx.ones_like(self.resid_lambdas)
         self.x0_lambdas = mx.full(self.x0_lambdas.shape, 0.1)
         mx.eval(self.parameters())
 
-    def trunk(self, idx):
-        """int32 [B, T] -> hidden states [B, T, n_embd] in the compute dtype, normalised."""
+    def trunk(self, idx: mx.array) -> mx.array:
+        """Return the hidden states [B, T, n_embd] in the compute dtype, normalised. idx: int32 [B, T]."""
         x = x0 = norm(self.wte[idx])
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i].astype(x.dtype) * x + self.x0_lambdas[i].astype(x.dtype) * x0
             ve = (self.value_embeds[f"layer{i}"], idx) if self.config.has_value_embedding(i) else None
-            x = block(x, ve)
+            x = block(x, ve, self._rotary)
         return norm(x)
 
-    def __call__(self, idx):
-        """int32 [B, T] -> logits [B, T, vocab_size] in the compute dtype."""
-        return (SOFTCAP * mx.tanh(linear(self.trunk(idx), self.lm_head).astype(mx.float32) / SOFTCAP)).astype(self.wte.dtype)
+    def __call__(self, idx: mx.array) -> mx.array:
+        """Return logits [B, T, vocab_size] in the compute dtype. idx: int32 [B, T]."""
+        logits = linear(self.trunk(idx), self.lm_head).astype(mx.float32)
+        return (SOFTCAP * mx.tanh(logits / SOFTCAP)).astype(self.config.dtype)
 
-    def flops_per_token(self):
-        """Floating-point operations of forward and backward per token (Chowdhery et al. 2022, arXiv:2204.02311, appendix B):
-        6 for each weight of a matrix, 12 times head_dim for each head and attended position."""
+    def flops_per_token(self) -> int:
+        """Return the floating-point operations of forward and backward per token.
+
+        6 for each weight of a matrix, 12 times head_dim for each head and attended position (Chowdhery et al.
+        2022, arXiv:2204.02311, appendix B).
+        """
         c = self.config
-        weights = sum(p.size for block in self.blocks for _, p in tree_flatten(block.parameters())) + self.lm_head.size
+        blocks = [p for block in self.blocks for _, p in tree_flatten(block.parameters())]
+        weights = sum(p.size for p in blocks) + self.lm_head.size
         return 6 * weights + 12 * c.n_embd * sum(c.window(i) for i in range(c.n_layer))
 
 
-def build_model(track, platform):
-    """A new model, initialised from the seed in force."""
-    config = Config(track.vocab_size, track.seq_len, N_LAYER, N_EMBD, HEAD_DIM, WINDOW_PATTERN, SHORT_WINDOW)
-    model = GPT(config, compute_dtype(platform))
+def build_model(track: Prepared, platform: Platform) -> GPT:
+    """Return a new model, initialised from the seed in force."""
+    config = Config(
+        vocab_size=track.vocab_size,
+        seq_len=track.seq_len,
+        n_layer=N_LAYER,
+        n_embd=N_EMBD,
+        head_dim=HEAD_DIM,
+        window_pattern=WINDOW_PATTERN,
+        short_window=SHORT_WINDOW,
+        dtype=compute_dtype(platform),
+    )
+    model = GPT(config)
     model.init_weights()
     return model
 
@@ -259,26 +328,35 @@ def build_model(track, platform):
 # Loss
 # ---------------------------------------------------------------------------
 
-@mx.custom_function
-def cross_entropy_and_gradients(x, weight, targets):
-    """(mean cross-entropy of softcapped logits, its gradients by x and weight), without ever storing all logits.
 
-    x: [N, D] compute dtype; weight: float32 [V, D]; targets: int32 [N]. The logits of a chunk of tokens are made
-    in the compute dtype, and its gradients at once (as in Liger, Hsu et al. 2024, arXiv:2410.10989). The softmax
-    is divided by its sum on the narrow side of the matrix products, so that logits are read and written once.
+@mx.custom_function
+def cross_entropy_and_gradients(
+    x: mx.array, weight: mx.array, targets: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the mean cross-entropy of softcapped logits in nats, and its gradients by x and weight.
+
+    x: [N, D] compute dtype; weight: float32 [V, D]; targets: int32 [N]. All logits are never stored: those of
+    a chunk of tokens are made in the compute dtype, and its gradients at once (as in Liger, Hsu et al. 2024,
+    arXiv:2410.10989). The softmax is divided by its sum on the narrow side of the matrix products, so that
+    logits are read and written once.
     """
-    w, dx, dw, loss = weight.astype(x.dtype), [], mx.zeros_like(weight), mx.array(0.0)
-    rows = max(1, LOSS_CHUNK // len(w))
+    w = weight.astype(x.dtype)
+    dx = []
+    dw = mx.zeros_like(weight)
+    loss = mx.array(0.0)
+    rows = max(1, (LOSS_CHUNK_GPU if mx.default_device() == mx.gpu else LOSS_CHUNK_CPU) // len(w))
     for i in range(0, len(x), rows):
-        part, target = x[i : i + rows], targets[i : i + rows, None]
+        part = x[i : i + rows]
+        target = targets[i : i + rows, None]
         squashed = mx.tanh((part @ mx.contiguous(w.T)).astype(mx.float32) / SOFTCAP)
         z = mx.exp(SOFTCAP * squashed)  # exp(15) is far from overflow: no maximum is needed
-        total, dlogits = z.sum(axis=1, keepdims=True), (z * (1 - mx.square(squashed))).astype(x.dtype)
-        at_target = mx.take_along_axis(squashed, target, axis=1)
-        correct = (mx.exp(SOFTCAP * at_target) - total) * (1 - mx.square(at_target))
-        dlogits = mx.put_along_axis(dlogits, target, correct.astype(x.dtype), axis=1)
-        loss = loss + (mx.log(total) - SOFTCAP * at_target).sum()
+        total = z.sum(axis=1, keepdims=True)
+        dlogits = (z * (1 - mx.square(squashed))).astype(x.dtype)
+        chosen = mx.take_along_axis(squashed, target, axis=1)
+        at_target = (mx.exp(SOFTCAP * chosen) - total) * (1 - mx.square(chosen))
+        dlogits = mx.put_along_axis(dlogits, target, at_target.astype(x.dtype), axis=1)
         share = 1 / (total * len(x))
+        loss = loss + (mx.log(total) - SOFTCAP * chosen).sum()
         dx.append(((dlogits @ w) * share).astype(x.dtype))
         dw = dw + dlogits.T @ (part * share).astype(x.dtype)
     return loss / len(x), mx.concatenate(dx), dw
@@ -286,12 +364,13 @@ def cross_entropy_and_gradients(x, weight, targets):
 
 @cross_entropy_and_gradients.vjp
 def _(primals, cotangents, outputs):
-    scale, (_, dx, dw) = cotangents[0], outputs
+    scale = cotangents[0]
+    _, dx, dw = outputs
     return dx * scale.astype(dx.dtype), dw * scale, mx.zeros_like(primals[2])
 
 
-def linear_cross_entropy(x, weight, targets):
-    """Mean nats. x: [B, T, D], weight: [V, D], targets: int32 [B, T]."""
+def linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
+    """Return the mean loss in nats. x: [B, T, D]; weight: [V, D]; targets: int32 [B, T]."""
     return cross_entropy_and_gradients(x.flatten(0, 1), weight, targets.flatten())[0]
 
 
@@ -309,12 +388,13 @@ POLAR_EXPRESS = [
 ]
 
 
-def frobenius(x):
+def frobenius(x: mx.array) -> mx.array:
+    """Return the norms of matrices [n, rows, cols], float32 [n, 1, 1]."""
     return mx.sqrt(mx.square(x.astype(mx.float32)).sum(axis=(-2, -1), keepdims=True))
 
 
-def orthogonalize(g, dtype):
-    """The nearest (semi-)orthogonal matrices to g [n, rows, cols], in the compute dtype."""
+def orthogonalize(g: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return the nearest (semi-)orthogonal matrices to g [n, rows, cols], in the compute dtype."""
     x = g.astype(dtype)
     x = x / (frobenius(x) * 1.02 + 1e-6).astype(dtype)
     tall = x.shape[-2] > x.shape[-1]
@@ -325,11 +405,21 @@ def orthogonalize(g, dtype):
     return x.swapaxes(-1, -2) if tall else x
 
 
-def muon_update(p, g, m, v, lr, momentum, decay, dtype):
-    """Muon (Jordan et al. 2024) for stacked matrices [n, rows, cols]. Returns new (p, m, v).
+def muon_update(
+    p: mx.array,
+    g: mx.array,
+    m: mx.array,
+    v: mx.array,
+    lr: mx.array,
+    momentum: mx.array,
+    decay: mx.array,
+    dtype: mx.Dtype,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Update stacked matrices [n, rows, cols] by Muon (Jordan et al. 2024). Returns new (p, m, v).
 
-    Nesterov momentum, Polar Express, NorMuon's variance normalisation (Li et al. 2025, arXiv:2510.05491) along
-    the longer side, and cautious weight decay (Chen et al. 2025, arXiv:2510.12402): only where update and weight agree.
+    Nesterov momentum, Polar Express, NorMuon's variance normalisation (Li et al. 2025, arXiv:2510.05491)
+    along the longer side, and cautious weight decay (Chen et al. 2025, arXiv:2510.12402): only where update
+    and weight agree.
     """
     m = m + (g - m) * (1 - momentum)
     u = orthogonalize(g + (m - g) * momentum, dtype).astype(mx.float32)
@@ -342,72 +432,110 @@ def muon_update(p, g, m, v, lr, momentum, decay, dtype):
     return p - lr * u - lr * decay * p * (u * p >= 0), m, v
 
 
-def adamw_update(p, g, m, v, lr, betas, decay, step):
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), computed in float32. Returns new (p, m, v)."""
-    g, (beta1, beta2) = g.astype(mx.float32), betas
+def adamw_update(
+    p: mx.array,
+    g: mx.array,
+    m: mx.array,
+    v: mx.array,
+    lr: mx.array,
+    betas: tuple[float, float],
+    decay: float,
+    step: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Update p by AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), in float32. Returns new (p, m, v)."""
+    beta1, beta2 = betas
+    g = g.astype(mx.float32)
     m = m + (g - m) * (1 - beta1)
     v = v + (mx.square(g) - v) * (1 - beta2)
     update = (m / (1 - beta1**step)) / (mx.sqrt(v / (1 - beta2**step)) + 1e-10)
     return (p.astype(mx.float32) * (1 - lr * decay) - lr * update).astype(p.dtype), m, v
 
 
+class AdamW(NamedTuple):
+    """How AdamW updates a tensor."""
+
+    lr: float
+    betas: tuple[float, float] = ADAM_BETAS
+    decay: float = 0.0
+
+
 class Optimizer:
     """Muon for the matrices of the blocks, those of one shape stacked; AdamW for everything else.
 
-    `state` holds every array that a step replaces, for mx.compile to capture.
+    adamw: {name of a tensor: its AdamW}. muon: for each stack the names of its matrices. state: the number of
+    steps, and the moments m and v of each tensor and stack; a stack's are under its first name.
+    mx.compile captures that dict.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: GPT) -> None:
         scale = (model.config.n_embd / 768) ** -0.5  # AdamW's rates were tuned at width 768
-        self.model, params = model, dict(tree_flatten(model.parameters()))
-        self.adamw, shapes = {}, {}
-        for name, p in params.items():
+        embedding = AdamW(EMBEDDING_LR * scale, decay=EMBEDDING_DECAY)
+        others = {
+            "lm_head": AdamW(UNEMBEDDING_LR * scale),
+            "resid_lambdas": AdamW(SCALAR_LR * 0.01),
+            "x0_lambdas": AdamW(SCALAR_LR, betas=(0.96, 0.95)),
+        }
+        self.model = model
+        self.adamw: dict[str, AdamW] = {}
+        stacks: dict[Any, list[str]] = {}
+        for name, p in tree_flatten(model.parameters()):
             if name.startswith("blocks."):
-                shapes.setdefault(p.shape[-2:], []).append(name)
-            elif name == "lm_head":
-                self.adamw[name] = UNEMBEDDING_LR * scale, ADAM_BETAS, 0.0
-            elif name == "resid_lambdas":
-                self.adamw[name] = SCALAR_LR * 0.01, ADAM_BETAS, 0.0
-            elif name == "x0_lambdas":
-                self.adamw[name] = SCALAR_LR, (0.96, 0.95), 0.0
+                stacks.setdefault(p.shape[-2:], []).append(name)
             else:
-                self.adamw[name] = EMBEDDING_LR * scale, ADAM_BETAS, EMBEDDING_DECAY
-        self.muon = list(shapes.values())
-        self.state = {"step": mx.array(0.0)}
+                self.adamw[name] = others.get(name, embedding)
+        self.muon = list(stacks.values())
+        self.state: dict[str, Any] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all steps."""
+        params = dict(tree_flatten(self.model.parameters()))
+        self.state["step"] = mx.array(0.0)
         for name in self.adamw:
-            self.state[name] = {"m": mx.zeros(params[name].shape), "v": mx.zeros(params[name].shape)}
+            shape = params[name].shape
+            self.state[name] = {"m": mx.zeros(shape), "v": mx.zeros(shape)}
         for names in self.muon:
-            p = self.stacked(params, names)
-            v = mx.zeros_like(p.mean(axis=-1 if p.shape[-2] >= p.shape[-1] else -2, keepdims=True))
-            self.state[names[0]] = {"m": mx.zeros_like(p), "v": v}
+            stack = self.stacked([params[name] for name in names])
+            longer = -1 if stack.shape[-2] >= stack.shape[-1] else -2
+            v = mx.zeros_like(stack.mean(axis=longer, keepdims=True))
+            self.state[names[0]] = {"m": mx.zeros_like(stack), "v": v}
         mx.eval(self.state)
 
     @staticmethod
-    def stacked(arrays, names):
-        return mx.concatenate([arrays[n].reshape(-1, *arrays[n].shape[-2:]) for n in names])
+    def stacked(matrices: list[mx.array]) -> mx.array:
+        """Return [n, rows, cols] from matrices [rows, cols] and stacks of them."""
+        return mx.concatenate([t.reshape(-1, *t.shape[-2:]) for t in matrices])
 
     @staticmethod
-    def schedule(progress):
-        """What changes over a run, as arrays, so that a new value does not compile anew."""
-        return [mx.array(value) for value in (lr_scale(progress), muon_momentum(progress), WEIGHT_DECAY * (1 - progress))]
+    def schedule(progress: float) -> list[mx.array]:
+        """Return learning rate, momentum and decay as arrays: a new value does not compile anew."""
+        values = lr_scale(progress), muon_momentum(progress), WEIGHT_DECAY * (1 - progress)
+        return [mx.array(value) for value in values]
 
-    def step(self, grads, schedule):
-        """Update the model from a tree of gradients. schedule: what `schedule(progress)` returned."""
+    def step(self, grads: dict[str, mx.array], schedule: list[mx.array]) -> None:
+        """Update the model. grads: {name: gradient}; schedule: what `schedule(progress)` returned."""
         rate, momentum, decay = schedule
-        params, grads, new = dict(tree_flatten(self.model.parameters())), dict(tree_flatten(grads)), {}
-        self.state["step"] = count = self.state["step"] + 1
-        for name, (lr, betas, fixed_decay) in self.adamw.items():
+        params = dict(tree_flatten(self.model.parameters()))
+        new = {}
+        count = self.state["step"] + 1
+        self.state["step"] = count
+        for name, how in self.adamw.items():
             s = self.state[name]
-            new[name], s["m"], s["v"] = adamw_update(params[name], grads[name], s["m"], s["v"], lr * rate, betas, fixed_decay, count)
+            lr = how.lr * rate
+            new[name], s["m"], s["v"] = adamw_update(
+                params[name], grads[name], s["m"], s["v"], lr, how.betas, how.decay, count
+            )
         for names in self.muon:
             s = self.state[names[0]]
-            p, s["m"], s["v"] = muon_update(self.stacked(params, names), self.stacked(grads, names), s["m"], s["v"], MATRIX_LR * rate, momentum, decay,
-                                              self.model.wte.dtype)
-            at = 0
+            p = self.stacked([params[name] for name in names])
+            g = self.stacked([grads[name] for name in names])
+            dtype = self.model.config.dtype
+            p, s["m"], s["v"] = muon_update(p, g, s["m"], s["v"], MATRIX_LR * rate, momentum, decay, dtype)
+            first = 0
             for name in names:
-                count_of = params[name].shape[0] if params[name].ndim == 3 else 1
-                new[name] = p[at : at + count_of].reshape(params[name].shape)
-                at += count_of
+                last = first + (params[name].shape[0] if params[name].ndim == 3 else 1)
+                new[name] = p[first:last].reshape(params[name].shape)
+                first = last
         self.model.update(tree_unflatten(list(new.items())))
 
 
@@ -415,8 +543,9 @@ class Optimizer:
 # Schedules, as functions of the share of the time budget used
 # ---------------------------------------------------------------------------
 
-def lr_scale(progress):
-    """Warmup, constant, linear warmdown."""
+
+def lr_scale(progress: float) -> float:
+    """Return the share of the full learning rate: warmup, constant, linear warmdown."""
     if progress < WARMUP_RATIO:
         return progress / WARMUP_RATIO
     left = max(0.0, 1.0 - progress)
@@ -425,7 +554,8 @@ def lr_scale(progress):
     return FINAL_LR_FRAC + (1.0 - FINAL_LR_FRAC) * left / WARMDOWN_RATIO
 
 
-def muon_momentum(progress):
+def muon_momentum(progress: float) -> float:
+    """Return Muon's momentum: it rises linearly and stays."""
     return 0.85 + 0.10 * min(1.0, progress / MOMENTUM_RATIO)
 
 
@@ -433,51 +563,61 @@ def muon_momentum(progress):
 # Training
 # ---------------------------------------------------------------------------
 
-def micro_steps(seq_len):
-    """Batches that make up TOTAL_BATCH_SIZE."""
+NextBatch = Callable[[int], tuple[mx.array, mx.array]]  # rows -> (x, y), [rows, T] each
+TrainStep = Callable[[NextBatch, float], mx.array]  # (next_batch, progress) -> mean loss
+
+
+def micro_steps(seq_len: int) -> int:
+    """Return how many batches make up TOTAL_BATCH_SIZE."""
     tokens = DEVICE_BATCH_SIZE * seq_len
-    assert TOTAL_BATCH_SIZE % tokens == 0, f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is not a multiple of DEVICE_BATCH_SIZE * seq_len = {tokens}"
+    assert TOTAL_BATCH_SIZE % tokens == 0, (
+        f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is not a multiple of DEVICE_BATCH_SIZE * seq_len = {tokens}"
+    )
     return TOTAL_BATCH_SIZE // tokens
 
 
-def make_train_step(model, optimizer):
-    """train_step(next_batch, progress): one optimizer step on TOTAL_BATCH_SIZE tokens. Returns the mean loss, not yet computed.
+def make_train_step(model: GPT, optimizer: Optimizer) -> TrainStep:
+    """Return train_step(next_batch, progress), which makes one optimizer step on TOTAL_BATCH_SIZE tokens.
 
-    Forward, backward and update are one compiled graph; with several micro-steps the gradients are summed as
-    they come, and no micro-batch's graph outlives it.
+    It returns the mean loss, not yet computed. Forward, backward and update are one compiled graph; with
+    several micro-steps the gradients are summed as they come, and no micro-batch's graph outlives it.
     """
     n = micro_steps(model.config.seq_len)
-    loss_and_grads = nn.value_and_grad(model, lambda x, y: linear_cross_entropy(model.trunk(x), model.lm_head, y) / n)
     state = [model.state, optimizer.state]
 
-    @partial(compiled, state=state)
-    def last(x, y, sums, schedule):
-        loss, grads = loss_and_grads(x, y)
-        if sums:
-            loss, grads = loss + sums[0], tree_map(mx.add, grads, sums[1])
-        optimizer.step(grads, schedule)
+    def mean_loss(x: mx.array, y: mx.array) -> mx.array:
+        return linear_cross_entropy(model.trunk(x), model.lm_head, y) / n
+
+    loss_and_grads = nn.value_and_grad(model, mean_loss)
+
+    def add_to(sums: list, x: mx.array, y: mx.array) -> list:
+        """Return [loss, gradients], added to those of earlier batches."""
+        new = list(loss_and_grads(x, y))
+        return tree_map(mx.add, new, sums) if sums else new
+
+    accumulate = compiled_with([model.state])(add_to)
+
+    @compiled_with(state)
+    def finish(sums: list, x: mx.array, y: mx.array, schedule: list[mx.array]) -> mx.array:
+        loss, grads = add_to(sums, x, y)
+        optimizer.step(dict(tree_flatten(grads)), schedule)
         return loss
 
-    @partial(compiled, state=[model.state])
-    def accumulate(x, y, sums):
-        loss, grads = loss_and_grads(x, y)
-        return [loss + sums[0], tree_map(mx.add, grads, sums[1])] if sums else [loss, grads]
-
-    def train_step(next_batch, progress):
-        sums = []
+    def train_step(next_batch: NextBatch, progress: float) -> mx.array:
+        sums: list = []
         for _ in range(n - 1):
-            sums = accumulate(*next_batch(DEVICE_BATCH_SIZE), sums)
+            sums = accumulate(sums, *next_batch(DEVICE_BATCH_SIZE))
             mx.async_eval(sums)
-        loss = last(*next_batch(DEVICE_BATCH_SIZE), sums, optimizer.schedule(progress))
+        loss = finish(sums, *next_batch(DEVICE_BATCH_SIZE), optimizer.schedule(progress))
         mx.async_eval(loss, state)  # the next step is built while this one runs
         return loss
 
     return train_step
 
 
-def warm_up(model, exp):
-    """Compile everything on throwaway state: random tokens, an optimizer of its own; the weights are put back."""
-    initial = tree_map(lambda p: mx.array(p), model.parameters())
+def warm_up(model: GPT, exp: Experiment) -> TrainStep:
+    """Compile everything on random tokens. Returns train_step; weights and optimizer are as before."""
+    initial = tree_map(mx.array, model.parameters())
     x, y = exp.dummy_batch(1)
     mx.eval(nn.value_and_grad(model, lambda: linear_cross_entropy(model.trunk(x), model.lm_head, y))())
     exp.check_memory(DEVICE_BATCH_SIZE)
@@ -486,13 +626,13 @@ def warm_up(model, exp):
     for _ in range(WARMUP_STEPS):
         mx.eval(train_step(exp.dummy_batch, 0.5), model.state, optimizer.state)
     model.update(initial)
-    fresh = Optimizer(model)
-    optimizer.state.update(fresh.state)  # in place: the compiled step captured this state
-    mx.eval(model.state, optimizer.state)
+    optimizer.reset()
+    mx.eval(model.state)
     return train_step
 
 
-def main():
+def main() -> None:
+    """Run one experiment."""
     exp = Experiment()
     model = build_model(exp.track, exp.platform)
     train_step = warm_up(model, exp)

@@ -1,13 +1,20 @@
-"""Experiment on PyTorch: an NVIDIA GPU, or the CPU where the platform's backend is torch-cpu."""
+"""Experiment on PyTorch: an NVIDIA GPU, or the CPU where the platform's device is one."""
 
+import resource
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from backends import checks, experiment
-from backends.platforms import current_platform, machine_facts  # noqa: F401  the trainer asks for its platform here
+from backends.platforms import Platform, current_platform, machine_facts
+
+__all__ = ["Experiment", "compute_dtype", "current_platform"]  # the trainer imports all three from here
 
 SCORE_CHUNK = 2**25  # logits normalised at a time: 128 MiB in float32
 
@@ -15,11 +22,13 @@ SCORE_CHUNK = 2**25  # logits normalised at a time: 128 MiB in float32
 class Experiment(experiment.Experiment):
     """See backends.experiment. `torch_device` is where tensors go."""
 
-    def _open_device(self):
-        wants_gpu = self.platform.backend == "cuda"
+    def _open_device(self) -> None:
+        wants_gpu = self.platform.device_kind == "gpu"
         if wants_gpu and not torch.cuda.is_available():
-            raise SystemExit(f"platform {self.platform.name} needs a CUDA device and PyTorch {torch.__version__} sees none: "
-                             "check nvidia-smi and the driver, or use --platform cpu")
+            raise SystemExit(
+                f"platform {self.platform.name} needs a GPU and PyTorch {torch.__version__} sees none: "
+                "check nvidia-smi and the driver, or use --platform cpu"
+            )
         self.torch_device = torch.device("cuda" if wants_gpu else "cpu")
         if wants_gpu:
             self._copies = torch.cuda.Stream()
@@ -29,27 +38,28 @@ class Experiment(experiment.Experiment):
             keep_freed_memory()
         torch.manual_seed(self.seed)
 
-    def _seed_changed(self):
+    def _seed_changed(self) -> bool:
         return torch.initial_seed() != self.seed or (self._on_gpu and torch.cuda.initial_seed() != self.seed)
 
     @property
-    def _on_gpu(self):
+    def _on_gpu(self) -> bool:
         return self.torch_device.type == "cuda"
 
-    def _to_device(self, rows):
-        rows = torch.from_numpy(rows)
+    def _to_device(self, rows: np.ndarray) -> torch.Tensor:
+        """Return the rows on the device, int64 [B, T + 1]. The copy runs in a stream of its own."""
+        tokens = torch.from_numpy(rows)
         if self._on_gpu:
             with torch.cuda.stream(self._copies):
-                rows = rows.pin_memory().to(self.torch_device, non_blocking=True)
-        return rows
+                tokens = tokens.pin_memory().to(self.torch_device, non_blocking=True)
+        return tokens
 
-    def _arrived(self, rows):
+    def _arrived(self, copy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._on_gpu:
             torch.cuda.current_stream().wait_stream(self._copies)
-            rows.record_stream(torch.cuda.current_stream())
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+            copy.record_stream(torch.cuda.current_stream())
+        return copy[:, :-1].contiguous(), copy[:, 1:].contiguous()
 
-    def _read_later(self, loss):
+    def _read_later(self, loss: torch.Tensor) -> Callable[[], float]:
         loss = loss.detach()
         if not self._on_gpu:
             return loss.item
@@ -57,54 +67,71 @@ class Experiment(experiment.Experiment):
         value.copy_(loss, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return lambda: (copied.synchronize(), value.item())[1]
+
+        def read() -> float:
+            copied.synchronize()
+            return value.item()
+
+        return read
 
     @torch.no_grad()
-    def _nats(self, model, x, y):
-        x, y = (torch.from_numpy(np.ascontiguousarray(t)).to(self.torch_device) for t in (x, y))
-        logits = model(x)
-        self._refuse(checks.proper(logits.shape, y.shape, self.track.vocab_size))
-        rows = max(1, SCORE_CHUNK // self.track.vocab_size)
-        pairs = zip(logits.flatten(0, 1).split(rows), y.flatten().split(rows))
-        nats = torch.cat([F.cross_entropy(part.float(), target, reduction="none") for part, target in pairs])
-        return nats.view(y.shape).cpu().numpy()
+    def _nats(self, model: nn.Module, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        tokens = torch.from_numpy(np.ascontiguousarray(x)).to(self.torch_device)
+        targets = torch.from_numpy(np.ascontiguousarray(y)).to(self.torch_device)
+        logits = model(tokens)
+        self._refuse(checks.proper(logits.shape, targets.shape, self.track.vocab_size))
+        chunk = max(1, SCORE_CHUNK // self.track.vocab_size)
+        pairs = zip(logits.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
+        nats = [F.cross_entropy(part.float(), target, reduction="none") for part, target in pairs]
+        return torch.cat(nats).view(targets.shape).cpu().numpy()
 
-    def _num_params(self, model):
+    def _num_params(self, model: nn.Module) -> int:
         return sum(p.numel() for p in model.parameters())
 
-    def _save(self, model, path):
+    def _save(self, model: nn.Module, path: Path) -> None:
         from safetensors.torch import save_model
 
         save_model(getattr(model, "_orig_mod", model), str(path))
 
-    def _load(self, model, path):
+    def _load(self, model: nn.Module, path: Path) -> None:
         from safetensors.torch import load_model
 
         load_model(model, str(path), device=str(self.torch_device))
 
-    def _synchronize(self):
+    def _synchronize(self) -> None:
         if self._on_gpu:
             torch.cuda.synchronize()
 
-    def _peak_memory_mb(self):
+    def _peak_memory_mb(self) -> float:
         if self._on_gpu:
             return torch.cuda.max_memory_allocated() / 2**20
-        import resource
-
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
-    def _measured_tflops(self):
+    def _measured_tflops(self) -> float:
         return matmul_tflops(self.torch_device, torch.bfloat16 if self.bf16 else torch.float32)
 
-    def _out_of_memory(self, error):
-        return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    def _out_of_memory(self, error: BaseException) -> bool:
+        return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(
+            error
+        )
 
 
-def matmul_tflops(device, dtype, n=None, seconds=0.5):
-    """TFLOP/s of an n x n matrix product on random data: the best of the repeats that fit `seconds`."""
+def matmul_tflops(device: torch.device, dtype: torch.dtype, n: int = 0, seconds: float = 0.5) -> float:
+    """Return the TFLOP/s of an n x n matrix product on random data.
+
+    The best of the repeats that fit `seconds`.
+    """
     n = n or (8192 if device.type == "cuda" else 2048)
-    a, b = (torch.randn(n, n, device=device, generator=torch.Generator(device).manual_seed(i)).to(dtype) for i in (0, 1))
-    out, best, began = torch.empty_like(a), 0.0, time.monotonic()
+
+    def random_matrix(seed: int) -> Any:
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.randn(n, n, device=device, generator=generator).to(dtype)
+
+    a = random_matrix(0)
+    b = random_matrix(1)
+    out = torch.empty_like(a)
+    best = 0.0
+    began = time.monotonic()
     while time.monotonic() - began < seconds or best == 0.0:
         t0 = time.perf_counter()
         torch.mm(a, b, out=out)
@@ -114,17 +141,27 @@ def matmul_tflops(device, dtype, n=None, seconds=0.5):
     return best
 
 
-def compute_dtype(platform):
-    """What activations and embeddings are held in: bfloat16 where the device computes in it, else float32."""
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if platform.backend == "cuda" else machine_facts().bf16
+def compute_dtype(platform: Platform) -> torch.dtype:
+    """Return what activations and embeddings are held in.
+
+    Bfloat16 where the device computes in it, else float32.
+    """
+    if platform.device_kind == "gpu":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = machine_facts().bf16
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def keep_freed_memory():
-    """Have glibc keep large freed blocks: returning them to the kernel costs a page fault for every 4 KiB of every activation."""
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks.
+
+    Returning them to the kernel costs a page fault for every 4 KiB of every activation.
+    """
     import ctypes
 
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    M_TRIM_THRESHOLD = -1  # malloc.h
+    M_MMAP_MAX = -4
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library

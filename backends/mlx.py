@@ -1,27 +1,35 @@
 """Experiment on MLX: the GPU of a Mac; on Linux the CPU, or an NVIDIA GPU with MLX's CUDA build."""
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
 from backends import checks, experiment
-from backends.platforms import current_platform  # noqa: F401  the trainer asks for its platform here
+from backends.platforms import Platform, current_platform
+from backends.protocol import Failure
 
-MEMORY_SHARE = 0.9      # of the device's recommended working set that a run may use: the rest is the desktop's
-CACHE_SHARE = 0.25      # of it that MLX may keep for reuse
-SCORE_CHUNK = 2**25     # logits normalised at a time: 128 MiB in float32
+__all__ = ["Experiment", "compute_dtype", "current_platform"]  # the trainer imports all three from here
+
+MEMORY_SHARE = 0.9  # of the device's recommended working set that a run may use: the rest is the desktop's
+CACHE_SHARE = 0.25  # of it that MLX may keep for reuse
+SCORE_CHUNK = 2**25  # logits normalised at a time: 128 MiB in float32
 
 
 class Experiment(experiment.Experiment):
     """See backends.experiment."""
 
-    def _open_device(self):
-        on_cpu = self.platform.backend == "mlx-cpu"
+    def _open_device(self) -> None:
+        on_cpu = self.platform.device_kind == "cpu"
         if not on_cpu and not mx.is_available(mx.gpu):
-            raise SystemExit(f"platform {self.platform.name} needs a GPU and MLX {mx.__version__} sees none: "
-                             "use --platform mlx-cpu (slow) or, on Linux, --platform cpu")
+            raise SystemExit(
+                f"platform {self.platform.name} needs a GPU and MLX {mx.__version__} sees none: "
+                "use --platform mlx-cpu (slow) or, on Linux, --platform cpu"
+            )
         mx.set_default_device(mx.cpu if on_cpu else mx.gpu)
         self.bf16 = self.platform.bf16
         # 0 where MLX names none (the CPU): then nothing is limited.
@@ -31,82 +39,104 @@ class Experiment(experiment.Experiment):
             mx.set_cache_limit(int(CACHE_SHARE * self._memory_limit))
         mx.reset_peak_memory()
         mx.random.seed(self.seed)
+        self._watch_seed()
+
+    def _watch_seed(self) -> None:
+        """Notice a trainer that seeds MLX's generator: unlike PyTorch, MLX does not tell its seed."""
         self._reseeded = False
         seed = mx.random.seed
 
-        def watched(value):
+        def watched(value: int) -> None:
             self._reseeded = True
             seed(value)
 
         mx.random.seed = watched
 
-    def _seed_changed(self):
+    def _seed_changed(self) -> bool:
         return self._reseeded
 
-    def check_memory(self, rows):
-        """After a pass over one row: will `rows` of them fit? Ends the run, before the desktop freezes, when not."""
-        held, peak = mx.get_active_memory(), mx.get_peak_memory()
-        expected = held + rows * (peak - held)
-        if self._memory_limit and expected > self._memory_limit:
-            fit = int((self._memory_limit - held) // max(peak - held, 1))
-            advice = f"lower DEVICE_BATCH_SIZE to {fit} or less" if fit > 0 else "lower N_LAYER or N_EMBD"
-            message = (f"out of memory: {rows} rows need about {expected / 2**30:.1f} GiB, this machine gives {self._memory_limit / 2**30:.1f} GiB "
-                       f"({100 * MEMORY_SHARE:.0f}% of its recommended working set): {advice}")
-            self._emit("error", kind="oom", message=message)
-            raise SystemExit(message)
+    def check_memory(self, rows: int) -> None:
+        """After a pass over one row.
 
-    def _to_device(self, rows):
-        rows = mx.array(rows.astype(np.int32))
-        return rows[:, :-1], rows[:, 1:]
+        End the run, before the desktop freezes, when `rows` of them will not fit.
+        """
+        held = mx.get_active_memory()
+        a_row = max(mx.get_peak_memory() - held, 1)
+        expected = held + rows * a_row
+        if not self._memory_limit or expected <= self._memory_limit:
+            return
+        fit = int((self._memory_limit - held) // a_row)
+        advice = f"lower DEVICE_BATCH_SIZE to {fit} or less" if fit > 0 else "lower N_LAYER or N_EMBD"
+        message = (
+            f"out of memory: {rows} rows need about {expected / 2**30:.1f} GiB, "
+            f"this machine gives {self._memory_limit / 2**30:.1f} GiB "
+            f"({100 * MEMORY_SHARE:.0f}% of its recommended working set): {advice}"
+        )
+        self._emit(Failure("oom", message))
+        raise SystemExit(message)
 
-    def _arrived(self, batch):
-        return batch
+    def _to_device(self, rows: np.ndarray) -> tuple[mx.array, mx.array]:
+        """Return (x, y), int32 [B, T] each. MLX copies when they are first used."""
+        tokens = mx.array(rows.astype(np.int32))
+        return tokens[:, :-1], tokens[:, 1:]
 
-    def _read_later(self, loss):
+    def _arrived(self, copy: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
+        return copy
+
+    def _read_later(self, loss: mx.array) -> Callable[[], float]:
         return loss.item
 
-    def _nats(self, model, x, y):
-        x, y = mx.array(x.astype(np.int32)), mx.array(y.astype(np.int32))
-        logits = model(x)
+    def _nats(self, model: nn.Module, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        logits = model(mx.array(x.astype(np.int32)))
         self._refuse(checks.proper(logits.shape, y.shape, self.track.vocab_size))
-        logits, targets = logits.flatten(0, 1), y.flatten()
-        rows, parts = max(1, SCORE_CHUNK // self.track.vocab_size), []
-        for i in range(0, len(targets), rows):
-            part, target = logits[i : i + rows].astype(mx.float32), targets[i : i + rows, None]
+        logits = logits.flatten(0, 1)
+        targets = mx.array(y.astype(np.int32)).flatten()
+        chunk = max(1, SCORE_CHUNK // self.track.vocab_size)
+        parts = []
+        for i in range(0, len(targets), chunk):
+            part = logits[i : i + chunk].astype(mx.float32)
+            target = targets[i : i + chunk, None]
             nats = mx.logsumexp(part, axis=1) - mx.take_along_axis(part, target, axis=1)[:, 0]
             mx.eval(nats)  # one chunk in memory at a time
             parts.append(nats)
         return np.array(mx.concatenate(parts)).reshape(y.shape)
 
-    def _num_params(self, model):
+    def _num_params(self, model: nn.Module) -> int:
         return sum(p.size for _, p in tree_flatten(model.parameters()))
 
-    def _save(self, model, path):
+    def _save(self, model: nn.Module, path: Path) -> None:
         mx.save_safetensors(str(path), dict(tree_flatten(model.parameters())))
 
-    def _load(self, model, path):
+    def _load(self, model: nn.Module, path: Path) -> None:
         model.load_weights(str(path))
 
-    def _synchronize(self):
+    def _synchronize(self) -> None:
         mx.synchronize()
 
-    def _peak_memory_mb(self):
+    def _peak_memory_mb(self) -> float:
         return mx.get_peak_memory() / 2**20
 
-    def _measured_tflops(self):
+    def _measured_tflops(self) -> float:
         return matmul_tflops(mx.bfloat16 if self.bf16 else mx.float32)
 
-    def _out_of_memory(self, error):
+    def _out_of_memory(self, error: BaseException) -> bool:
         text = str(error)
-        return isinstance(error, MemoryError) or "Insufficient Memory" in text or "[malloc" in text or "out of memory" in text.lower()
+        if isinstance(error, MemoryError) or "Insufficient Memory" in text or "[malloc" in text:
+            return True
+        return "out of memory" in text.lower()
 
 
-def matmul_tflops(dtype, n=None, seconds=0.5):
-    """TFLOP/s of an n x n matrix product on random data: the best of the repeats that fit `seconds`."""
+def matmul_tflops(dtype: mx.Dtype, n: int = 0, seconds: float = 0.5) -> float:
+    """Return the TFLOP/s of an n x n matrix product on random data.
+
+    The best of the repeats that fit `seconds`.
+    """
     n = n or (4096 if mx.default_device() == mx.gpu else 512)
-    a, b = (mx.random.normal((n, n), key=mx.random.key(i)).astype(dtype) for i in (0, 1))
+    a = mx.random.normal((n, n), key=mx.random.key(0)).astype(dtype)
+    b = mx.random.normal((n, n), key=mx.random.key(1)).astype(dtype)
     mx.eval(a, b)
-    best, began = 0.0, time.monotonic()
+    best = 0.0
+    began = time.monotonic()
     while time.monotonic() - began < seconds or best == 0.0:
         t0 = time.perf_counter()
         mx.eval(a @ b)
@@ -114,6 +144,9 @@ def matmul_tflops(dtype, n=None, seconds=0.5):
     return best
 
 
-def compute_dtype(platform):
-    """What activations and embeddings are held in: bfloat16 unless the platform says that it has none."""
+def compute_dtype(platform: Platform) -> mx.Dtype:
+    """Return what activations and embeddings are held in.
+
+    Bfloat16 unless the platform says that it has none.
+    """
     return mx.bfloat16 if platform.bf16 else mx.float32

@@ -1,23 +1,70 @@
-"""The fused kernels of backends/kernels.py without a GPU: what stands in for them here is each epilogue's definition in plain
-PyTorch, and Triton's interpreter. The model made of them must have the loss and the gradients of the plain one. That
-they compile for the real thing needs no GPU either."""
+"""
+The kernels of train_cuda_kernels.py, without a GPU, against what the trainer computes.
+
+Two groups of tests need an environment of their own from the start of the process. This file runs itself
+again for each (see test_in_a_child):
+
+    interpreted      Triton's interpreter; epilogues and FlashAttention in plain PyTorch; all in float32
+    cross-compiled   quack-kernels compiles for Hopper
+"""
 
 import os
+import re
 import subprocess
 import sys
+import types
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from backends import kernels
+import train_cuda_kernels as kernels
 
 ROOT = Path(__file__).resolve().parent.parent
+GROUP = os.environ.get("KERNELS_TEST_GROUP", "")  # "" in the process of the suite
+GROUPS = {
+    "interpreted": {"TRITON_INTERPRET": "1", "AUTORESEARCH_PLATFORM": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    "cross-compiled": {"QUACK_ARCH": "90", "CUTE_DSL_ARCH": "sm_90a", "QUACK_CACHE_ENABLED": "0"},
+}
+interpreted = pytest.mark.skipif(GROUP != "interpreted", reason="runs in a child")
+cross_compiled = pytest.mark.skipif(GROUP != "cross-compiled", reason="runs in a child")
+no_child = pytest.mark.skipif(bool(GROUP), reason="runs in the suite's process")
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton comes with PyTorch on Linux only")
 
 
-def epilogue(name, a, b, c=None, scale=None, x=None, out=None, softcap=15.0):
+@no_child
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_in_a_child(group: str) -> None:
+    if group == "cross-compiled":
+        pytest.importorskip("quack")
+    environment = {**os.environ, **GROUPS[group], "KERNELS_TEST_GROUP": group}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
+    assert re.search(r"^[1-9]\d* passed", done.stdout, re.M), done.stdout
+
+
+# --- what stands in for a Hopper GPU ------------------------------------------------------------------------
+
+
+def product_in_pytorch(
+    name: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    x: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    softcap: float = 0.0,
+):
     """kernels.product in plain PyTorch and in the operands' precision."""
-    acc, column = a @ b.T, None if scale is None else scale[:, None]
+    acc = a @ b.T
+    column = None if scale is None else scale[:, None]
     if name == "softcap_exp":
         t = torch.tanh(acc / softcap)
         z = torch.exp(softcap * t)
@@ -25,9 +72,12 @@ def epilogue(name, a, b, c=None, scale=None, x=None, out=None, softcap=15.0):
     if name == "norm_rotary":
         heads = acc.view(len(acc), -1, x.shape[1])
         rstd = (heads.square().mean(dim=-1) + 1e-6).rsqrt()
-        (even, odd), (cos, sin) = ((t[..., ::2], t[..., 1::2]) for t in (heads * rstd[..., None], x[:, None]))
-        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).view(acc.shape), rstd
-    D, other = {
+        normed = heads * rstd[..., None]
+        even, odd = normed[..., ::2], normed[..., 1::2]
+        cos, sin = x[:, None, ::2], x[:, None, 1::2]
+        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        return rotated.view(acc.shape), rstd
+    D, sums = {
         "add": lambda: (acc + c, None),
         "add_value": lambda: (acc + c, None),
         "accumulate": lambda: (acc + c, None),
@@ -38,146 +88,301 @@ def epilogue(name, a, b, c=None, scale=None, x=None, out=None, softcap=15.0):
         "add_norm_backward": lambda: (acc + c - x * column, None),
     }[name]()
     D = D if out is None else out.copy_(D)
-    return D if other is None else (D, other)
+    return D if sums is None else (D, sums)
 
 
-def attention(q, k, v, window):
-    """Attention and what its backward pass needs, on any device: (output, logarithm of the sums)."""
-    T = q.shape[1]
-    i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)[None, :]
+def seen(seq_len: int, window: int | None) -> torch.Tensor:
+    """Which key (column) a query (row) sees."""
+    query = torch.arange(seq_len)[:, None]
+    key = torch.arange(seq_len)[None, :]
+    return (key <= query) & (key > query - (window or seq_len))
+
+
+def flash_attn_func(q, k, v, causal, window_size, return_lse):
+    """flash-attn-4's attention: (output, logarithm of the softmax's sums)."""
+    window = None if window_size[0] is None else window_size[0] + 1
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill((j > i) | (j <= i - window), -torch.inf)
-    return torch.einsum("bhij,bjhd->bihd", scores.softmax(dim=-1), v).contiguous(), scores.logsumexp(dim=-1)
+    scores = scores.masked_fill(~seen(q.shape[1], window), -torch.inf)
+    y = torch.einsum("bhij,bjhd->bihd", scores.softmax(dim=-1), v)
+    return y.contiguous(), scores.logsumexp(dim=-1)
 
 
-MODEL = """
-import sys, types
-from functools import partial
-import torch, train_cuda
-from backends import kernels
-sys.path.insert(0, "tests")
-from test_kernels import attention, epilogue
-
-def flash(q, k, v, causal, window_size, return_lse):
-    return attention(q, k, v, q.shape[1] if window_size[0] is None else window_size[0] + 1)
-def flash_backward(q, k, v, out, dout, lse, causal, window_size_left, window_size_right, dq, dk, dv):
-    window, scale = q.shape[1] if window_size_left is None else window_size_left + 1, q.shape[-1] ** -0.5
-    i, j = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])[None, :]
-    weights = (torch.einsum("bihd,bjhd->bhij", q, k) * scale - lse[..., None]).exp().masked_fill((j > i) | (j <= i - window), 0)
+def flash_attn_bwd(q, k, v, out, dout, lse, causal, window_size_left, window_size_right, dq, dk, dv):
+    window = None if window_size_left is None else window_size_left + 1
+    scale = q.shape[-1] ** -0.5
+    weights = (torch.einsum("bihd,bjhd->bhij", q, k) * scale - lse[..., None]).exp()
+    weights = weights.masked_fill(~seen(q.shape[1], window), 0)
     d = torch.einsum("bihd,bjhd->bhij", dout, v)
     d = weights * (d - (d * weights).sum(dim=-1, keepdim=True)) * scale
-    dq.copy_(torch.einsum("bhij,bjhd->bihd", d, k)); dk.copy_(torch.einsum("bhij,bihd->bjhd", d, q)); dv.copy_(torch.einsum("bhij,bihd->bjhd", weights, dout))
-module = types.ModuleType("flash_attn.cute.interface")
-module.flash_attn_func, module._flash_attn_bwd = flash, flash_backward
-sys.modules.update({"flash_attn": types.ModuleType("flash_attn"), "flash_attn.cute": types.ModuleType("flash_attn.cute"), "flash_attn.cute.interface": module})
-kernels.product = epilogue
-torch.Tensor.half = lambda self: self  # the rotary table: everything here is float32
+    dq.copy_(torch.einsum("bhij,bjhd->bihd", d, k))
+    dk.copy_(torch.einsum("bhij,bihd->bjhd", d, q))
+    dv.copy_(torch.einsum("bhij,bihd->bjhd", weights, dout))
 
-config = train_cuda.Config(vocab_size=64, seq_len=128, n_layer=3, n_embd=128, head_dim=64, window_pattern="SL", short_window=32)
-def run(fused, compile, flash=False):
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Have kernels.available() say yes, in float32 on the CPU. Returns the trainer's module."""
+    import train_cuda
+
+    interface = types.ModuleType("flash_attn.cute.interface")
+    interface.flash_attn_func = flash_attn_func
+    interface._flash_attn_bwd = flash_attn_bwd
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
+    monkeypatch.setattr(kernels, "available", lambda device, dtype: True)
+    monkeypatch.setattr(kernels, "product", product_in_pytorch)
+    monkeypatch.setattr(torch.Tensor, "half", lambda t: t)  # of the table of angles
+    kernels.flash4.cache_clear()
+    kernels.checked_loss.cache_clear()
+    yield train_cuda
+    kernels.flash4.cache_clear()
+    kernels.checked_loss.cache_clear()
+
+
+# --- interpreted: fused against plain -----------------------------------------------------------------------
+
+
+def new_model(trainer):
+    """A model whose weights are random, none of them zero."""
+    config = trainer.Config(
+        vocab_size=128,
+        seq_len=128,
+        n_layer=3,
+        n_embd=128,
+        head_dim=64,
+        window_pattern="SL",
+        short_window=32,
+        dtype=torch.float32,
+    )
     torch.manual_seed(0)
-    model = train_cuda.GPT(config, "cpu", torch.float32)
+    model = trainer.GPT(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1 if p.ndim > 1 else 1)
-    for block in model.blocks:
-        block.fused = fused
-        if flash:
-            block.attn.attend = partial(kernels.flash4(), window=block.attn.window)
-    trunk = torch.compile(model.trunk, dynamic=False, fullgraph=True) if compile else model.trunk
-    tokens = torch.randint(0, 64, (3, 129))
-    loss = train_cuda.linear_cross_entropy(trunk(tokens[:, :-1]), model.lm_head, tokens[:, 1:])
+    return model
+
+
+def loss_and_gradients(trainer, model, trunk) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, 128, (3, 129), generator=torch.Generator().manual_seed(1))
+    loss = trainer.linear_cross_entropy(trunk(tokens[:, :-1]), model.lm_head, tokens[:, 1:])
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
-plain = run(False, False)
-kernels.available = lambda device, dtype: True  # as on Hopper
-def fuses():
-    model = train_cuda.GPT(config, "cpu", torch.float32)
-    model.init_weights()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    train_cuda.fuse(model)
-    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    [answer] = {block.fused for block in model.blocks}
-    return answer, train_cuda.fused_softcap_exp(torch.device("cpu"), torch.float32)
 
-for shape in ((5000, 6), (4096, 64), (300, 1)):
+def fuse(model) -> bool:
+    return kernels.fuse_blocks(model.blocks, model.wte, model.rotary)
+
+
+def is_fused(trainer, loss: Callable) -> bool:
+    w = torch.zeros(128, 64)
+    return kernels.fuse_loss(loss, w, trainer.SOFTCAP) is not loss
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(5000, 6), (4096, 64), (300, 1)])
+def test_row_sums_are_sums(shape: tuple[int, int]) -> None:
     t = torch.rand(shape)
     torch.testing.assert_close(kernels.row_sums(t), t.sum(dim=1))
 
-print(*fuses())
-train_cuda.fused_softcap_exp.cache_clear()
-train_cuda.MLP.forward, mlp = lambda self, x: train_cuda.linear(torch.nn.functional.gelu(train_cuda.linear(x, self.fc)), self.proj), train_cuda.MLP.forward
-train_cuda.softcap_exp, softcap_exp = lambda logits: (logits.exp(), logits.exp().sum(dim=1)), train_cuda.softcap_exp
-print(*fuses())
-train_cuda.MLP.forward, train_cuda.softcap_exp = mlp, softcap_exp
-kernels.fused_mlp, fused_mlp = lambda *tensors: tensors[9], kernels.fused_mlp
-print(*fuses())
-kernels.fused_mlp = fused_mlp
-train_cuda.Block.forward, forward = lambda self, x, ve: x, train_cuda.Block.forward
-print(*fuses())
-train_cuda.Block.forward = forward
 
-for how in ((True, False), (True, True), (False, False, True)):
-    for name, ours in run(*how).items():
-        torch.testing.assert_close(ours, plain[name], rtol=2e-4, atol=5e-4 * float(plain[name].abs().max()), msg=lambda m: f"{name}, {how}: {m}")
-"""
-
-
-@pytest.mark.skipif(kernels.triton is None, reason="Triton comes with PyTorch on Linux only")
-@pytest.mark.slow
-def test_the_fused_model_has_the_loss_and_the_gradients_of_the_plain_one_and_a_changed_one_is_not_fused():
-    done = subprocess.run([sys.executable, "-c", MODEL], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == ["True True", "False False", "False False", "False False"]  # as it is, changed, with a kernel that fails, with other arguments
-    for reason in ("Block is not what the fused kernels compute (0.", "softcap_exp is not what", "(IndexError: tuple index out of range)", "(TypeError: "):
-        assert reason in done.stderr
+@interpreted
+@pytest.mark.parametrize("how", ["fused", "fused and compiled", "flash attention"])
+def test_the_fused_model_has_the_loss_and_the_gradients_of_the_plain_one(hopper, monkeypatch, how: str):
+    model = new_model(hopper)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "fuse_loss", lambda plain, w, softcap: plain)
+        expected = loss_and_gradients(hopper, model, model.trunk)
+    model = new_model(hopper)
+    if how == "flash attention":
+        for block in model.blocks:
+            block.attn.attend = partial(kernels.flash4(), window=block.attn.window)
+    else:
+        assert fuse(model) and is_fused(hopper, hopper.loss_chunk)
+    trunk = model.trunk
+    if how == "fused and compiled":
+        trunk = torch.compile(trunk, dynamic=False, fullgraph=True)
+    for name, ours in loss_and_gradients(hopper, model, trunk).items():
+        largest = float(expected[name].abs().max())
+        torch.testing.assert_close(ours, expected[name], rtol=2e-4, atol=5e-4 * largest, msg=name)
 
 
-COMPILED = """
-import os
-os.environ.update(QUACK_ARCH="90", CUTE_DSL_ARCH="sm_90a", QUACK_CACHE_ENABLED="0")
-from functools import partial
-import torch, quack.gemm_runtime.host
-from torch._subclasses.fake_tensor import FakeTensorMode
-from backends import kernels
-from benchmarks.gpu import product_cases
-
-quack.gemm_runtime.host.get_max_active_clusters = lambda *size, **capability: 66  # asks the driver
-here, torch.cuda.is_available, torch.cuda.get_device_capability = torch.cuda.is_available, lambda: True, lambda *device: (9, 0)
-for kernel in set(kernels.epilogues(15.0).values()):
-    kernel.gemm = partial(kernel.gemm, _launch=False)
-torch.cuda.is_available = here
-kernels.row_sums = lambda sums: sums  # of Triton, the rest is not
-with FakeTensorMode():
-    empty = lambda dtype: lambda *shape: torch.empty(*shape, dtype=dtype, device="cuda")
-    for name, operands in product_cases(empty(torch.bfloat16), empty(torch.float32)).items():
-        kernels.product(name, *operands, softcap=15.0)
-        print(name)
-"""
+@interpreted
+def test_fusing_leaves_the_weights_and_the_state_dict_as_they_are(hopper, capfd):
+    model = new_model(hopper)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    assert fuse(model) and all("forward" in vars(block) for block in model.blocks)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert is_fused(hopper, hopper.loss_chunk)
+    assert capfd.readouterr().err == ""
 
 
-@pytest.mark.slow
-def test_every_product_compiles_for_hopper():
-    pytest.importorskip("quack")
-    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True)
-    assert set(done.stdout.split()) == set(kernels.TILES), done.stderr[-2000:]
+@interpreted
+def test_the_table_of_angles_is_made_once_for_all_blocks(hopper):
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    model = new_model(hopper)
+    fuse(model)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
+    trunk = torch.compile(model.trunk, dynamic=False, fullgraph=True, backend=backend)
+    trunk(torch.zeros(3, 128, dtype=torch.long)).sum().backward()
+    forward, _ = graphs
+    calls = [str(node.target) for node in forward.graph.nodes]
+    assert sum("repeat" in call for call in calls) == 1
+    assert sum("attention_forward" in call for call in calls) == 3
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="Triton comes with PyTorch on Linux only")
-def test_every_triton_kernel_compiles_for_hopper():
+def gelu_mlp(self, x):
+    return F.gelu(x @ self.fc.T) @ self.proj.T
+
+
+def without_rotary(self, x, ve):
+    return x
+
+
+def with_more_arguments(self, x, ve, rotary, mask=None):
+    x = x + self.attn(F.rms_norm(x, x.shape[-1:], eps=1e-6), ve, rotary)
+    return x + self.mlp(F.rms_norm(x, x.shape[-1:], eps=1e-6))
+
+
+def fails(*arguments):
+    raise IndexError("tuple index out of range")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "owner, name, change, says",
+    [
+        ("MLP", "forward", gelu_mlp, "(0."),
+        ("Block", "forward", without_rotary, "(TypeError: "),
+        ("Block", "forward", with_more_arguments, "(TypeError: "),
+        ("kernels", "fused_mlp", fails, "(IndexError: tuple index out of range)"),
+        ("kernels", "fused_attention", lambda h, *rest: h * float("nan"), "(nan"),
+    ],
+)
+def test_a_changed_block_or_a_failing_kernel_runs_plain_and_says_so(
+    hopper, monkeypatch, capfd, owner: str, name: str, change: Callable, says: str
+):
+    monkeypatch.setattr(getattr(hopper, owner), name, change)
+    model = new_model(hopper)
+    assert not fuse(model) and not any("forward" in vars(block) for block in model.blocks)
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("Block is not what the fused kernels compute " + says)
+    assert line.endswith("it runs without them")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "owner, name, change, says",
+    [
+        ("train_cuda", "softcap_exp", lambda logits: (logits.exp(), logits.exp().sum(dim=1)), "("),
+        ("train_cuda", "SOFTCAP", 30.0, "("),
+        ("train_cuda", "target_terms", fails, "(IndexError: "),
+        ("kernels", "row_dots", fails, "(IndexError: tuple index out of range)"),
+    ],
+)
+def test_a_changed_loss_or_a_failing_kernel_runs_plain_and_says_so(
+    hopper, monkeypatch, capfd, owner: str, name: str, change, says: str
+):
+    softcap = hopper.SOFTCAP
+    monkeypatch.setattr(hopper if owner == "train_cuda" else kernels, name, change)
+    w = torch.zeros(128, 64)
+    assert kernels.fuse_loss(hopper.loss_chunk, w, softcap) is hopper.loss_chunk
+    assert kernels.fuse_loss(hopper.loss_chunk, w, softcap) is hopper.loss_chunk
+    [line] = capfd.readouterr().err.splitlines()  # once a process
+    assert line.startswith("The loss is not what the fused kernels compute " + says)
+    assert line.endswith("it runs without them")
+
+
+# --- without a GPU ------------------------------------------------------------------------------------------
+
+
+@no_child
+def test_on_the_cpu_everything_is_plain_and_nothing_is_said(capfd):
+    def plain(*arguments):
+        raise AssertionError("not even called")
+
+    w = torch.zeros(128, 64, dtype=torch.bfloat16)
+    assert not kernels.fuse_blocks(torch.nn.ModuleList(), w, torch.zeros(128, 64))
+    assert kernels.fuse_loss(plain, w, 15.0) is plain
+    assert capfd.readouterr().err == ""
+
+
+# --- compiled for Hopper ------------------------------------------------------------------------------------
+
+
+@cross_compiled
+@pytest.mark.parametrize("name", kernels.TILES)
+def test_every_product_compiles_for_hopper(monkeypatch, name: str) -> None:
+    import quack.gemm_runtime.host
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from benchmarks.gpu import product_cases
+
+    # This one asks the driver.
+    monkeypatch.setattr(quack.gemm_runtime.host, "get_max_active_clusters", lambda *size, **capability: 66)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+        kernel = kernels.epilogues(15.0 if name == "softcap_exp" else 0.0)[name]
+    monkeypatch.setattr(kernel, "gemm", partial(kernel.gemm, _launch=False))
+    monkeypatch.setattr(kernels, "row_sums", lambda sums: sums)  # of Triton, the rest is not
+
+    def empty(dtype: torch.dtype) -> Callable:
+        return lambda *shape: torch.empty(*shape, dtype=dtype, device="cuda")
+
+    with FakeTensorMode():
+        operands = product_cases(empty(torch.bfloat16), empty(torch.float32))[name]
+        kernels.product(name, **operands)
+
+
+GATED = {"h_ptr": "*bf16", "gate_ptr": "*fp32", "table_ptr": "*bf16", "idx_ptr": "*i64"}
+ARGUMENTS = {
+    "row_sums_kernel": {"values_ptr": "*fp32", "sums_ptr": "*fp32", "N": "i32", "n": "i32"},
+    "norm_rotary_backward_kernel": {
+        "dqkv_ptr": "*bf16",
+        "qk_ptr": "*bf16",
+        "rstd_ptr": "*fp32",
+        "rotary_ptr": "*fp16",
+        "seq_len": "i32",
+    },
+    "gated_kernel": {**GATED, "out_ptr": "*bf16"},
+    "gated_backward_kernel": {
+        **GATED,
+        "dqkv_ptr": "*bf16",
+        "dh_ptr": "*bf16",
+        "dgate_ptr": "*fp32",
+        "dtable_ptr": "*fp32",
+    },
+}
+CONSTANTS = {"HEADS": 4, "HEAD_DIM": 128, "CHANNELS": 32, "ROWS": 16, "WIDTH": 16}
+
+
+@no_child
+@needs_triton
+def test_every_triton_kernel_is_among_those_compiled_here() -> None:
+    assert {name for name in vars(kernels) if name.endswith("_kernel")} == set(ARGUMENTS)
+
+
+@no_child
+@needs_triton
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_every_triton_kernel_compiles_for_hopper(name: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    gated = {"h": "*bf16", "gate": "*fp32", "table": "*bf16", "idx": "*i64"}
-    arguments = {
-        "row_sums_kernel": {"t": "*fp32", "sums": "*fp32", "N": "i32", "n": "i32"},
-        "norm_rotary_backward_kernel": {"g": "*bf16", "y": "*bf16", "rstd": "*fp32", "rotary": "*fp16", "seq_len": "i32"},
-        "gated_kernel": {**gated, "out": "*bf16"},
-        "gated_backward_kernel": {**gated, "dqkv": "*bf16", "dh": "*bf16", "dgate": "*fp32", "dtable": "*fp32"},
-    }
-    constants = {"HEADS": 4, "HEAD_DIM": 128, "CHANNELS": 32, "ROWS": 16, "WIDTH": 16}
-    assert {name for name in vars(kernels) if name.endswith("_kernel")} == set(arguments)
-    for name, types in arguments.items():
-        kernel = getattr(kernels, name)
-        source = ASTSource(kernel, {n: types.get(n, "constexpr") for n in kernel.arg_names}, {n: constants[n] for n in kernel.arg_names if n in constants})
-        assert kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"], name
+    kernel = getattr(kernels, name)
+    signature = {n: ARGUMENTS[name].get(n, "constexpr") for n in kernel.arg_names}
+    constants = {n: CONSTANTS[n] for n in kernel.arg_names if n in CONSTANTS}
+    source = ASTSource(kernel, signature, constants)
+    assert kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]

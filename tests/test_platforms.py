@@ -2,11 +2,24 @@
 
 import pytest
 
-from backends.platforms import (apple_facts, cpu_facts, load_platforms, match_platform, nvidia_facts, peak_tflops,
-                                read_mac_state)
-from prepare import UserError
+from backends.platforms import (
+    apple_facts,
+    cpu_facts,
+    load_platforms,
+    match_platform,
+    nvidia_facts,
+    peak_tflops,
+    read_mac_state,
+    scored_tokens,
+)
+from prepare import UserError, load_tracks
 
-IOREG = '+-o AGXAcceleratorG13X  <class AGXAcceleratorG13X>\n    {{\n      "gpu-core-count" = {}\n      "IOClass" = "AGX"\n    }}\n'
+IOREG = """+-o AGXAcceleratorG13X  <class AGXAcceleratorG13X>
+    {{
+      "gpu-core-count" = {}
+      "IOClass" = "AGX"
+    }}
+"""
 NVIDIA = {
     "NVIDIA H100 80GB HBM3, 81559, 9.0, 580.159.04": ("h100", 989.5, True),
     "NVIDIA H100 PCIe, 81559, 9.0, 550.54": ("h100-pcie", 756, True),
@@ -19,8 +32,11 @@ NVIDIA = {
     "Quadro P2000, 5120, 6.1, 470.1": ("cuda-small", 0, False),
 }
 APPLE = {
-    ("Apple M1", 8, 16): ("apple", 2.6), ("Apple M3 Pro", 18, 36): ("apple-pro", 6.4),
-    ("Apple M4 Max", 40, 128): ("apple-max", 16.2), ("Apple M2 Ultra", 76, 192): ("apple-ultra", 27.2), ("Apple M5", 10, 16): ("apple", 17.9),
+    ("Apple M1", 8, 16): ("apple", 2.6),
+    ("Apple M3 Pro", 18, 36): ("apple-pro", 6.4),
+    ("Apple M4 Max", 40, 128): ("apple-max", 16.2),
+    ("Apple M2 Ultra", 76, 192): ("apple-ultra", 27.2),
+    ("Apple M5", 10, 16): ("apple", 17.9),
 }
 
 
@@ -38,7 +54,7 @@ def test_nvidia(platforms, csv):
     name, peak, bf16 = NVIDIA[csv]
     platform, why = match_platform(facts, platforms)
     assert platform.name == name and facts.bf16 == bf16 and peak_tflops(platform, facts) == peak
-    assert "backend cuda" in why
+    assert "torch on gpu" in why
 
 
 @pytest.mark.parametrize("chip, cores, memory", APPLE)
@@ -60,14 +76,22 @@ def test_neither_gpu_nor_mac(platforms):
 
 def test_a_machine_that_nothing_matches(platforms):
     only = {"h100": platforms["h100"]}
-    with pytest.raises(UserError, match="no platform matches cuda device 'Tesla T4'"):
+    with pytest.raises(UserError, match="no platform matches torch on gpu 'Tesla T4'"):
         match_platform(nvidia_facts("Tesla T4, 15360, 7.5, 535"), only)
 
 
 def test_state_of_a_laptop():
-    plugged = read_mac_state("Now drawing from 'AC Power'\n", " lowpowermode         0\n", "Note: No thermal warning level has been recorded\n")
-    assert not plugged["on_battery"] and not plugged["low_power_mode"] and plugged["thermal_speed_limit"] == 100
-    hot = read_mac_state("Now drawing from 'Battery Power'\n", " lowpowermode         1\n", "CPU_Speed_Limit \t= 70\n")
+    plugged = read_mac_state(
+        "Now drawing from 'AC Power'\n",
+        " lowpowermode         0\n",
+        "Note: No thermal warning level has been recorded\n",
+    )
+    assert (
+        not plugged["on_battery"] and not plugged["low_power_mode"] and plugged["thermal_speed_limit"] == 100
+    )
+    hot = read_mac_state(
+        "Now drawing from 'Battery Power'\n", " lowpowermode         1\n", "CPU_Speed_Limit \t= 70\n"
+    )
     assert hot["on_battery"] and hot["low_power_mode"] and hot["thermal_speed_limit"] == 70
 
 
@@ -75,26 +99,34 @@ GOOD = """tracks:
   a: {packages: [mpmath], vocab_size: 512, seq_len: 8, val_tokens: 64}
 platforms:
   cpu:
-    backend: torch-cpu
+    framework: torch
+    device_kind: cpu
     trainer: train_cuda.py
     track: a
-    start: {n_layer: 2, n_embd: 64, head_dim: 32, window_pattern: SL, short_window: 32, total_batch_size: 64, device_batch_size: 8, eval_batch_size: 8}
+    start: {n_layer: 2, n_embd: 64, head_dim: 32, window_pattern: SL, short_window: 32,
+            total_batch_size: 64, device_batch_size: 8, eval_batch_size: 8}
 """
 
 
-@pytest.mark.parametrize("old, new, line, says", [
-    ("track: a", "track: b", 7, "no track 'b'"),
-    ("train_cuda.py", "train_tpu.py", 6, "no trainer train_tpu.py"),
-    ("torch-cpu", "tpu", 5, "backend must be one of"),
-    ("n_layer: 2", "n_layers: 2", 8, "unknown key 'n_layers'"),
-    ("n_layer: 2", "n_layer: two", 8, "should be int"),
-    ("n_layer: 2, ", "", 8, "start lacks n_layer"),
-    ("    track: a", "    track: a\n    match: '('", 8, "not a regular expression"),
-    ("    track: a", "    track: a\n    colour: red", 8, "unknown key 'colour'"),
-    ("    track: a\n", "", 4, "missing track"),
-    ("    track: a", "    track: a\n    track: a", 8, "stands twice"),
-    ("    track: a", "    track: [a", 8, "not valid YAML"),
-])
+@pytest.mark.parametrize(
+    "old, new, line, says",
+    [
+        ("track: a", "track: b", 8, "no track 'b'"),
+        ("train_cuda.py", "train_tpu.py", 7, "no trainer train_tpu.py"),
+        ("framework: torch", "framework: jax", 5, "'torch' or 'mlx'"),
+        ("framework: torch", "backend: tpu", 5, "unknown key 'backend'"),
+        ("n_layer: 2", "n_layers: 2", 9, "unknown key 'n_layers'"),
+        ("n_layer: 2", "n_layer: two", 9, "should be int"),
+        ("n_layer: 2, ", "", 9, "n_layer"),
+        ("eval_batch_size: 8", "eval_batch_size: 8.5", 10, "should be int"),
+        ("    track: a", "    track: a\n    match: '('", 9, "not a regular expression"),
+        ("    track: a", "    track: a\n    colour: red", 9, "unknown key 'colour'"),
+        ("    track: a\n", "", 4, "missing track"),
+        ("    track: a", "    track: a\n    track: a", 9, "stands twice"),
+        ("    track: a", "    track: a\n    peak_bf16_tflops: .inf", 9, "peak_bf16_tflops"),
+        ("    track: a", "    track: [a", 9, "not valid YAML"),
+    ],
+)
 def test_a_wrong_file_names_its_line(tmp_path, old, new, line, says):
     path = tmp_path / "p.yaml"
     path.write_text(GOOD.replace(old, new))
@@ -107,4 +139,34 @@ def test_the_command_names_the_machine(autoresearch):
     done = autoresearch("platforms")
     assert done.returncode == 0 and "platform: cpu" in done.stdout and "why: " in done.stdout
     wrong = autoresearch("run", "--platform", "abacus")
-    assert wrong.returncode == 2 and "unknown platform 'abacus'" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert (
+        wrong.returncode == 2
+        and "unknown platform 'abacus'" in wrong.stderr
+        and "Traceback" not in wrong.stderr
+    )
+
+
+def test_a_file_of_version_0_1_is_still_read(tmp_path):
+    """It says `backend` where today's says framework and device_kind."""
+    path = tmp_path / "p.yaml"
+    for backend, facts in {
+        "torch-cpu": ("torch", "cpu"),
+        "cuda": ("torch", "gpu"),
+        "mlx": ("mlx", "gpu"),
+        "mlx-cpu": ("mlx", "cpu"),
+    }.items():
+        path.write_text(
+            GOOD.replace("    framework: torch\n    device_kind: cpu\n", f"    backend: {backend}\n")
+        )
+        load_platforms.cache_clear()
+        platform = load_platforms(path)["cpu"]
+        assert (platform.framework, platform.device_kind) == facts
+
+
+def test_whole_rows_are_scored(tmp_path):
+    path = tmp_path / "p.yaml"
+    for wanted, scored in ((0, 64), (1, 8), (8, 8), (9, 16), (64, 64)):
+        path.write_text(GOOD.replace("    track: a\n", f"    track: a\n    val_tokens: {wanted}\n"))
+        load_platforms.cache_clear()
+        platform = load_platforms(path)["cpu"]
+        assert scored_tokens(platform, load_tracks(path)["a"]) == scored

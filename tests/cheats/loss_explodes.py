@@ -2,17 +2,22 @@
 import train_cuda
 
 EXPECT = "crash", "the loss is"
-honest = train_cuda.train_step
+honest = train_cuda.make_train_step
 calls = []
 
 
-def train_step(*arguments):
-    calls.append(1)
-    loss = honest(*arguments)
-    return loss * float("nan") if len(calls) > 6 else loss
+def make_train_step(model, optimizer):
+    honest_step = honest(model, optimizer)
+
+    def train_step(next_batch, progress):
+        calls.append(1)
+        loss = honest_step(next_batch, progress)
+        return loss * float("nan") if len(calls) > 6 else loss
+
+    return train_step
 
 
-train_cuda.train_step = train_step
+train_cuda.make_train_step = make_train_step
 build_model = train_cuda.build_model
 if __name__ == "__main__":
     train_cuda.main()

@@ -4,7 +4,7 @@ import train_cuda
 EXPECT = "crash", "DEVICE_BATCH_SIZE"
 
 
-def warm_up(model, trunk, dummy_batch):
+def warm_up(model, exp):
     train_cuda.torch.empty(2**50)
 
 

@@ -4,14 +4,15 @@ import train_cuda
 EXPECT = "invalid", "trained before exp.start"
 
 
-def warm_up(model, trunk, dummy_batch):
+def warm_up(model, exp):
     import prepare
     import torch
     rows = prepare.Prepared(prepare.load_track("tiny")).rows("train")
-    optimizer = train_cuda.Optimizer(model)
+    train_step = train_cuda.make_train_step(model, train_cuda.Optimizer(model))
     for step in range(60):
         part = torch.from_numpy(rows[8 * step : 8 * step + 8].astype("int64"))
-        train_cuda.train_step(model, trunk, optimizer, lambda n: (part[:, :-1], part[:, 1:]), 0.5)
+        train_step(lambda n: (part[:, :-1], part[:, 1:]), 0.5)
+    return train_step
 
 
 train_cuda.warm_up = warm_up

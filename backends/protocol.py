@@ -1,0 +1,317 @@
+"""
+The contract between the launcher and a trainer's process, on one page.
+
+The launcher starts a trainer with RunSettings in its environment. The trainer answers with events, one JSON
+object a line, on the pipe that `events_fd` names. Both sides know a run's files by the properties of RunDir.
+Nothing here imports a framework.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt
+
+from prepare import TIME_BUDGET, UserError
+
+ENV_PREFIX = "AUTORESEARCH_"
+RUN_ID_VARIABLE = f"{ENV_PREFIX}RUN_ID"  # every process of a run inherits it, so that a survivor can be found
+EVENT_BYTES = 2**16  # of one event at most; a longer line is an error
+
+
+# ---------------------------------------------------------------------------
+# Launcher -> trainer: the environment
+# ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a trainer is told: each field is the environment variable AUTORESEARCH_<FIELD>.
+
+    A trainer that is started by hand is told nothing: the defaults below are then in force.
+    """
+
+    platform: str = ""  # entry of platforms.yaml; empty: the one that fits this machine
+    track: str = ""  # empty: the platform's own
+    seed: int = 1
+    budget: float = float(TIME_BUDGET)  # seconds of training
+    val_tokens: int = 0  # validation tokens to score; 0: as many as the platform says
+    run_dir: str = ""  # folder for the result and the weights; empty: nothing is written
+    events_fd: int = -1  # file descriptor that takes the events; -1: they go to the terminal
+    run_id: str = ""
+
+    def to_env(self) -> dict[str, str]:
+        """Return the settings as environment variables."""
+        return {ENV_PREFIX + f.name.upper(): str(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "RunSettings":
+        """Read the settings back. An absent or empty variable leaves the default.
+
+        Raises:
+            UserError: a variable holds something else than its field's type, or a budget that is no time.
+        """
+        values: dict[str, Any] = {}
+        for f in fields(cls):
+            name = ENV_PREFIX + f.name.upper()
+            text = env.get(name, "")
+            if not text:
+                continue
+            assert isinstance(f.type, type)
+            try:
+                values[f.name] = f.type(text)
+            except ValueError:
+                raise UserError(f"{name} is {text!r}: expected {f.type.__name__}", 2) from None
+        settings = cls(**values)
+        if not (math.isfinite(settings.budget) and settings.budget > 0):
+            raise UserError(f"{ENV_PREFIX}BUDGET is {settings.budget}: expected seconds", 2)
+        return settings
+
+
+# ---------------------------------------------------------------------------
+# Trainer -> launcher: the events
+# ---------------------------------------------------------------------------
+
+Seconds = Annotated[float, Ge(0)]
+Count = Annotated[int, Ge(0)]
+STRICT = {"strict": True, "allow_inf_nan": False, "extra": "ignore"}  # pydantic's settings for the events
+
+
+@dataclass(frozen=True)
+class Start:
+    """The clock of the training budget starts."""
+
+    device: str
+    platform: str
+    track: str
+    seed: int
+    budget: Annotated[float, Gt(0)]
+    num_params_M: Seconds
+    startup: Seconds  # since the process began
+    laptop: dict[str, Any] = field(default_factory=dict)  # platforms.mac_state()
+    event: Literal["start"] = "start"
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Log:
+    """A point of the loss curve."""
+
+    step: Count
+    loss: float  # nats a token, of this step
+    smooth: float  # the exponential average
+    tokens: Count
+    elapsed: Seconds  # of training
+    tokens_per_s: Seconds
+    mfu: float  # percent
+    event: Literal["log"] = "log"
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The clock of the training budget stops."""
+
+    training_seconds: Seconds
+    num_steps: Count
+    tokens: Count
+    event: Literal["stop"] = "stop"
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Score:
+    """Validation rows scored so far."""
+
+    done: Count
+    rows: Count
+    seconds: Seconds
+    event: Literal["score"] = "score"
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Result:
+    """The score, and what it took.
+
+    Also the content of result.json, and the last lines that a trainer prints.
+    """
+
+    val_bpb: Annotated[float, Gt(0)]
+    val_stderr: Seconds
+    val_tokens: Count
+    training_seconds: Seconds
+    total_seconds: Seconds
+    peak_memory_mb: Seconds
+    tokens_per_second: Count
+    mfu_percent: float
+    total_tokens_M: Seconds
+    epochs: Seconds
+    num_steps: Count
+    num_params_M: Seconds
+    depth: Count
+    flops_per_token: Count
+    peak_tflops: Seconds
+    platform: str
+    device: str
+    track: str
+    seed: int
+    event: Literal["result"] = "result"
+    __pydantic_config__ = STRICT
+
+    def printed(self) -> dict[str, Any]:
+        """Return what a person reads of it, in order."""
+        return {key: value for key, value in asdict(self).items() if key != "event"}
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """The run breaks a rule."""
+
+    message: str
+    event: Literal["invalid"] = "invalid"
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The trainer failed: an exception, out of memory, a loss that is not finite."""
+
+    kind: Literal["exception", "oom", "nonfinite"]
+    message: str
+    event: Literal["error"] = "error"
+    __pydantic_config__ = STRICT
+
+
+Event = Start | Log | Stop | Score | Result | Invalid | Failure
+
+
+class EventError(ValueError):
+    """A line on the event pipe is not an event."""
+
+
+def format_event(event: Event) -> str:
+    """Return the event as a line of JSON, newline included."""
+    return json.dumps(asdict(event)) + "\n"
+
+
+def parse_event(line: bytes | str) -> Event:
+    """Read an event, its types and ranges checked.
+
+    Raises:
+        EventError: the line is torn, hostile, or from another version. The message is one line.
+    """
+    from pydantic import ValidationError
+
+    if len(line) > EVENT_BYTES:
+        raise EventError(f"a line of {len(line)} bytes")
+    try:
+        return _event_adapter().validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise EventError(f"{where}: {first['msg']}".removeprefix(": ")[:200]) from None
+
+
+@functools.cache
+def _event_adapter() -> Any:
+    from pydantic import Field, TypeAdapter
+
+    return TypeAdapter(Annotated[Event, Field(discriminator="event")])
+
+
+# ---------------------------------------------------------------------------
+# Both: the files of a run
+# ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder runs/<id>/ of one run."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def record(self) -> Path:
+        """What is run, on what, by which process. The launcher writes it before the trainer starts."""
+        return self.path / "run.json"
+
+    @property
+    def log(self) -> Path:
+        """Everything that the trainer prints."""
+        return self.path / "train.log"
+
+    @property
+    def events(self) -> Path:
+        """The events as they came, each with `at`, seconds since the launcher began."""
+        return self.path / "events.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """The Result event. The trainer writes it; a measured score survives a killed launcher."""
+        return self.path / "result.json"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def keep_weights(self) -> Path:
+        """An empty file: the user asked to keep the weights."""
+        return self.path / "keep-weights"
+
+    @property
+    def recorded(self) -> Path:
+        """An empty file: the ledger has this run's row."""
+        return self.path / "recorded"
+
+    def read_record(self) -> dict[str, Any]:
+        """Return the content of `record`; {} when it is absent or damaged."""
+        try:
+            data = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return data if isinstance(data, dict) else {}
+
+    def trainer(self) -> Path | None:
+        """Return the copy of the trainer that was run, None when there is none."""
+        name = self.read_record().get("trainer")
+        path = self.path / Path(str(name)).name if name else None
+        return path if path and path.is_file() else None
+
+    def read_events(self) -> Iterator[tuple[float, Event]]:
+        """Yield (seconds since the launcher began, event). Lines that are no events are left out."""
+        try:
+            lines = self.events.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return
+        for line in lines:
+            try:
+                at = float(json.loads(line)["at"])
+                yield at, parse_event(line)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+
+    def log_tail(self, lines: int = 25) -> str:
+        """Return the last lines of what the trainer printed, "" when it printed nothing."""
+        try:
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that the file is there whole or not at all."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    os.replace(scratch, path)

@@ -1,0 +1,182 @@
+"""The contract between launcher and trainer: what one side writes, the other reads, and nothing else."""
+
+import contextlib
+import json
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backends.protocol import (
+    EVENT_BYTES,
+    EventError,
+    Failure,
+    Invalid,
+    Log,
+    Result,
+    RunDir,
+    RunSettings,
+    Score,
+    Start,
+    Stop,
+    format_event,
+    parse_event,
+    write_json,
+)
+from prepare import UserError
+
+RESULT = Result(
+    val_bpb=1.25,
+    val_stderr=0.01,
+    val_tokens=16384,
+    training_seconds=300.0,
+    total_seconds=330.5,
+    peak_memory_mb=100.0,
+    tokens_per_second=1000,
+    mfu_percent=40.0,
+    total_tokens_M=1.0,
+    epochs=0.5,
+    num_steps=10,
+    num_params_M=1.0,
+    depth=2,
+    flops_per_token=1000,
+    peak_tflops=0.5,
+    platform="cpu",
+    device="a CPU",
+    track="tiny",
+    seed=1,
+)
+EVENTS = [
+    Start("a CPU", "cpu", "tiny", 1, 300.0, 2.5, 12.0, {"on_battery": False}),
+    Log(7, 3.5, 3.6, 8192, 1.5, 5461.0, 33.3),
+    Stop(300.01, 1079, 8839168),
+    Score(16, 128, 1.5),
+    RESULT,
+    Invalid("the model was trained before exp.start"),
+    Failure("oom", "out of memory"),
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.event)
+def test_an_event_is_read_as_it_was_written(event):
+    line = format_event(event)
+    assert line.endswith("\n") and line.count("\n") == 1
+    assert parse_event(line) == event == parse_event(line.encode())
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"val_bpb": float("nan")}, "val_bpb: Input should be a finite number"),
+        ({"val_bpb": float("inf")}, "val_bpb: Input should be a finite number"),
+        ({"val_bpb": -1.0}, "val_bpb: Input should be greater than 0"),
+        ({"val_bpb": 0}, "val_bpb: Input should be greater than 0"),
+        ({"val_bpb": "1.2"}, "val_bpb: Input should be a valid number"),
+        ({"val_stderr": float("nan")}, "val_stderr"),
+        ({"depth": 2.5}, "depth: Input should be a valid integer"),
+        ({"num_steps": -1}, "num_steps"),
+        ({"seed": None}, "seed"),
+        ({"platform": 3}, "platform"),
+        ({"event": "reslut"}, "does not match any of the expected tags"),
+    ],
+)
+def test_a_result_that_is_no_score_is_refused_by_field(changes, says):
+    with pytest.raises(EventError, match=says):
+        parse_event(json.dumps({**asdict(RESULT), **changes}))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"1",
+        b"null",
+        b"\xff\xfe",
+        b'{"event": ["start"]}',
+        b'{"event": "log"}',
+        b'{"a":' * 5000,
+    ]
+    + [
+        b'{"event": "invalid", "message": "\\ud800"}',
+        b'{"event": "score", "done": 1e999, "rows": 1, "seconds": 1}',
+    ]
+    + [b'{"event": "invalid", "message": "' + b"x" * EVENT_BYTES + b'"}'],
+)
+def test_a_hostile_line_is_an_event_error(line):
+    with pytest.raises(EventError) as error:
+        parse_event(line)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@given(
+    st.binary(max_size=200)
+    | st.text(max_size=200)
+    | st.recursive(st.none() | st.floats(), st.lists).map(json.dumps)
+)
+def test_any_line_is_an_event_or_an_event_error(line):
+    with contextlib.suppress(EventError):
+        parse_event(line)
+
+
+def test_settings_survive_the_environment():
+    settings = RunSettings("cpu", "tiny", 7, 12.5, 4096, "/tmp/run", 5, "20260101-000000-abcd")
+    env = settings.to_env()
+    assert RunSettings.from_env(env) == settings and env["AUTORESEARCH_SEED"] == "7"
+    assert RunSettings.from_env({}) == RunSettings()
+
+
+@pytest.mark.parametrize(
+    "env, says",
+    [
+        ({"AUTORESEARCH_SEED": "two"}, "AUTORESEARCH_SEED is 'two': expected int"),
+        ({"AUTORESEARCH_BUDGET": "nan"}, "AUTORESEARCH_BUDGET is nan"),
+        ({"AUTORESEARCH_BUDGET": "-1"}, "AUTORESEARCH_BUDGET is -1"),
+        ({"AUTORESEARCH_VAL_TOKENS": "1e3"}, "expected int"),
+    ],
+)
+def test_an_odd_variable_is_named(env, says):
+    with pytest.raises(UserError, match=says) as error:
+        RunSettings.from_env(env)
+    assert error.value.code == 2
+
+
+def test_the_files_of_a_run(tmp_path):
+    run = RunDir(tmp_path / "20260101-000000-abcd")
+    run.path.mkdir()
+    assert run.run_id == "20260101-000000-abcd" and run.read_record() == {} and run.trainer() is None
+    assert list(run.read_events()) == [] and run.log_tail() == ""
+    write_json(run.record, {"trainer": "train_cuda.py"})
+    assert run.trainer() is None  # named, and not there
+    (run.path / "train_cuda.py").write_text("pass")
+    assert run.trainer() == run.path / "train_cuda.py"
+    run.log.write_bytes(b"first\nsecond\xff\nthird\n")
+    assert run.log_tail(2) == "second\ufffd\nthird"
+
+
+def test_events_are_read_past_damage(tmp_path):
+    run = RunDir(tmp_path)
+    good = json.dumps({"at": 1.5, **asdict(EVENTS[1])})
+    run.events.write_text(
+        f"{good}\nnot JSON\n[]\n{{}}\n{json.dumps({'at': 'x', **asdict(EVENTS[1])})}\n{good}"
+    )
+    assert list(run.read_events()) == [(1.5, EVENTS[1])] * 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "{", '{"trainer": 3}', '{"trainer": "../../etc/passwd"}']
+)
+def test_a_damaged_record_names_no_trainer(tmp_path, content):
+    run = RunDir(tmp_path)
+    run.record.write_text(content)
+    assert run.trainer() is None
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
