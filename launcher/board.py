@@ -1,165 +1,406 @@
-"""The leaderboard: who is best on each device, and how the devices compare. Standard library and click only."""
+"""
+The leaderboard: who is best on each device, and how the devices compare.
+
+Ledgers -> boards of runs that may be compared -> a table, TSV or JSON. The standard library reads and ranks;
+rich, imported when a table is due, draws it.
+"""
 
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
 
-from launcher.ledger import REFUTED, UNRANKED, VERIFIED, Ledger, clean, warn
+from launcher.ledger import REFUTED, UNRANKED, VERIFIED, BoardKey, Ledger, Row, single_line, warn
 
-LISTED = ("rank", "val_bpb", "stderr", "gain", "verified", "status", "tokens_per_second", "mfu_percent", "memory_gb", "num_params_M", "run", "description")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MAX_ROWS = 20  # of a table, where the caller names no number
+PIPE_WIDTH = 1_000_000  # characters; wide enough that nothing is cut or wrapped where no terminal shows it
+NARROW_TERMINAL = 150  # characters; on a narrower terminal the tables have the few columns named below
+NARROW_COLUMNS = {
+    "rank",
+    "val_bpb",
+    "gain",
+    "status",
+    "run",
+    "description",
+    "why",
+    "device",
+    "runs",
+    "best_val_bpb",
+    "gap_closed_percent",
+}
+WRAPPED_COLUMNS = {"description", "why", "device"}  # on a terminal these give way first
+DECIMALS = {"val_bpb": 6, "gain": 6, "best_val_bpb": 6, "baseline_val_bpb": 6, "stderr": 4}
+
+
+# ---------------------------------------------------------------------------
+# Ledgers -> boards
+# ---------------------------------------------------------------------------
+
+
+class RuleSet(NamedTuple):
+    """What two boards must share for their devices to be compared."""
+
+    track: str
+    fingerprint: str
+    rules: int
 
 
 @dataclass
 class Board:
-    """The ranked rows of one track, by one set of rules, on one device."""
+    """The runs that are ranked together, best first."""
 
-    key: tuple
-    rows: list = field(default_factory=list)
+    key: BoardKey
+    rows: list[Row] = field(default_factory=list)
 
     @property
-    def best(self):
+    def rule_set(self) -> RuleSet:
+        return RuleSet(self.key.track, self.key.fingerprint, self.key.rules)
+
+    @property
+    def best(self) -> Row:
         return self.rows[0]
 
     @property
-    def baseline(self):
-        """The first ranked run of the device on this board."""
+    def baseline(self) -> Row:
+        """The first ranked run on this board."""
         return min(self.rows, key=lambda row: (row.time, row.run))
 
     @property
-    def title(self):
-        track, fingerprint, rules, budget, val_tokens, platform, device = self.key
-        return f"{track} on {device} ({platform}): {len(self.rows)} runs, {budget:g} s, {val_tokens:,} tokens scored, rules {rules}, data {fingerprint[:8]}"
+    def title(self) -> str:
+        key = self.key
+        where = f"{key.track} on {key.device} ({key.platform})"
+        how = f"{key.budget:g} s, {key.val_tokens:,} tokens scored, rules {key.rules}"
+        return f"{where}: {len(self.rows)} runs, {how}, data {key.fingerprint[:8]}"
 
 
-def gather(paths, track=None, platform=None, complain=warn):
-    """(boards, rows listed apart, {run: verification row}) of one or more ledgers, merged by run id."""
-    rows, seen, checked = [], set(), {}
+class Boards(NamedTuple):
+    """Everything that the ledgers hold, each run once."""
+
+    boards: list[Board]  # by track, then by their best val_bpb
+    unranked: list[Row]
+    verifications: dict[str, Row]  # run id -> the last row that `autoresearch verify` added about it
+
+
+def gather(
+    paths: Iterable[Path],
+    track: str | None = None,
+    platform: str | None = None,
+    complain: Callable[[str], None] = warn,
+) -> Boards:
+    """Read ledgers, merge them by run id, and rank what may be ranked.
+
+    Args:
+        paths: the ledgers.
+        track: take rows of this track only.
+        platform: take rows of this platform only.
+        complain: gets a line about every row that cannot be read.
+    """
+    rows, verifications = read_runs(paths, track, platform, complain)
+    boards: dict[BoardKey, Board] = {}
+    unranked = []
+    for row in rows:
+        if not row.ranked or is_refuted(row, verifications):
+            unranked.append(row)
+            continue
+        key = row.board
+        if key not in boards:
+            boards[key] = Board(key)
+        boards[key].rows.append(row)
+    current = current_rule_sets(boards.values())
+    ranked = []
+    for board in boards.values():
+        if board.rule_set in current:
+            board.rows.sort(key=lambda row: row.val_bpb)
+            ranked.append(board)
+        else:
+            unranked += board.rows
+    ranked.sort(key=lambda board: (board.key.track, board.best.val_bpb))
+    return Boards(ranked, unranked, verifications)
+
+
+def read_runs(
+    paths: Iterable[Path], track: str | None, platform: str | None, complain: Callable[[str], None]
+) -> tuple[list[Row], dict[str, Row]]:
+    """Return the runs of the ledgers and the verifications. The arguments are those of gather."""
+    rows = []
+    verifications = {}
+    seen = set()
     for path in paths:
         for row in Ledger(path).rows(complain):
             if (track and row.track != track) or (platform and row.platform != platform):
                 continue
             if row.status in (VERIFIED, REFUTED):
-                checked[row.run] = row  # the last word counts
-                continue
-            if row.run and row.run in seen:
-                continue
-            seen.add(row.run)
-            rows.append(row)
-    boards, apart = {}, []
-    for row in rows:
-        refuted = row.run in checked and checked[row.run].status == REFUTED
-        if row.ranks and not refuted:
-            boards.setdefault(row.board, Board(row.board)).rows.append(row)
-        else:
-            apart.append(row)
-    current = newest_rules(boards)
-    for key in [k for k in boards if k[:3] not in current]:  # other rules, or other data of the same track
-        apart += boards.pop(key).rows
-    for board in boards.values():
-        board.rows.sort(key=lambda row: row.val_bpb)
-    return sorted(boards.values(), key=lambda b: (b.key[0], b.best.val_bpb)), apart, checked
+                verifications[row.run] = row
+            elif not row.run or row.run not in seen:
+                seen.add(row.run)
+                rows.append(row)
+    return rows, verifications
 
 
-def newest_rules(boards):
-    """{(track, fingerprint, rules)} to rank: of each track the highest rules, and of those the data with the most rows."""
-    counts, best = Counter(), {}
-    for key, board in boards.items():
-        counts[key[:3]] += len(board.rows)
-    for chosen, count in counts.items():
-        track, _, rules = chosen
-        if track not in best or (rules, count) > best[track][0]:
-            best[track] = (rules, count), chosen
-    return {chosen for _, chosen in best.values()}
+def current_rule_sets(boards: Iterable[Board]) -> set[RuleSet]:
+    """Return one rule set for each track: the highest rules, and of those the data with the most runs."""
+    runs: Counter[RuleSet] = Counter()
+    for board in boards:
+        runs[board.rule_set] += len(board.rows)
+    newest: dict[str, RuleSet] = {}
+    for candidate in runs:
+        chosen = newest.setdefault(candidate.track, candidate)
+        if (candidate.rules, runs[candidate]) > (chosen.rules, runs[chosen]):
+            newest[candidate.track] = candidate
+    return set(newest.values())
 
 
-def why_apart(row, checked):
-    if row.run in checked and checked[row.run].status == REFUTED:
-        return f"refuted: {checked[row.run].reason}"
+def is_refuted(row: Row, verifications: dict[str, Row]) -> bool:
+    verification = verifications.get(row.run) if row.run else None
+    return verification is not None and verification.status == REFUTED
+
+
+def why_unranked(row: Row, verifications: dict[str, Row]) -> str:
+    """Return the reason for which a row of `Boards.unranked` is there."""
+    if is_refuted(row, verifications):
+        return f"refuted: {verifications[row.run].reason}"
     if not row.scored:
         return f"{row.status}: {row.reason}" if row.reason else row.status
     if not row.rules:
         return "from another tool: its rules are unknown"
-    marked = [UNRANKED[m] for m in row.mark_list if m in UNRANKED]
-    return ", ".join(marked) if marked else "other rules or other data"
+    reasons = [text for flag, text in UNRANKED.items() if flag in row.flags]
+    return ", ".join(reasons) or "other rules or other data"
 
 
-def listing(board, checked, most=None):
-    """Dicts of a board's rows, best first; of the first `most` where it is given."""
-    out, baseline = [], board.baseline.val_bpb
+# ---------------------------------------------------------------------------
+# Boards -> lines of a table
+# ---------------------------------------------------------------------------
+
+
+class RankedRun(NamedTuple):
+    """A line of a board."""
+
+    rank: int
+    val_bpb: float
+    stderr: float
+    gain: float  # how much lower its val_bpb is than the baseline's
+    verified: bool
+    status: str
+    tokens_per_second: float
+    mfu_percent: float
+    memory_gb: float
+    num_params_M: float
+    run: str
+    description: str
+
+
+class UnrankedRun(NamedTuple):
+    """A line about a run that is on no board."""
+
+    val_bpb: float
+    run: str
+    device: str
+    why: str
+    description: str
+
+
+class DeviceResult(NamedTuple):
+    """A line of the comparison of devices: how far research came there, and what its best run cost."""
+
+    track: str
+    device: str
+    platform: str
+    runs: int
+    best_val_bpb: float
+    baseline_val_bpb: float
+    gap_closed_percent: float | None  # of the way from its baseline to the best device's best
+    val_tokens: int
+    tokens_M: float
+    petaflops: float
+    energy_kj: float | None
+
+
+TableLine = RankedRun | UnrankedRun | DeviceResult
+
+
+def list_ranked(board: Board, verifications: dict[str, Row], most: int | None = None) -> list[RankedRun]:
+    """Return the lines of a board, best first; only the first `most` where it is given."""
+    baseline = board.baseline.val_bpb
+    lines = []
     for rank, row in enumerate(board.rows[:most], 1):
-        verification = checked.get(row.run)
-        out.append({"rank": rank, "val_bpb": row.val_bpb, "stderr": row.val_stderr, "gain": round(baseline - row.val_bpb, 6),
-                    "verified": bool(verification and verification.status == VERIFIED), "status": row.status,
-                    "tokens_per_second": row.tokens_per_second, "mfu_percent": row.mfu_percent, "memory_gb": row.memory_gb,
-                    "num_params_M": row.num_params_M, "run": row.run, "description": row.description})
-    return out
+        verification = verifications.get(row.run)
+        line = RankedRun(
+            rank=rank,
+            val_bpb=row.val_bpb,
+            stderr=row.val_stderr,
+            gain=round(baseline - row.val_bpb, 6),
+            verified=verification is not None and verification.status == VERIFIED,
+            status=row.status,
+            tokens_per_second=row.tokens_per_second,
+            mfu_percent=row.mfu_percent,
+            memory_gb=row.memory_gb,
+            num_params_M=row.num_params_M,
+            run=row.run,
+            description=row.description,
+        )
+        lines.append(line)
+    return lines
 
 
-def across(boards):
-    """Devices on the same track: best val_bpb, the share of the gap to the fastest device's best that research closed, what it cost."""
-    out = []
-    for track in dict.fromkeys(b.key[0] for b in boards):
-        group = [b for b in boards if b.key[0] == track]
-        target = min(b.best.val_bpb for b in group)
-        for board in group:
-            best, base = board.best, board.baseline
-            gap = base.val_bpb - target
-            out.append({"track": track, "device": best.device, "platform": best.platform, "runs": len(board.rows), "best_val_bpb": best.val_bpb,
-                        "baseline_val_bpb": base.val_bpb, "gap_closed_percent": round(100 * (base.val_bpb - best.val_bpb) / gap, 1) if gap > 0 else None,
-                        "val_tokens": best.val_tokens, "tokens_M": best.tokens_M, "petaflops": best.petaflops, "energy_kj": best.energy_kj or None})
-    return out
+def list_unranked(rows: Iterable[Row], verifications: dict[str, Row]) -> list[UnrankedRun]:
+    """Return the lines about unranked rows, in the order of the rows."""
+    return [
+        UnrankedRun(row.val_bpb, row.run, row.device, why_unranked(row, verifications), row.description)
+        for row in rows
+    ]
 
 
-def table(rows, columns, out):
-    """Aligned text; numbers to the right."""
-    cells = [[shown(column, row[column]) for column in columns] for row in rows]
-    widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
-    out.write("  ".join(c.ljust(w) for c, w in zip(columns, widths)).rstrip() + "\n")
-    for line, row in zip(cells, rows):
-        out.write("  ".join(text.ljust(w) if isinstance(row[c], str) else text.rjust(w) for text, w, c in zip(line, widths, columns)).rstrip() + "\n")
+def compare_devices(boards: Sequence[Board]) -> list[DeviceResult]:
+    """Return a line for each board. Devices are compared with those of the same track."""
+    targets: dict[str, float] = {}
+    for board in boards:
+        track = board.key.track
+        targets[track] = min(board.best.val_bpb, targets.get(track, board.best.val_bpb))
+    lines = []
+    for board in boards:
+        best = board.best
+        start = board.baseline.val_bpb
+        gap = start - targets[board.key.track]
+        line = DeviceResult(
+            track=board.key.track,
+            device=board.key.device,
+            platform=board.key.platform,
+            runs=len(board.rows),
+            best_val_bpb=best.val_bpb,
+            baseline_val_bpb=start,
+            gap_closed_percent=round(100 * (start - best.val_bpb) / gap, 1) if gap > 0 else None,
+            val_tokens=best.val_tokens,
+            tokens_M=best.tokens_M,
+            petaflops=best.petaflops,
+            energy_kj=best.energy_kj or None,
+        )
+        lines.append(line)
+    return lines
 
 
-def shown(column, value):
+def format_cell(column: str, value: object) -> str:
+    """Return a value as tables show it."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else ""
-    if column in ("val_bpb", "stderr", "gain", "best_val_bpb", "baseline_val_bpb"):
-        return f"{value:.6f}" if column != "stderr" else f"{value:.4f}"
     if isinstance(value, float):
+        if column in DECIMALS:
+            return f"{value:.{DECIMALS[column]}f}"
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
-    return str(value)
+    return single_line(value)
 
 
-def leaderboard(paths, track=None, platform=None, kind="text", most=20, out=None):
-    """Print the boards of the ledgers: as text, tsv or json."""
+# ---------------------------------------------------------------------------
+# Output
+# ---------------------------------------------------------------------------
+
+
+def print_leaderboard(
+    paths: Iterable[Path],
+    track: str | None = None,
+    platform: str | None = None,
+    kind: str = "text",
+    most: int = MAX_ROWS,
+    out: TextIO | None = None,
+) -> None:
+    """Print the boards of one or more ledgers.
+
+    Args:
+        paths: the ledgers, merged by run id.
+        track: show this track only.
+        platform: show this platform only.
+        kind: "text" (tables), "tsv" (all ranked runs) or "json" (everything).
+        most: runs of a table at most.
+        out: where to print; stdout if left out.
+    """
+    boards = gather(paths, track, platform)
     out = out or sys.stdout
-    boards, apart, checked = gather(paths, track, platform)
     if kind == "json":
-        json.dump({"boards": [{"title": b.title, "rows": listing(b, checked)} for b in boards], "across": across(boards),
-                   "apart": [{"run": r.run, "val_bpb": r.val_bpb, "description": r.description, "why": why_apart(r, checked)} for r in apart]}, out, indent=1)
-        out.write("\n")
-        return
-    if kind == "tsv":
-        out.write("\t".join(("track", "device", *LISTED)) + "\n")
-        for board in boards:
-            for row in listing(board, checked):
-                out.write("\t".join([board.key[0], clean(board.key[6]), *(clean(row[c]) for c in LISTED)]) + "\n")
-        return
-    if not boards and not apart:
+        print_json(boards, out)
+    elif kind == "tsv":
+        print_tsv(boards, out)
+    else:
+        print_text(boards, most, out)
+
+
+def print_json(boards: Boards, out: TextIO) -> None:
+    """Print everything as one JSON object."""
+    tables = []
+    for board in boards.boards:
+        lines = list_ranked(board, boards.verifications)
+        tables.append({"title": board.title, "rows": [line._asdict() for line in lines]})
+    unranked = list_unranked(boards.unranked, boards.verifications)
+    data = {
+        "boards": tables,
+        "across": [line._asdict() for line in compare_devices(boards.boards)],
+        "unranked": [line._asdict() for line in unranked],
+    }
+    json.dump(data, out, indent=1)
+    out.write("\n")
+
+
+def print_tsv(boards: Boards, out: TextIO) -> None:
+    """Print the ranked runs, one a line, the numbers in full."""
+    out.write("\t".join(("track", "device", *RankedRun._fields)) + "\n")
+    for board in boards.boards:
+        for line in list_ranked(board, boards.verifications):
+            cells = (board.key.track, board.key.device, *line)
+            out.write("\t".join(single_line(cell) for cell in cells) + "\n")
+
+
+def print_text(boards: Boards, most: int, out: TextIO) -> None:
+    """Print a table for each board, the comparison of devices, and what is not ranked."""
+    if not boards.boards and not boards.unranked:
         out.write("no experiments yet: autoresearch run\n")
         return
-    for board in boards:
-        out.write(f"{board.title}\n")
-        table(listing(board, checked, most), LISTED, out)
-        out.write(f"... {len(board.rows) - most} more (--json or --tsv has them)\n\n" if len(board.rows) > most else "\n")
-    if len(boards) > 1:
-        out.write("across devices\n")
-        rows = across(boards)
-        table(rows, tuple(rows[0]), out)
+    console = open_console(out)
+    for board in boards.boards:
+        print_table(console, board.title, list_ranked(board, boards.verifications, most))
+        if len(board.rows) > most:
+            out.write(f"... {len(board.rows) - most} more (--json or --tsv has them)\n")
         out.write("\n")
-    if apart:
-        out.write(f"not ranked: {len(apart)}\n")
-        table([{"val_bpb": r.val_bpb, "run": r.run or "-", "device": r.device or "-", "why": why_apart(r, checked)[:90], "description": r.description[:60]}
-               for r in apart[-most:]], ("val_bpb", "run", "device", "why", "description"), out)
+    if len(boards.boards) > 1:
+        print_table(console, "across devices", compare_devices(boards.boards))
+        out.write("\n")
+    if boards.unranked:
+        title = f"not ranked: {len(boards.unranked)}"
+        if len(boards.unranked) > most:
+            title += f", the last {most} of them (--json has all)"
+        print_table(console, title, list_unranked(boards.unranked[-most:], boards.verifications))
+
+
+def open_console(out: TextIO) -> "Console":
+    """Return a console that takes text as it is. On a terminal it has the terminal's width."""
+    from rich.console import Console
+
+    width = None if out.isatty() else PIPE_WIDTH
+    return Console(file=out, width=width, markup=False, emoji=False, highlight=False)
+
+
+def print_table(console: "Console", title: str, lines: Sequence[TableLine]) -> None:
+    """Print a title and a table of lines of one kind, numbers to the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    narrow = console.width < NARROW_TERMINAL
+    columns = [name for name in lines[0]._fields if not narrow or name in NARROW_COLUMNS]
+    for name in columns:
+        justify: Literal["left", "right"] = "left" if isinstance(getattr(lines[0], name), str) else "right"
+        wrapped = name in WRAPPED_COLUMNS
+        table.add_column(
+            name, justify=justify, no_wrap=not wrapped, overflow="fold" if wrapped else "ellipsis"
+        )
+    for line in lines:
+        table.add_row(*(format_cell(name, getattr(line, name)) or "-" for name in columns))
+    with console.capture() as captured:
+        console.print(single_line(title))
+        console.print(table)
+    for text in captured.get().removesuffix("\n").split("\n"):
+        console.file.write(text.rstrip() + "\n")

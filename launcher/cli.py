@@ -1,26 +1,39 @@
 """The `autoresearch` command. Every command imports what it needs when it is called: --help is instant."""
 
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+if TYPE_CHECKING:
+    from launcher.setting import Setting
+
+RUN_EXIT_CODES = """\b
+    Exit codes: 0 keep, 3 discard, 1 crash, 4 timeout, 5 invalid, 6 no verdict (something else
+    used the device, or a laptop without power), 2 usage, 130 interrupted."""
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
 
 class Group(click.Group):
-    """Turns a user's mistake into one line and an exit code; nobody gets a traceback for a typo."""
+    """Turns a user's mistake into one line and an exit code."""
 
-    def invoke(self, context):
+    def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)
         except BrokenPipeError:
+            # The reader went away (`| head`). Python would complain once more when it closes stdout.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+            sys.exit(141)
         except Exception as error:
-            from prepare import UserError
+            from prepare import UserError  # not at the top: it brings numpy, and the leaderboard is quick
 
             if not isinstance(error, UserError):
                 raise
@@ -28,106 +41,227 @@ class Group(click.Group):
             sys.exit(error.code)
 
 
+class Seconds(click.FloatRange):
+    """A finite number of seconds."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        seconds = super().convert(value, parameter, context)
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is not a number of seconds.", parameter, context)
+        return seconds
+
+
+def print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    """Print what decides whether results compare, and exit."""
+    if not wanted or context.resilient_parsing:
+        return
+    import importlib.metadata
+
+    from launcher.harness import harness_hash
+    from launcher.runs import package_versions
+    from prepare import RULES
+
+    installed = package_versions()
+    frameworks = [f"{name} {installed[name]}" for name in ("torch", "mlx") if name in installed]
+    version = importlib.metadata.version("autoresearch")
+    click.echo(f"autoresearch {version}, rules {RULES}, harness {harness_hash()}, {', '.join(frameworks)}")
+    context.exit()
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-def main():
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_version,
+    help="Print version, rules, harness and framework.",
+)
+def main() -> None:
     """An AI agent does language-model research overnight, on whatever accelerator you own."""
 
 
-platform_option = click.option("--platform", metavar="NAME", help="Use this entry of platforms.yaml, whatever the machine is.")
-track_option = click.option("--track", metavar="NAME", help="Learn this track instead of the platform's own.")
-budget_option = click.option("--budget", type=click.FloatRange(min=1, max=86400), default=None, help="Seconds of training; other than 300 is marked and never ranks.")
-seed_option = click.option("--seed", type=click.IntRange(0, 2**31), default=1, show_default=True)
-message_option = click.option("-m", "--message", "description", default="", help="What this experiment changes, in a line.")
+def platform_option(command: Command) -> Command:
+    text = "Use this entry of platforms.yaml, whatever the machine is."
+    return click.option("--platform", metavar="NAME", default="", help=text)(command)
 
 
-@main.command()
+def track_option(command: Command) -> Command:
+    text = "Learn this track instead of the platform's own."
+    return click.option("--track", metavar="NAME", default="", help=text)(command)
+
+
+def budget_option(command: Command) -> Command:
+    text = "Seconds of training; other than 300 is marked and never ranks."
+    return click.option("--budget", type=Seconds(min=1, max=86400), default=None, help=text)(command)
+
+
+def seed_option(command: Command) -> Command:
+    return click.option("--seed", type=click.IntRange(0, 2**31), default=1, show_default=True)(command)
+
+
+def message_option(command: Command) -> Command:
+    text = "What this experiment changes, in a line."
+    return click.option("-m", "--message", "description", default="", help=text)(command)
+
+
+def experiment_options(command: Command) -> Command:
+    """Add the options that say where experiments run and what they learn."""
+    return platform_option(track_option(budget_option(seed_option(command))))
+
+
+def ledgers_argument(command: Command) -> Command:
+    kind = click.Path(exists=True, dir_okay=False, path_type=Path)
+    return click.argument("ledgers", nargs=-1, type=kind)(command)
+
+
+def filter_options(command: Command) -> Command:
+    """Add the options that select boards."""
+    track = click.option("--track", metavar="NAME", help="Only this track.")
+    platform = click.option("--platform", metavar="NAME", help="Only this platform.")
+    return track(platform(command))
+
+
+def setting_of(platform: str, track: str = "", budget: float | None = None) -> "Setting":
+    """Return the setting that a command's options mean."""
+    from launcher.setting import resolve
+    from prepare import TIME_BUDGET
+
+    return resolve(platform, track, budget or TIME_BUDGET)
+
+
+@main.command(epilog=RUN_EXIT_CODES)
 @message_option
-@platform_option
-@track_option
-@budget_option
-@seed_option
-@click.option("--trainer", type=click.Path(path_type=Path), help="Run this file instead of the platform's trainer.")
+@experiment_options
+@click.option(
+    "--trainer", type=click.Path(path_type=Path), help="Run this file instead of the platform's trainer."
+)
 @click.option("--keep-weights", is_flag=True, help="Keep the model even if it is not the best.")
-def run(description, platform, track, budget, seed, trainer, keep_weights):
+def run(
+    description: str,
+    platform: str,
+    track: str,
+    budget: float | None,
+    seed: int,
+    trainer: Path | None,
+    keep_weights: bool,
+) -> None:
     """Run one experiment: five minutes of training, then the score.
 
     \b
     autoresearch run -m "warmdown over 0.7 of the budget"
-    Exit code: 0 keep, 3 discard, 1 crash, 4 timeout, 5 invalid, 130 interrupted, 2 usage.
     """
-    from launcher.run import Options
-    from launcher.run import run as run_experiment
-    from prepare import TIME_BUDGET
+    from launcher.run import Request, exit_code, print_result, run_experiment
 
-    sys.exit(run_experiment(Options(description, platform, track, budget or TIME_BUDGET, seed, trainer, keep_weights)))
+    setting = setting_of(platform, track, budget)
+    row = run_experiment(Request(setting, description, seed, trainer, keep_weights))
+    print_result(row)
+    sys.exit(exit_code(row))
 
 
-@main.command("try")
+@main.command("try", epilog=RUN_EXIT_CODES)
 @message_option
-@platform_option
-@track_option
-@budget_option
-@seed_option
-def try_(description, platform, track, budget, seed):
-    """Commit the trainer's edit, run it, and keep the commit or take it back.
+@experiment_options
+def try_(description: str, platform: str, track: str, budget: float | None, seed: int) -> None:
+    """Commit the trainer's edit, run it, and keep the commit or revert it.
+
+    What is reverted stays reachable as refs/autoresearch/<run>.
 
     \b
     autoresearch try -m "warmdown over 0.7 of the budget"
-    Exit code: as of run. What is taken back stays reachable as refs/autoresearch/<run>.
     """
-    from launcher.run import Options
-    from launcher.trial import run_try
-    from prepare import TIME_BUDGET
+    from launcher.run import Request
+    from night.trial import try_edit
 
-    sys.exit(run_try(Options(description, platform, track, budget or TIME_BUDGET, seed)))
+    sys.exit(try_edit(Request(setting_of(platform, track, budget), description, seed)))
 
 
 @main.command()
-@click.option("--agent", required=True, metavar="CMD", help="A headless agent; it gets the prompt on standard input, or in place of {prompt}.")
-@click.option("--experiments", type=click.IntRange(min=1), help="End after this many; without a limit, Ctrl-C ends the loop.")
+@click.option(
+    "--agent",
+    required=True,
+    metavar="CMD",
+    help="A headless agent; it gets the prompt on standard input, or in place of {prompt}.",
+)
+@click.option(
+    "--experiments",
+    type=click.IntRange(min=1),
+    help="End after this many; without a limit, Ctrl-C ends the loop.",
+)
 @click.option("--until", metavar="HH:MM", help="Begin no experiment that would not end by then.")
-@platform_option
-@track_option
-@budget_option
-@seed_option
-@click.option("--agent-seconds", type=click.FloatRange(min=1), default=900, show_default=True, help="Time that the agent has for a turn.")
-@click.option("--pause", type=click.FloatRange(min=0), default=30, show_default=True, help="Seconds to wait after a failed turn; doubles with every further one.")
-def loop(agent, experiments, until, platform, track, budget, seed, agent_seconds, pause):
+@experiment_options
+@click.option(
+    "--agent-seconds",
+    type=Seconds(min=1),
+    default=900,
+    show_default=True,
+    help="Time that the agent has for a turn.",
+)
+@click.option(
+    "--pause",
+    type=Seconds(min=0),
+    default=30,
+    show_default=True,
+    help="Seconds to wait after a failed turn; doubles with every further one.",
+)
+def loop(
+    agent: str,
+    experiments: int | None,
+    until: str | None,
+    platform: str,
+    track: str,
+    budget: float | None,
+    seed: int,
+    agent_seconds: float,
+    pause: float,
+) -> None:
     """Leave it running: the agent edits the trainer, every edit is tried, what is better is kept.
 
     \b
     autoresearch loop --agent "claude -p --permission-mode acceptEdits" --until 07:30
-    Exit code: 0 at its end, 1 when turn after turn led to no experiment, 130 interrupted.
-    """
-    from launcher.loop import Night, loop, parse_agent, parse_until
-    from launcher.run import Options
-    from prepare import TIME_BUDGET
 
-    options = Options("", platform, track, budget or TIME_BUDGET, seed)
-    sys.exit(loop(Night(parse_agent(agent), options, experiments, parse_until(until) if until else None, agent_seconds, pause)))
+    \b
+    Exit codes: 0 at its end, 1 when turn after turn led to no experiment, 2 usage, 130 interrupted.
+    """
+    from night.loop import Night, parse_agent, parse_until, run_night
+
+    night = Night(
+        agent=parse_agent(agent),
+        setting=setting_of(platform, track, budget),
+        seed=seed,
+        experiments=experiments,
+        until=parse_until(until) if until is not None else None,
+        agent_seconds=agent_seconds,
+        pause=pause,
+    )
+    sys.exit(run_night(night))
 
 
 @main.command()
-@click.option("--track", metavar="NAME", help="Prepare this track; the platform's own if left out.")
+@click.option(
+    "--track", metavar="NAME", default="", help="Prepare this track; the platform's own if left out."
+)
 @platform_option
 @click.option("--force", is_flag=True, help="Prepare again although it is prepared.")
-def prepare(track, platform, force):
+def prepare(track: str, platform: str, force: bool) -> None:
     """Prepare a track: corpus, tokenizer, packed rows.
 
     \b
     autoresearch prepare --track pysource
     """
     import prepare as corpus
-    from launcher.run import choose_platform
+    from backends.platforms import choose_platform
 
-    track = corpus.load_track(track or choose_platform(platform)[0].track)
-    click.echo(corpus.prepare(track, force=force).path)
+    name = track or choose_platform(platform)[0].track
+    click.echo(corpus.prepare(corpus.load_track(name), force=force).path)
 
 
 @main.command()
 @platform_option
 @click.option("--json", "as_json", is_flag=True, help="Facts and match as JSON.")
-def platforms(platform, as_json):
+def platforms(platform: str, as_json: bool) -> None:
     """Show what this machine is, which platform that makes it, and why.
 
     \b
@@ -135,141 +269,162 @@ def platforms(platform, as_json):
     """
     import json
 
-    from backends.platforms import describe, load_platforms, machine_facts
-    from launcher.run import choose_platform
+    from backends.platforms import choose_platform, load_platforms, machine_facts
 
-    facts = machine_facts()
+    facts = machine_facts().known()
     chosen, why = choose_platform(platform)
+    summary = {"platform": chosen.name, "why": why, "trainer": chosen.trainer, "track": chosen.track}
     if as_json:
-        click.echo(json.dumps({"facts": describe(facts), "platform": chosen.name, "why": why, "trainer": chosen.trainer, "track": chosen.track}))
+        click.echo(json.dumps({"facts": facts, **summary}))
         return
-    for key, value in describe(facts).items():
+    for key, value in {**facts, **summary}.items():
         click.echo(f"{key}: {value}")
-    click.echo(f"platform: {chosen.name}\nwhy: {why}\ntrainer: {chosen.trainer}\ntrack: {chosen.track}\n")
-    for name, p in load_platforms().items():
-        size = f"{p.start['n_layer']} layers, width {p.start['n_embd']}, {p.start['total_batch_size']:,} tokens a step"
-        click.echo(f"{'*' if name == chosen.name else ' '} {name:14} {p.backend:10} {p.track:12} {size}")
+    click.echo()
+    for name, entry in load_platforms().items():
+        mark = "*" if name == chosen.name else " "
+        hardware = f"{entry.framework} {entry.device_kind}"
+        start = entry.start
+        size = f"{start.n_layer} layers, width {start.n_embd}, {start.total_batch_size:,} tokens a step"
+        click.echo(f"{mark} {name:14} {hardware:10} {entry.track:12} {size}")
 
 
 @main.command()
 @platform_option
-def program(platform):
+def program(platform: str) -> None:
     """Print the agent's instructions for this machine, with the facts of the moment.
 
     \b
     autoresearch program | claude -p
     """
-    from launcher.program import program
+    from night.program import write_program
 
-    click.echo(program(platform), nl=False)
+    click.echo(write_program(setting_of(platform)), nl=False)
 
 
 @main.command()
-@click.argument("ledgers", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--track", metavar="NAME", help="Only this track.")
-@click.option("--platform", metavar="NAME", help="Only this platform.")
+@ledgers_argument
+@filter_options
 @click.option("--json", "kind", flag_value="json", help="Everything, as JSON.")
 @click.option("--tsv", "kind", flag_value="tsv", help="The ranked rows, as TSV.")
-def leaderboard(ledgers, track, platform, kind):
+def leaderboard(ledgers: tuple[Path, ...], track: str | None, platform: str | None, kind: str | None) -> None:
     """Rank the experiments of each device, and compare devices. Ledgers of other machines are merged in.
 
     \b
     autoresearch leaderboard results.tsv /mnt/mac/results.tsv
     """
-    from launcher.board import leaderboard
+    from launcher.board import print_leaderboard
 
+    # launcher.runs knows this place too, but importing it takes as long as the whole leaderboard.
     home = Path(os.environ.get("AUTORESEARCH_HOME") or Path(__file__).resolve().parent.parent)
-    leaderboard(ledgers or [home / "results.tsv"], track, platform, kind or "text")
+    print_leaderboard(ledgers or (home / "results.tsv",), track, platform, kind or "text")
 
 
 @main.command()
 @click.argument("run")
-def show(run):
-    """Show a run: its line, its loss curve, its trainer against the best before it.
+def show(run: str) -> None:
+    """Show a run: its row, its loss curve, its trainer against the best before it.
 
     \b
     autoresearch show best
     """
-    from launcher.show import show
+    from launcher.show import show_run
 
-    show(run)
+    show_run(run)
 
 
 @main.command()
 @click.argument("run")
 @click.option("--force", is_flag=True, help="Overwrite changes that no run and no commit holds.")
-def restore(run, force):
+def restore(run: str, force: bool) -> None:
     """Put a run's trainer back in its place.
 
     \b
     autoresearch restore best
     """
-    from launcher.show import restore
+    from launcher.show import restore_trainer
 
-    restore(run, force)
+    restore_trainer(run, force)
 
 
 @main.command()
-@click.argument("ledgers", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--track", metavar="NAME", help="Only this track.")
-@click.option("--platform", metavar="NAME", help="Only this platform.")
-@click.option("--run", "runs", multiple=True, metavar="ID", help="Draw this run's loss curve; repeat for several. The best ones if left out.")
-@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to; report/ if left out.")
-def report(ledgers, track, platform, runs, output):
+@ledgers_argument
+@filter_options
+@click.option(
+    "--run",
+    "runs",
+    multiple=True,
+    metavar="ID",
+    help="Draw this run's loss curve; repeat for several. The best ones if left out.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write to; report/ if left out.",
+)
+def report(
+    ledgers: tuple[Path, ...],
+    track: str | None,
+    platform: str | None,
+    runs: tuple[str, ...],
+    output: Path | None,
+) -> None:
     """Write the morning report: report.html, which needs no network, and report.png.
 
     \b
     autoresearch report -o /tmp/report
     """
-    from launcher.report import report
-    from launcher.run import home
+    from launcher.report import write_report
+    from launcher.runs import home
 
-    for path in report(ledgers or [home() / "results.tsv"], output or home() / "report", track, platform, runs):
+    paths = ledgers or (home() / "results.tsv",)
+    for path in write_report(paths, output or home() / "report", track, platform, runs):
         click.echo(path)
 
 
 @main.command()
 @click.argument("run")
-def verify(run):
+def verify(run: str) -> None:
     """Score a saved run in a fresh process, on val and on the sealed set.
 
     \b
     autoresearch verify best
-    Exit code: 0 verified, 5 refuted.
+
+    \b
+    Exit codes: 0 verified, 5 refuted, 2 usage.
     """
-    from launcher.verify import verify
+    from launcher.verify import verify_run
 
-    sys.exit(verify(run))
+    sys.exit(verify_run(run))
 
 
-@main.command()
+@main.command(epilog=RUN_EXIT_CODES)
 @click.option("--repeats", type=click.IntRange(2, 50), default=3, show_default=True, help="Seeds to run.")
 @platform_option
 @track_option
 @budget_option
-def noise(repeats, platform, track, budget):
+def noise(repeats: int, platform: str, track: str, budget: float | None) -> None:
     """Measure how much val_bpb differs between seeds: an improvement below that means nothing.
 
     \b
     autoresearch noise --repeats 3
     """
-    from launcher.verify import noise
-    from prepare import TIME_BUDGET
+    from launcher.noise import measure_noise
 
-    sys.exit(noise(repeats, platform, track, budget or TIME_BUDGET))
+    sys.exit(measure_noise(setting_of(platform, track, budget), repeats))
 
 
 @main.command()
 @click.option("--yes", is_flag=True, help="Free it; without, only show.")
-def clean(yes):
-    """Show what weights and prepared data take, and free what nobody needs.
+def clean(yes: bool) -> None:
+    """Show what weights and prepared data take, and free what is not needed.
 
     \b
     autoresearch clean --yes
     """
-    from launcher.verify import clean
+    from launcher.clean import clean as free_disk
 
-    clean(yes)
+    free_disk(yes)
 
 
 if __name__ == "__main__":

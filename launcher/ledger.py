@@ -1,5 +1,5 @@
 """
-The ledger: results.tsv, one line an experiment, append-only, not in git.
+The ledger: results.tsv, one line a run, append-only, not in git.
 
 The first five columns are those of the original autoresearch, so what people grep and plot still works. Its
 own files, with five columns or those of its MLX fork, are read too. Standard library only: the leaderboard
@@ -9,16 +9,57 @@ answers in a blink.
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from pathlib import Path
+from typing import NamedTuple
 
 STATUSES = ("keep", "discard", "crash", "timeout", "invalid")
-INTERRUPTED, CUT_OFF = "interrupted", "the launcher was killed during the run"  # reasons of a run that nobody judged
-REPEAT = "repeat:"                         # begins the reason of a result within the noise, which a second seed decides
-VERIFIED, REFUTED = "verified", "refuted"  # rows that `autoresearch verify` adds about an earlier run
-# A row with one of these marks is shown, never ranked.
-UNRANKED = {"short": "a budget other than the rules'", "contended": "something else used the device", "battery": "ran on battery",
-            "low-power": "ran in low-power mode", "throttled": "the device was throttled", "slept": "the machine slept"}
+VERIFIED = "verified"  # the statuses of rows that `autoresearch verify` adds about an earlier run
+REFUTED = "refuted"
+
+
+class Flag(StrEnum):
+    """What happened to a run, beside its status. The column `marks` lists them, separated by commas."""
+
+    SHORT = "short"
+    CONTENDED = "contended"
+    BATTERY = "battery"
+    LOW_POWER = "low-power"
+    THROTTLED = "throttled"
+    SLEPT = "slept"
+    INTERRUPTED = "interrupted"  # Ctrl-C or SIGTERM ended the launcher: the run was not judged
+    CUT_OFF = "cut-off"  # the launcher was killed: the run was not judged
+    REPEAT = "repeat"  # within the seed noise: a run with another seed decides
+    NOISE = "noise"  # one of the runs of `autoresearch noise`
+    DRY = "dry"  # a dry run of a few seconds
+    HARNESS_MODIFIED = "harness-modified"
+    OTHER_CORPUS = "other-corpus"
+
+
+# A run with one of these flags is shown, never ranked.
+UNRANKED = {
+    Flag.SHORT: "a budget other than the rules'",
+    Flag.CONTENDED: "something else used the device",
+    Flag.BATTERY: "ran on battery",
+    Flag.LOW_POWER: "ran in low-power mode",
+    Flag.THROTTLED: "the device was throttled",
+    Flag.SLEPT: "the machine slept",
+}
+INCOMPARABLE = UNRANKED.keys() - {Flag.SHORT}  # a budget is part of the board: equal ones compare
+
+
+class BoardKey(NamedTuple):
+    """What two runs must share to be ranked together."""
+
+    track: str
+    fingerprint: str
+    rules: int
+    budget: float
+    val_tokens: int
+    platform: str
+    device: str
 
 
 @dataclass(slots=True)
@@ -31,15 +72,15 @@ class Row:
     status: str = ""
     description: str = ""
     run: str = ""
-    time: str = ""                  # ISO 8601, UTC
+    time: str = ""  # ISO 8601, UTC
     platform: str = ""
-    device: str = ""
+    device: str = ""  # its name
     track: str = ""
     seed: int = 0
-    rules: int = 0                  # RULES of prepare.py
-    fingerprint: str = ""           # of the track's prepared data
-    harness: str = ""               # content hash of prepare.py, backends/, launcher/, platforms.yaml
-    budget: float = 0.0             # seconds
+    rules: int = 0  # RULES of prepare.py
+    fingerprint: str = ""  # of the track's prepared data
+    harness: str = ""  # content hash of all that no experiment changes
+    budget: float = 0.0  # seconds
     val_tokens: int = 0
     val_stderr: float = 0.0
     training_seconds: float = 0.0
@@ -50,70 +91,100 @@ class Row:
     num_steps: int = 0
     num_params_M: float = 0.0
     depth: int = 0
-    petaflops: float = 0.0          # 1e15 operations spent on training
-    energy_kj: float = 0.0          # where the device reports its power
-    source: str = ""                # content hash of the trainer
-    sealed_bpb: float = 0.0         # of a verified row
-    marks: str = ""                 # comma-separated
-    reason: str = ""                # what went wrong, or why the verdict
+    petaflops: float = 0.0  # 1e15 operations spent on training
+    energy_kj: float = 0.0  # where the device reports its power
+    source: str = ""  # content hash of the trainer
+    sealed_bpb: float = 0.0  # of a verified row
+    marks: str = ""  # flags, separated by commas
+    reason: str = ""  # what went wrong, or why the verdict
     ledger: str = field(default="", compare=False)  # file it was read from; not a column
 
     @property
-    def mark_list(self):
-        return [m for m in self.marks.split(",") if m]
+    def flags(self) -> set[str]:
+        return {flag for flag in self.marks.split(",") if flag}
+
+    def add_flags(self, *flags: str) -> None:
+        """Add flags that the row does not have yet, in order."""
+        known = [flag for flag in self.marks.split(",") if flag]
+        self.marks = ",".join(dict.fromkeys([*known, *flags]))
 
     @property
-    def scored(self):
+    def scored(self) -> bool:
         return self.status in ("keep", "discard")
 
     @property
-    def compares(self):
-        """A verdict may rest on it: scored, and nothing but its budget, which is part of `board`, sets it apart."""
-        return self.scored and self.rules > 0 and not any(m in UNRANKED for m in self.mark_list if m != "short")
+    def comparable(self) -> bool:
+        """A verdict may rest on the run: nothing but its budget, which is part of `board`, sets it apart."""
+        return self.scored and self.rules > 0 and not self.flags & INCOMPARABLE
 
     @property
-    def ranks(self):
-        """It may stand on a leaderboard: of the rules' budget too."""
-        return self.compares and "short" not in self.mark_list
+    def ranked(self) -> bool:
+        """The run may stand on a leaderboard: it had the rules' budget too."""
+        return self.comparable and Flag.SHORT not in self.flags
 
     @property
-    def decided(self):
-        """Its trial is over: kept, or to be taken back. Not so when it was cut off, or waits for another run."""
+    def judged(self) -> bool:
+        """The run has a verdict. Not so when it was cut off, or when a second seed decides."""
         if self.scored:
-            return self.compares and not self.reason.startswith(REPEAT)
-        return bool(self.status) and self.reason not in (INTERRUPTED, CUT_OFF)
+            return self.comparable and Flag.REPEAT not in self.flags
+        return bool(self.status) and not self.flags & {Flag.INTERRUPTED, Flag.CUT_OFF}
 
     @property
-    def board(self):
-        """What two rows must share to be ranked together."""
-        return self.track, self.fingerprint, self.rules, self.budget, self.val_tokens, self.platform, self.device
+    def board(self) -> BoardKey:
+        return BoardKey(
+            self.track,
+            self.fingerprint,
+            self.rules,
+            self.budget,
+            self.val_tokens,
+            self.platform,
+            self.device,
+        )
 
 
 COLUMNS = [f.name for f in fields(Row) if f.name != "ledger"]
-TYPES = {f.name: f.type for f in fields(Row)}
-ALIASES = {"bpb": "val_bpb", "peak_vram_gb": "memory_gb", "peak_memory_gb": "memory_gb", "desc": "description"}
+TYPES: dict[str, type] = {f.name: f.type for f in fields(Row) if isinstance(f.type, type)}
+EXACT = ("val_bpb", "val_stderr", "sealed_bpb")  # columns with six decimals
+ALIASES = {
+    "bpb": "val_bpb",
+    "peak_vram_gb": "memory_gb",
+    "peak_memory_gb": "memory_gb",
+    "desc": "description",
+}
+# Version 0.1 had no flags for these: its reasons began so.
+OLD_REASONS = {
+    "interrupted": Flag.INTERRUPTED,
+    "the launcher was killed during the run": Flag.CUT_OFF,
+    "repeat:": Flag.REPEAT,
+}
+
+Complain = Callable[[str], None]  # takes a line about what is set aside
 
 
-def clean(text):
-    """Tabs, newlines and control characters become spaces: they cannot break a line."""
+def single_line(text: object) -> str:
+    """Return the text with tabs, newlines and control characters as spaces: they cannot break a line."""
     return re.sub(r"[\x00-\x1f\x7f\u2028\u2029]+", " ", str(text)).strip()
 
 
-def to_line(row):
-    cells = []
-    for name in COLUMNS:
-        value = getattr(row, name)
-        cells.append(f"{value:.6f}" if name in ("val_bpb", "val_stderr", "sealed_bpb") else f"{value:g}" if TYPES[name] is float and abs(value) < 1e5
-                     else str(round(value, 3)) if TYPES[name] is float else clean(value))
-    return "\t".join(cells)
+def to_line(row: Row) -> str:
+    """Return the row as a line of the ledger, without the newline."""
+    return "\t".join(to_cell(name, getattr(row, name)) for name in COLUMNS)
 
 
-def parse(text, name="", complain=None):
-    """Rows of a ledger's text. `complain` gets a line about everything that is set aside."""
-    complain = complain or (lambda message: None)
+def to_cell(name: str, value: object) -> str:
+    """Return a value as the ledger writes it."""
+    if not isinstance(value, float):
+        return single_line(value)
+    if name in EXACT:
+        return f"{value:.6f}"
+    return f"{value:g}" if abs(value) < 1e5 else str(round(value, 3))
+
+
+def parse(text: str, name: str = "", complain: Complain = lambda message: None) -> list[Row]:
+    """Return the rows of a ledger's text. `complain` gets a line about everything that is set aside."""
     lines = text.split("\n")
-    if lines and lines[-1]:
-        complain(f"{name}: the last line is torn (no newline; power cut?) and is not counted: {lines[-1][:60]!r}")
+    if lines[-1]:
+        complain(f"{name}: the last line is torn (power cut?) and is not counted: {lines[-1][:60]!r}")
     lines.pop()
     if not lines:
         return []
@@ -126,7 +197,8 @@ def parse(text, name="", complain=None):
     for number, line in enumerate(lines[1:], 2):
         if not line.strip():
             continue
-        cells, row = line.rstrip("\r").split("\t"), Row(ledger=name)
+        row = Row(ledger=name)
+        cells = line.rstrip("\r").split("\t")
         try:
             for i, column, kind in plan:
                 if i < len(cells) and cells[i]:
@@ -134,56 +206,69 @@ def parse(text, name="", complain=None):
         except ValueError:
             complain(f"{name}:{number}: not counted, {column} is {cells[i][:40]!r}")
             continue
+        flag_old_reason(row)
         rows.append(row)
     return rows
 
 
-def warn(message):
+def flag_old_reason(row: Row) -> None:
+    """Give a row of version 0.1 the flag that its reason stands for."""
+    for beginning, flag in OLD_REASONS.items():
+        if row.reason.startswith(beginning):
+            row.add_flags(flag)
+
+
+def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
 class Ledger:
     """The ledger of this repository, or a copied one."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = Path(path)
 
-    def rows(self, complain=None):
-        """All rows, oldest first; an absent file has none. `complain` as for parse."""
+    def rows(self, complain: Complain = lambda message: None) -> list[Row]:
+        """Return all rows, oldest first; an absent file has none. `complain` as for parse."""
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
         return parse(text, str(self.path), complain)
 
-    def append(self, row):
+    def append(self, row: Row) -> None:
         """Add a line: locked, flushed and synced. A torn last line is moved to results.tsv.torn first."""
         from filelock import FileLock
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock"):
-            text = self.path.read_bytes() if self.path.exists() else b""
-            if text and not text.endswith(b"\n"):
-                whole, _, torn = text.rpartition(b"\n")
-                with open(f"{self.path}.torn", "ab") as f:
-                    f.write(torn + b"\n")
-                warn(f"{self.path} ended in a torn line; it was moved to {self.path.name}.torn")
-                text = whole + b"\n" if whole else b""
-                self._replace(text)
-            header = "\t".join(COLUMNS).encode()
-            if text.split(b"\n", 1)[0] != header:
-                self._replace(self._with_header(text, header))
+            self._repair()
             with open(self.path, "ab") as f:
-                f.write(to_line(row).encode() + b"\n")
+                f.write(to_line(row).encode(errors="replace") + b"\n")
                 f.flush()
                 os.fsync(f.fileno())
 
-    def _with_header(self, text, header):
-        """A ledger of other columns (the original's, an older one) with today's; its rows are kept."""
-        lines = [header.decode()] + [to_line(row) for row in parse(text.decode("utf-8", "replace"), str(self.path), warn)]
-        return "".join(line + "\n" for line in lines).encode()
+    def _repair(self) -> None:
+        """Move a torn last line away and bring the header to today's columns."""
+        text = self.path.read_bytes() if self.path.exists() else b""
+        if text and not text.endswith(b"\n"):
+            whole, _, torn = text.rpartition(b"\n")
+            with open(f"{self.path}.torn", "ab") as f:
+                f.write(torn + b"\n")
+            warn(f"{self.path} ended in a torn line; it was moved to {self.path.name}.torn")
+            text = whole + b"\n" if whole else b""
+            self._replace(text)
+        header = "\t".join(COLUMNS).encode()
+        if text.split(b"\n", 1)[0] != header:
+            self._replace(self._with_header(text, header))
 
-    def _replace(self, text):
+    def _with_header(self, text: bytes, header: bytes) -> bytes:
+        """Return a ledger of other columns (the original's, an older one) with today's; its rows are kept."""
+        rows = parse(text.decode("utf-8", "replace"), str(self.path), warn)
+        lines = [header.decode(), *(to_line(row) for row in rows)]
+        return "".join(line + "\n" for line in lines).encode(errors="replace")
+
+    def _replace(self, text: bytes) -> None:
         scratch = Path(f"{self.path}.tmp")
         with open(scratch, "wb") as f:
             f.write(text)

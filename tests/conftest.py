@@ -1,13 +1,18 @@
-"""A small house for tests: a tiny track and tiny platforms in a configuration, a cache and a home of their own."""
+"""A small house for tests: a tiny track, tiny platforms, a cache and a home of their own."""
 
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from backends.protocol import Result, RunDir, RunSettings, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -19,14 +24,17 @@ tracks:
     val_tokens: 16384
 platforms:
   cpu:
-    backend: torch-cpu
+    framework: torch
+    device_kind: cpu
     trainer: train_cuda.py
     track: tiny
     bf16: false
     startup_seconds: 120
-    start: &size {n_layer: 2, n_embd: 64, head_dim: 32, window_pattern: SL, short_window: 32, total_batch_size: 1024, device_batch_size: 8, eval_batch_size: 8}
+    start: &size {n_layer: 2, n_embd: 64, head_dim: 32, window_pattern: SL, short_window: 32,
+                  total_batch_size: 1024, device_batch_size: 8, eval_batch_size: 8}
   mlx-cpu:
-    backend: mlx-cpu
+    framework: mlx
+    device_kind: cpu
     trainer: train_mlx.py
     track: tiny
     auto: false
@@ -64,52 +72,116 @@ def house(tiny_cache, tmp_path, monkeypatch):
 @pytest.fixture
 def autoresearch(house):
     """Call the real command as a child process: autoresearch("run", "--budget", "2") -> CompletedProcess."""
+
     def call(*arguments, timeout=240, **more):
-        return subprocess.run([sys.executable, "-m", "launcher.cli", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                              timeout=timeout, stdin=subprocess.DEVNULL, **more)
+        return subprocess.run(
+            [sys.executable, "-m", "launcher.cli", *map(str, arguments)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            **more,
+        )
+
     return call
 
 
-# --- a repository in which training is made up ------------------------------------------------------------------
+def wait_for_line(process: subprocess.Popen, text: str, seconds: float = 120.0) -> str:
+    """Read the stderr of a command until a line with `text`, and return all that was read.
 
-RESULT = {"val_stderr": 0.01, "peak_memory_mb": 100.0, "total_tokens_M": 1.0, "num_steps": 10, "num_params_M": 1.0, "depth": 2, "mfu_percent": 10.0,
-          "flops_per_token": 1000, "track": "tiny", "platform": "cpu", "val_tokens": 16384, "seed": 1}
+    A command that does not say it in time is killed.
+    """
+    seen = ""
+    alarm = threading.Timer(seconds, process.kill)
+    alarm.start()
+    try:
+        for line in process.stderr:
+            seen += line
+            if text in line:
+                return seen
+    finally:
+        alarm.cancel()
+    raise AssertionError(f"ended without {text!r}: {seen}")
+
+
+# --- A repository in which training is made up --------------------------------------------------------------
+
+# Modules that find the repository by their ROOT.
+ROOTED = (
+    "launcher.harness",
+    "launcher.runs",
+    "launcher.setting",
+    "launcher.show",
+    "night.agent",
+    "night.program",
+    "night.repo",
+)
+FILES = {
+    "train_cuda.py": "SCORE = 1.5\n",
+    "train_cuda_kernels.py": "\n",
+    "train_mlx.py": "SCORE = 1.5\n",
+    "prepare.py": "RULES = 1\n",
+    "README.md": "read me\n",
+    "backends/cuda.py": "\n",
+    ".gitignore": "/runs/\n/results.tsv*\n",
+}
+RESULT = Result(
+    val_bpb=1.5,
+    val_stderr=0.01,
+    val_tokens=16384,
+    training_seconds=300.0,
+    total_seconds=310.0,
+    peak_memory_mb=100.0,
+    tokens_per_second=3333,
+    mfu_percent=10.0,
+    total_tokens_M=1.0,
+    epochs=0.5,
+    num_steps=10,
+    num_params_M=1.0,
+    depth=2,
+    flops_per_token=1000,
+    peak_tflops=1.0,
+    platform="cpu",
+    device="a CPU",
+    track="tiny",
+    seed=1,
+)
 
 
 @pytest.fixture
 def repository(house, monkeypatch):
-    """A repository of its own for `try` and `loop`, whose trainers say what they score: `SCORE = 1.5`, or `CRASH`, or `HANG`."""
-    from launcher import loop, program, repo, trial
-    from launcher import run as runner
-    from launcher.child import Outcome
+    """A repository of its own for `try` and `loop`.
 
+    Its trainers say what becomes of them: `SCORE = 1.5`, CRASH, DIE, STOP, BUSY, and NODRY for a dry run.
+    """
     root = house / "project" / "inner"  # below the repository's top folder: paths must hold there too
     root.mkdir(parents=True)
-    shutil.copy(runner.ROOT / "program.md", root)
-    for name, text in (("train_cuda.py", "SCORE = 1.5\n"), ("train_mlx.py", "SCORE = 1.5\n"), ("prepare.py", "RULES = 1\n"), ("README.md", "read me\n"),
-                       ("backends/cuda.py", "\n"), (".gitignore", "/runs/\n/results.tsv*\n")):
+    shutil.copy(ROOT / "program.md", root)
+    for name, text in FILES.items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(text)
-    for module in (loop, program, repo, trial, runner):
-        monkeypatch.setattr(module, "ROOT", root)
-    monkeypatch.setattr(runner, "harness_modified", lambda: False)
-    monkeypatch.setattr(runner, "supervise", supervise)
-    monkeypatch.setattr(loop, "dry_run", lambda trainer, *_: (Outcome(status="crash" if "NODRY" in trainer.read_text() else "", reason="bad"), "the tail"))
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # nobody's name, nobody's hooks
+    for name in ROOTED:
+        monkeypatch.setattr(importlib.import_module(name), "ROOT", root)
+    monkeypatch.setattr("launcher.run.harness_modified", lambda: False)
+    monkeypatch.setattr("launcher.run.supervise", supervise)
+    monkeypatch.setattr("night.loop.dry_run", dry_run)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # no name, no hooks
     calls.clear()
     for command in ("init -q -b main", "add -A", "-c user.name=me -c user.email=me@here commit -qm start"):
         subprocess.run(["git", "-C", str(root.parent), *command.split()], check=True)
     return root
 
 
-calls = []
+calls: list[str] = []  # the trainers that `supervise` was given
 
 
-def supervise(copy, run_dir, settings, platform, budget, watch, show):
-    """Training, made up: what the trainer's text says."""
-    from launcher.child import Outcome, Stopped
+def supervise(trainer: Path, run_dir: RunDir, settings: RunSettings, platform, watch, on_event):
+    """Stand in for launcher.child.supervise: training, made up from what the trainer's text says."""
+    from launcher.child import Outcome
+    from launcher.processes import Stopped
 
-    text = copy.read_text()
+    text = trainer.read_text()
     calls.append(text)
     if "DIE" in text:
         os._exit(9)
@@ -119,11 +191,32 @@ def supervise(copy, run_dir, settings, platform, budget, watch, show):
         watch.others_share = 0.9
     outcome = Outcome(training_seconds=300.0, total_seconds=310.0, exit_code=0)
     if "CRASH" in text:
-        outcome.status, outcome.reason, outcome.exit_code = "crash", "it crashed", 1
-    else:
-        outcome.result = {**RESULT, "val_bpb": float(re.search(r"SCORE = ([\d.]+)", text)[1])}
+        outcome.fail("crash", "it crashed")
+        outcome.exit_code = 1
+        return outcome
+    score = float(re.search(r"SCORE = ([\d.]+)", text)[1])
+    outcome.result = replace(
+        RESULT,
+        val_bpb=score,
+        val_tokens=settings.val_tokens,
+        platform=settings.platform,
+        track=settings.track,
+        seed=settings.seed,
+    )
+    write_json(run_dir.result, outcome.result.printed())
     return outcome
 
 
-def edit(root, text):
+def dry_run(setting, trainer: Path, seed: int = 1):
+    """Stand in for launcher.run.dry_run."""
+    from launcher.child import Outcome
+
+    outcome = Outcome()
+    if "NODRY" in trainer.read_text():
+        outcome.fail("crash", "bad")
+    return outcome, "the tail"
+
+
+def edit(root: Path, text: str) -> None:
+    """Write the trainer of the repository."""
     (root / "train_cuda.py").write_text(text)

@@ -1,99 +1,292 @@
-"""The leaderboard: what is ranked with what."""
+"""The leaderboard: what is ranked with what, and how it is printed."""
 
 import io
 import json
 import subprocess
 import sys
-import time
 
-from launcher.board import gather, leaderboard
-from launcher.ledger import COLUMNS, Ledger, Row, to_line
+import pytest
+
+from launcher.board import gather, print_leaderboard, why_unranked
+from launcher.ledger import COLUMNS, BoardKey, Ledger, Row, to_line
 from prepare import ROOT
 
-H100, MAC = "NVIDIA H100 80GB HBM3", "Apple M4 Max"
+H100 = "NVIDIA H100 80GB HBM3"
+MAC = "Apple M4 Max"
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self):
+        return True
 
 
 def row(run, val_bpb, **values):
-    return Row(**{"run": run, "val_bpb": val_bpb, "status": "keep", "rules": 1, "budget": 300.0, "track": "climbmix", "fingerprint": "f" * 16,
-                  "val_tokens": 1000, "platform": "h100", "device": H100, "time": f"2026-01-01T00:00:{len(run):02}Z", "description": run, **values})
+    defaults = {
+        "status": "keep",
+        "rules": 1,
+        "budget": 300.0,
+        "track": "climbmix",
+        "fingerprint": "f" * 16,
+        "val_tokens": 1000,
+        "platform": "h100",
+        "device": H100,
+        "time": f"2026-01-01T00:00:{len(run):02}Z",
+        "description": run,
+    }
+    return Row(**{"run": run, "val_bpb": val_bpb, **defaults, **values})
 
 
 def write(path, *rows):
-    for r in rows:
-        Ledger(path).append(r)
+    for each in rows:
+        Ledger(path).append(each)
     return path
 
 
-def test_ranked_by_device_and_the_rest_listed_apart(tmp_path):
-    path = write(tmp_path / "a.tsv", row("a", 1.0), row("bb", 0.9), row("ccc", 0.95, status="discard"), row("mac", 1.5, device=MAC, platform="apple-max"),
-                 row("old", 0.1, rules=0), row("short", 0.2, marks="short", budget=20.0), row("busy", 0.3, marks="contended"), row("dead", 0.0, status="crash"))
-    boards, apart, _ = gather([path])
-    assert [[r.run for r in b.rows] for b in boards] == [["bb", "ccc", "a"], ["mac"]]
-    assert {r.run for r in apart} == {"old", "short", "busy", "dead"}
-    assert boards[0].baseline.run == "a"
+def printed(paths, kind="text", out=None, **more):
+    """Return what print_leaderboard prints."""
+    out = out or io.StringIO()
+    print_leaderboard(paths, kind=kind, out=out, **more)
+    return out.getvalue()
+
+
+def runs_of(boards):
+    return [[row.run for row in board.rows] for board in boards.boards]
+
+
+# --- What is ranked with what -------------------------------------------------------------------------------
+
+
+def test_runs_are_ranked_by_device_and_the_rest_is_unranked(tmp_path):
+    path = write(
+        tmp_path / "a.tsv",
+        row("a", 1.0),
+        row("bb", 0.9),
+        row("ccc", 0.95, status="discard"),
+        row("mac", 1.5, device=MAC, platform="apple-max"),
+        row("old", 0.1, rules=0),
+        row("short", 0.2, marks="short", budget=20.0),
+        row("busy", 0.3, marks="contended"),
+        row("dead", 0.0, status="crash"),
+    )
+    found = gather([path])
+    assert runs_of(found) == [["bb", "ccc", "a"], ["mac"]]
+    assert {row.run for row in found.unranked} == {"old", "short", "busy", "dead"}
+    assert found.boards[0].baseline.run == "a" and found.boards[0].best.run == "bb"
+
+
+def test_a_board_has_a_key_with_named_fields(tmp_path):
+    [board] = gather([write(tmp_path / "a.tsv", row("a", 1.0))]).boards
+    assert board.key == BoardKey(
+        track="climbmix",
+        fingerprint="f" * 16,
+        rules=1,
+        budget=300.0,
+        val_tokens=1000,
+        platform="h100",
+        device=H100,
+    )
+    assert board.title == (
+        f"climbmix on {H100} (h100): 1 runs, 300 s, 1,000 tokens scored, rules 1, data ffffffff"
+    )
+
+
+def test_one_track_or_platform_alone(tmp_path):
+    path = write(
+        tmp_path / "a.tsv", row("a", 1.0), row("b", 1.1, track="pysource"), row("c", 1.2, platform="x")
+    )
+    assert runs_of(gather([path], track="pysource")) == [["b"]]
+    assert runs_of(gather([path], platform="x")) == [["c"]]
 
 
 def test_other_rules_and_other_data_do_not_mix(tmp_path):
-    path = write(tmp_path / "a.tsv", row("a", 1.0, rules=2), row("b", 0.5, rules=1), row("c", 0.4, rules=2, fingerprint="other"), row("d", 1.1, rules=2))
-    boards, apart, _ = gather([path])
-    assert [[r.run for r in b.rows] for b in boards] == [["a", "d"]] and {r.run for r in apart} == {"b", "c"}
+    path = write(
+        tmp_path / "a.tsv",
+        row("a", 1.0, rules=2),
+        row("b", 0.5, rules=1),
+        row("c", 0.4, rules=2, fingerprint="other"),
+        row("d", 1.1, rules=2),
+    )
+    found = gather([path])
+    assert runs_of(found) == [["a", "d"]]
+    assert {row.run: why_unranked(row, {}) for row in found.unranked} == {
+        "b": "other rules or other data",
+        "c": "other rules or other data",
+    }
 
 
 def test_ledgers_merge_by_run(tmp_path):
     one = write(tmp_path / "one.tsv", row("a", 1.0), row("b", 0.9))
     two = write(tmp_path / "two.tsv", row("b", 0.9), row("c", 1.2, device=MAC))
-    boards, _, _ = gather([one, two])
-    assert sorted(r.run for b in boards for r in b.rows) == ["a", "b", "c"]
+    assert runs_of(gather([one, two])) == [["b", "a"], ["c"]]
 
 
-def test_verified_is_shown_and_refuted_does_not_rank(tmp_path):
-    path = write(tmp_path / "a.tsv", row("good", 1.0), row("fake", 0.5), row("good", 1.0, status="verified"), row("fake", 1.4, status="refuted", reason="differs"))
-    out = io.StringIO()
-    leaderboard([path], kind="json", out=out)
-    data = json.loads(out.getvalue())
-    assert [(r["run"], r["verified"]) for r in data["boards"][0]["rows"]] == [("good", True)]
-    assert data["apart"][0]["why"] == "refuted: differs"
+def test_a_line_that_cannot_be_read_is_complained_about(tmp_path):
+    path = write(tmp_path / "a.tsv", row("a", 1.0))
+    with open(path, "a") as f:
+        f.write("abc\tbroken\n")
+    said = []
+    assert runs_of(gather([path], complain=said.append)) == [["a"]]
+    assert len(said) == 1 and f"{path}:3" in said[0]
+
+
+def test_verified_is_shown_and_refuted_is_not_ranked(tmp_path):
+    path = write(
+        tmp_path / "a.tsv",
+        row("good", 1.0),
+        row("fake", 0.5),
+        row("good", 1.0, status="verified"),
+        row("fake", 1.4, status="refuted", reason="differs"),
+    )
+    assert set(gather([path]).verifications) == {"good", "fake"}
+    data = json.loads(printed([path], "json"))
+    assert [(line["run"], line["verified"]) for line in data["boards"][0]["rows"]] == [("good", True)]
+    assert data["unranked"][0]["why"] == "refuted: differs"
+
+
+@pytest.mark.parametrize(
+    "values, why",
+    [
+        ({"status": "crash", "reason": "out of memory"}, "crash: out of memory"),
+        ({"status": "timeout"}, "timeout"),
+        ({"rules": 0}, "from another tool: its rules are unknown"),
+        (
+            {"marks": "noise,short,contended"},
+            "a budget other than the rules', something else used the device",
+        ),
+    ],
+)
+def test_why_a_run_is_unranked(values, why):
+    assert why_unranked(row("a", 1.0, **values), {}) == why
 
 
 def test_the_comparison_of_devices(tmp_path):
-    path = write(tmp_path / "a.tsv", row("a", 1.0), row("bb", 0.9), row("m", 1.5, device=MAC), row("mm", 1.2, device=MAC, energy_kj=12.5))
-    out = io.StringIO()
-    leaderboard([path], kind="json", out=out)
-    mac = [r for r in json.loads(out.getvalue())["across"] if r["device"] == MAC][0]
-    assert mac["best_val_bpb"] == 1.2 and mac["gap_closed_percent"] == 50.0 and mac["energy_kj"] == 12.5
+    path = write(
+        tmp_path / "a.tsv",
+        row("a", 1.0),
+        row("bb", 0.9),
+        row("m", 1.5, device=MAC),
+        row("mm", 1.2, device=MAC, energy_kj=12.5),
+    )
+    [mac] = [line for line in json.loads(printed([path], "json"))["across"] if line["device"] == MAC]
+    assert mac["baseline_val_bpb"] == 1.5 and mac["best_val_bpb"] == 1.2
+    assert mac["gap_closed_percent"] == 50.0 and mac["energy_kj"] == 12.5
 
 
-def test_text_and_tsv(tmp_path):
-    path = write(tmp_path / "a.tsv", row("a", 1.0, description="wide\ttext"), row("m", 1.5, device=MAC))
-    out = io.StringIO()
-    leaderboard([path], out=out)
-    assert "climbmix on NVIDIA H100" in out.getvalue() and "across devices" in out.getvalue() and "1.000000" in out.getvalue()
-    out = io.StringIO()
-    leaderboard([path], kind="tsv", out=out)
-    lines = out.getvalue().splitlines()
-    assert len({len(line.split("\t")) for line in lines}) == 1 and len(lines) == 3
+# --- How it is printed --------------------------------------------------------------------------------------
 
 
-def test_it_answers_in_a_blink_without_torch_or_numpy(tmp_path):
+def test_text(tmp_path):
+    path = write(tmp_path / "a.tsv", row("a", 1.0, tokens_per_second=1.93e6), row("m", 1.5, device=MAC))
+    text = printed([path])
+    assert "climbmix on NVIDIA H100" in text and "across devices" in text and "not ranked" not in text
+    assert "1.000000" in text and "1,930,000" in text
+
+
+def test_a_ledger_without_runs_says_how_to_make_one(tmp_path):
+    assert printed([tmp_path / "absent.tsv"]) == "no experiments yet: autoresearch run\n"
+
+
+def test_tsv_has_a_line_for_each_ranked_run(tmp_path):
+    path = write(tmp_path / "a.tsv", row("a", 1.0), row("m", 1.5, device=MAC), row("x", 1.0, marks="slept"))
+    text = path.read_text().replace("\tm\t", "\tm \x1b[31m\t")  # by hand: what we write is clean
+    path.write_text(text)
+    header, *lines = (line.split("\t") for line in printed([path], "tsv").splitlines())
+    assert len(lines) == 2 and {len(line) for line in lines} == {len(header)}
+    assert dict(zip(header, lines[0], strict=True))["device"] == H100
+
+
+def test_a_pipe_gets_every_run_on_one_whole_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")  # of no meaning where no terminal is
+    long = "warmdown over more of the budget, " * 20
+    path = write(
+        tmp_path / "a.tsv",
+        row("first", 1.0, description=long + "end"),
+        row("fails", 0.0, status="crash", reason=long + "end"),
+    )
+    lines = printed([path]).splitlines()
+    assert len([line for line in lines if line.endswith(long + "end")]) == 1
+    assert len([line for line in lines if f"crash: {long}end" in line]) == 1
+    assert all(line == line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_terminal_gets_what_fits(tmp_path, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    path = write(
+        tmp_path / "a.tsv",
+        row("20260101-000000-abcd", 1.0, description="warmdown over more of the budget " * 4 + "end"),
+        row("20260101-000001-abcd", 1.5, device=MAC, marks="slept,contended"),
+    )
+    text = printed([path], out=Terminal()).replace("\x1b[1m", "").replace("\x1b[0m", "")
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert "1.000000" in text and "20260101-000000-abcd" in text and "end" in text
+    assert ("mfu_percent" in text) == (width == 200)
+
+
+def test_text_of_a_description_is_shown_as_it_is(tmp_path):
+    path = write(tmp_path / "a.tsv", row("a", 1.0, description="[bold]x[/bold] :smile: {y}"))
+    path.write_text(path.read_text().replace("{y}", "\x1b[31mred"))
+    text = printed([path])
+    assert "[bold]x[/bold] :smile:" in text and "\x1b" not in text
+
+
+def test_a_long_board_says_how_much_is_left_out(tmp_path):
+    rows = [row(f"r{i}", 1 + i / 100) for i in range(5)]
+    slept = [row(f"s{i}", 1.0, marks="slept") for i in range(4)]
+    text = printed([write(tmp_path / "a.tsv", *rows, *slept)], most=3)
+    assert "... 2 more (--json or --tsv has them)" in text and "r3" not in text
+    assert "not ranked: 4, the last 3 of them" in text and "s0" not in text and "s3" in text
+
+
+# --- How long it takes --------------------------------------------------------------------------------------
+
+BLINK = """
+import sys, time
+sys.argv[1:] = ["leaderboard", sys.argv[1]]
+try:
+    from launcher.cli import main
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"torch", "mlx", "numpy", "scipy", "pydantic", "matplotlib", "datasets"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+print(time.process_time())  # of the processor: other work on the machine does not count
+"""
+
+# Resident memory when all is read and ranked: the peak that getrusage names is the parent's after a fork.
+LARGE = """
+import io, sys, time
+import psutil
+from launcher.board import gather, print_leaderboard
+held = gather([sys.argv[1]])
+print(psutil.Process().memory_info().rss / 2**20)
+del held
+began = time.process_time()
+print_leaderboard([sys.argv[1]], out=io.StringIO())
+print(time.process_time() - began)
+"""
+
+
+def python(code, *arguments):
+    """Run Python in a process of its own, and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_answers_in_a_blink_without_a_framework(tmp_path):
     path = write(tmp_path / "results.tsv", *[row(f"r{i}", 1 + i / 1000) for i in range(200)])
-    code = "import sys; sys.argv[1:] = ['leaderboard', sys.argv[1]]\ntry:\n from launcher.cli import main; main()\nexcept SystemExit: pass\n" \
-           "assert not {'torch', 'mlx', 'numpy', 'datasets'} & sys.modules.keys(), 'heavy import'"
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
-        times.append(time.perf_counter() - began)
-        assert done.returncode == 0, done.stderr
-    assert min(times) < 0.6, times  # 0.3 s on a quiet machine
+    times = [float(python(BLINK, str(path)).splitlines()[-1]) for _ in range(5)]
+    assert min(times) < 0.6, times  # 0.35 s on a quiet machine
 
 
 def test_a_hundred_thousand_rows(tmp_path):
-    text = "\t".join(COLUMNS) + "\n" + "".join(to_line(row(f"r{i}", 1 + (i * 7919 % 100003) / 1e5)) + "\n" for i in range(100_000))
-    (tmp_path / "big.tsv").write_text(text)
-    # Resident memory when all is read and ranked: the peak that getrusage names is the parent's where a process was forked.
-    code = "import psutil, sys, time, io; t = time.perf_counter(); from launcher.board import gather, leaderboard; " \
-           "held = gather([sys.argv[1]]); print(psutil.Process().memory_info().rss / 2**20); " \
-           "del held; t = time.perf_counter(); leaderboard([sys.argv[1]], out=io.StringIO()); print(time.perf_counter() - t)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "big.tsv")], cwd=ROOT, capture_output=True, text=True)
-    megabytes, seconds = map(float, done.stdout.split())
-    assert seconds < 4 and megabytes < 500, (seconds, megabytes)  # 2 s on a quiet machine
+    path = tmp_path / "big.tsv"
+    lines = [to_line(row(f"r{i}", 1 + (i * 7919 % 100003) / 1e5)) for i in range(100_000)]
+    path.write_text("\n".join(["\t".join(COLUMNS), *lines, ""]))
+    megabytes, seconds = map(float, python(LARGE, str(path)).split())
+    assert seconds < 4 and megabytes < 500, (seconds, megabytes)  # 1.5 s on a quiet machine

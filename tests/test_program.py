@@ -2,32 +2,81 @@
 
 import pytest
 
-from launcher.ledger import Ledger, Row
-from launcher.program import PARTS, program, sections
-from prepare import ROOT
+from backends.platforms import machine_facts
+from launcher.ledger import Flag, Ledger, Row
+from launcher.setting import resolve
+from night import program
+from night.program import SECTIONS, read_sections, write_program
+from prepare import RULES, UserError
 
 
-def test_the_page_has_a_part_for_every_backend():
-    page = sections((ROOT / "program.md").read_text())
-    assert {"Common", *PARTS.values()} == set(page)
+def row(run, val_bpb, status, **more):
+    number = run.removeprefix("r")
+    values = {
+        "run": run,
+        "val_bpb": val_bpb,
+        "status": status,
+        "rules": RULES,
+        "budget": 300.0,
+        "track": "tiny",
+        "platform": "cpu",
+        "device": machine_facts().device,
+        "description": f"idea {number}",
+        "fingerprint": "f",
+        "val_tokens": 16384,
+        "time": f"2026-01-01T00:00:0{number}Z",
+        "reason": "no luck",
+    }
+    return Row(**{**values, **more})
 
 
-@pytest.mark.parametrize("platform, part, others", [("cpu", "Element-wise work", "unified|shared with the desktop"), ("mlx-cpu", "shared with the desktop", "Element-wise work")])
-def test_a_machine_gets_its_part_and_the_facts(house, platform, part, others):
-    text = program(platform)
-    assert part in text and others not in text and "best: none yet" in text
-    trainer = {"cpu": "train_cuda.py", "mlx-cpu": "train_mlx.py"}[platform]
-    assert f"trainer: {trainer}" in text
+@pytest.fixture
+def ledger(house):
+    return Ledger(house / "results.tsv")
 
 
-def test_what_was_tried_is_listed(house):
-    from backends.platforms import machine_facts
-    from prepare import RULES
+def test_the_page_has_a_section_for_every_kind_of_machine():
+    assert {"Common", *SECTIONS.values()} == set(read_sections())
 
-    for i, (bpb, status) in enumerate([(1.5, "keep"), (1.4, "keep"), (0.0, "crash")]):
-        Ledger(house / "results.tsv").append(Row(
-            run=f"r{i}", val_bpb=bpb, status=status, rules=RULES, budget=300.0, track="tiny", platform="cpu", device=machine_facts().device,
-            description=f"idea {i}", fingerprint="f", val_tokens=16384, time=f"2026-01-01T00:00:0{i}Z", reason="no luck"))
-    text = program("cpu")
-    assert "best: 1.400000 by r1 (idea 1); baseline 1.500000" in text and "noise: not on record" in text
-    assert "crash    0.000000  idea 2  [no luck]" in text
+
+@pytest.mark.parametrize(
+    "platform, trainer, section, other",
+    [
+        ("cpu", "train_cuda.py", "Element-wise work", "shared with the desktop"),
+        ("mlx-cpu", "train_mlx.py", "shared with the desktop", "Element-wise work"),
+    ],
+)
+def test_a_machine_gets_its_section_and_the_facts(house, platform, trainer, section, other):
+    text = write_program(resolve(platform))
+    assert section in text and other not in text and "best: none yet" in text
+    assert f"trainer: {trainer}\nplatform: {platform} (named with --platform)\n" in text
+    assert "track: tiny, vocab_size 512, seq_len 128, 16,384 tokens scored\nbudget: 300 s of training" in text
+
+
+def test_what_was_tried_is_listed(ledger):
+    ledger.append(row("r0", 1.5, "keep"))
+    ledger.append(row("r1", 1.4, "keep"))
+    ledger.append(row("r2", 0.0, "crash"))
+    ledger.append(row("r3", 0.9, "keep", track="another"))
+    ledger.append(row("r4", 0.9, "keep", device="another"))
+    text = write_program(resolve("cpu"))
+    assert "best: 1.400000 by r1 (idea 1); baseline 1.500000" in text
+    assert "noise: not on record (autoresearch noise)" in text
+    assert "tried, newest last (4 in all):\n  keep     1.500000  idea 0\n" in text
+    assert "  crash    0.000000  idea 2  [no luck]\n" in text and "idea 3" not in text
+    assert "idea 1\n" not in write_program(resolve("cpu"), recent=1).partition("tried")[2]
+
+
+def test_the_seed_noise_is_named(ledger):
+    for seed, val_bpb in enumerate((1.500, 1.502, 1.498)):
+        ledger.append(row(f"r{seed}", val_bpb, "keep", seed=seed, source="s", marks=Flag.NOISE))
+    assert "noise: sigma 0.002000, an improvement counts from 0.0" in write_program(resolve("cpu"))
+
+
+def test_a_page_without_its_section_says_which(house, monkeypatch):
+    monkeypatch.setattr(program, "ROOT", house)
+    with pytest.raises(UserError, match="program.md cannot be read: No such file"):
+        write_program(resolve("cpu"))
+    (house / "program.md").write_bytes(b"# Program\n\n## Common\n\nb\xff\n")
+    with pytest.raises(UserError, match="has no section '## CPU'"):
+        write_program(resolve("cpu"))

@@ -4,65 +4,96 @@ A little optimizer in the place of a coding agent: it climbs over the constants 
     autoresearch loop --agent "python tests/agents/climber.py" --experiments 8
     autoresearch loop --agent "python tests/agents/climber.py MATRIX_LR N_EMBD"    # only these
 
-One constant a turn takes a step up or down. What was kept is pushed on in the same direction; what was not is tried
-the other way, then the next constant. Its only memory is the ledger's descriptions.
+One constant a turn takes a step up or down. What was kept is pushed on in the same direction; what was not is
+tried the other way, then the next constant. Its only memory is the ledger's descriptions.
 """
 
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-STEPS = {"MATRIX_LR": "*2", "N_EMBD": "+64", "N_LAYER": "+1", "TOTAL_BATCH_SIZE": "*2", "EMBEDDING_LR": "*2", "WARMDOWN_RATIO": "*1.4",
-         "UNEMBEDDING_LR": "*2", "SCALAR_LR": "*2", "WEIGHT_DECAY": "*2"}
-MOST = {"WARMDOWN_RATIO": 1.0}
+# A step of each constant: by a factor, or by a number.
+STEPS = {
+    "MATRIX_LR": "*2",
+    "N_EMBD": "+64",
+    "N_LAYER": "+1",
+    "TOTAL_BATCH_SIZE": "*2",
+    "EMBEDDING_LR": "*2",
+    "WARMDOWN_RATIO": "*1.4",
+    "UNEMBEDDING_LR": "*2",
+    "SCALAR_LR": "*2",
+    "WEIGHT_DECAY": "*2",
+}
+HIGHEST = {"WARMDOWN_RATIO": 1.0}
 
 
-def constant(source, name):
-    """Its value: a number in the source, or what platforms.yaml says for this machine."""
+class Move(NamedTuple):
+    """A constant and its values before and after."""
+
+    name: str
+    old: float
+    new: float
+
+
+def read_constant(source: str, name: str) -> float:
+    """Return a constant's value: a number in the source, or what platforms.yaml says for this machine."""
     text = re.search(rf"^{name} = (\S+)", source, re.M)[1]
     if not text.startswith("START"):
         return float(text)
     sys.path.insert(0, str(Path.cwd()))
     from backends.platforms import current_platform
 
-    return float(current_platform().start[name.lower()])
+    return float(getattr(current_platform().start, name.lower()))
 
 
-def moved(name, value, up):
-    kind, size = STEPS[name][0], float(STEPS[name][1:])
-    new = value * size ** (1 if up else -1) if kind == "*" else value + (size if up else -size)
-    return min(new, MOST.get(name, new))
+def step(name: str, value: float, up: bool) -> Move:
+    """Return the move of a constant one step up or down."""
+    kind = STEPS[name][0]
+    size = float(STEPS[name][1:])
+    direction = 1 if up else -1
+    new = value * size**direction if kind == "*" else value + direction * size
+    return Move(name, value, min(new, HIGHEST.get(name, new)))
 
 
-def history():
-    """[(status, name, old, new)] of this agent's experiments, oldest first."""
+def read_history() -> list[tuple[str, Move]]:
+    """Return (status, move) of this agent's experiments, oldest first."""
     ledger = Path(os.environ.get("AUTORESEARCH_HOME", ".")) / "results.tsv"
-    lines = [line.split("\t") for line in ledger.read_text().splitlines()[1:]] if ledger.exists() else []
-    moves = [(cells[3], re.fullmatch(r"(\w+) ([\d.]+) -> ([\d.]+)", cells[4])) for cells in lines]
-    return [(status, m[1], float(m[2]), float(m[3])) for status, m in moves if m and m[1] in STEPS]
+    history = []
+    for line in ledger.read_text().splitlines()[1:] if ledger.exists() else []:
+        status, description = line.split("\t")[3:5]
+        found = re.fullmatch(r"(\w+) ([\d.]+) -> ([\d.]+)", description)
+        if found and found[1] in STEPS:
+            history.append((status, Move(found[1], float(found[2]), float(found[3]))))
+    return history
 
 
-def candidates(source, names, past):
-    """(name, old, new) to try, the most promising first."""
-    if past and past[-1][1] in names:
-        status, name, old, new = past[-1]
+def candidates(source: str, names: list[str], history: list[tuple[str, Move]]) -> Iterator[Move]:
+    """Yield moves to try, the most promising first."""
+    if history and history[-1][1].name in names:
+        status, last = history[-1]
         if status == "keep":
-            yield name, new, moved(name, new, up=new > old)
-        names = names[names.index(name):] + names[: names.index(name)]
+            yield step(last.name, last.new, up=last.new > last.old)
+        first = names.index(last.name)
+        names = names[first:] + names[:first]
     for name in names:
-        value = constant(source, name)
-        yield from ((name, value, moved(name, value, up)) for up in (True, False))
+        value = read_constant(source, name)
+        yield step(name, value, up=True)
+        yield step(name, value, up=False)
 
 
-def main():
+def main() -> None:
     trainer = Path(re.search(r"^trainer: (\S+)", sys.stdin.read(), re.M)[1])
-    source, past = trainer.read_text(), history()
-    tried = {(name, f"{value:.6g}") for _, name, old, new in past for value in (old, new)}
-    for name, old, new in candidates(source, sys.argv[1:] or list(STEPS), past):
-        if new > 0 and (name, f"{new:.6g}") not in tried:
-            trainer.write_text(re.sub(rf"^{name} = \S+", f"{name} = {new:.6g}", source, flags=re.M))
-            print(f"experiment: {name} {old:.6g} -> {new:.6g}")
+    source = trainer.read_text()
+    history = read_history()
+    tried = {(move.name, f"{value:.6g}") for _, move in history for value in (move.old, move.new)}
+    for move in candidates(source, sys.argv[1:] or list(STEPS), history):
+        if move.new > 0 and (move.name, f"{move.new:.6g}") not in tried:
+            line = f"{move.name} = {move.new:.6g}"
+            trainer.write_text(re.sub(rf"^{move.name} = \S+", line, source, flags=re.M))
+            print(f"experiment: {move.name} {move.old:.6g} -> {move.new:.6g}")
             return
     sys.exit("every neighbour was tried")
 

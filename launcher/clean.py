@@ -1,0 +1,57 @@
+"""`autoresearch clean`: what weights and prepared data take on the disk, and what can go."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from launcher.ledger import BoardKey, warn
+from launcher.runs import ledger, runs_dir
+from prepare import cache_dir, load_tracks, prepared_path
+
+
+class Item(NamedTuple):
+    """Something on the disk that can be made again."""
+
+    path: Path
+    needed: bool
+    num_bytes: int
+
+
+def clean(apply: bool) -> None:
+    """Show what runs/ and the cache hold. apply: free what is not needed."""
+    freed = 0
+    for item in [*saved_weights(), *prepared_data()]:
+        state = "kept" if item.needed else "free"
+        print(f"{state}  {item.num_bytes / 2**20:9.1f} MiB  {item.path}")
+        if item.needed:
+            continue
+        freed += item.num_bytes
+        if apply:
+            if item.path.is_dir():
+                shutil.rmtree(item.path)
+            else:
+                item.path.unlink()
+    done = "freed" if apply else "would free (--yes does it)"
+    print(f"{done}: {freed / 2**20:.1f} MiB")
+
+
+def saved_weights() -> Iterator[Item]:
+    """Yield the weights of runs. Needed are those of the best runs and those that the user asked to keep."""
+    best: dict[BoardKey, str] = {}
+    for row in ledger().rows(warn):
+        if row.ranked and row.status == "keep":
+            best[row.board] = row.run
+    for weights in sorted(runs_dir().glob("*/model.safetensors")):
+        folder = weights.parent
+        needed = folder.name in best.values() or (folder / "keep-weights").exists()
+        yield Item(weights, needed, weights.stat().st_size)
+
+
+def prepared_data() -> Iterator[Item]:
+    """Yield the folders of prepared data. Needed are those of the tracks of platforms.yaml."""
+    current = {prepared_path(track) for track in load_tracks().values()}
+    for folder in sorted(cache_dir().glob("*-????????????")):
+        if folder.is_dir():
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            yield Item(folder, folder in current, size)

@@ -1,0 +1,61 @@
+"""What a command says while it works: on stderr, so that stdout holds results alone."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from backends.protocol import Event, Log, Score, Start, Stop
+
+LINE_EVERY = 30.0  # seconds between progress lines when there is no terminal
+
+OnEvent = Callable[[Event | None], None]  # takes every event of a run, and None about once a second
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """The progress of a run: one live line on a terminal, a line every LINE_EVERY seconds elsewhere."""
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+        self.text = "starting: imports, compilation, warm-up"
+        self._live = sys.stderr.isatty()
+        self._began = time.monotonic()
+        self._last_line = self._began
+
+    def __call__(self, event: Event | None) -> None:
+        """Show what an event of the run says; None: show that time passes."""
+        if isinstance(event, Start):
+            self.text = (
+                f"training on {event.device} ({event.platform}), track {event.track}, seed {event.seed}"
+            )
+            self.show(always=True)
+        elif isinstance(event, Log):
+            left = max(0.0, self.budget - event.elapsed)
+            self.text = (
+                f"step {event.step} | loss {event.smooth:.4f} | {event.tokens_per_s:,.0f} tok/s | "
+                f"mfu {event.mfu:.1f}% | {left:.0f} s left"
+            )
+        elif isinstance(event, Stop):
+            self.text = "checking and scoring"
+        elif isinstance(event, Score):
+            self.text = f"scoring {event.done}/{event.rows} rows"
+        if event is None or isinstance(event, Log | Score):
+            self.show()
+
+    def show(self, always: bool = False) -> None:
+        """Print the line when it is due."""
+        now = time.monotonic()
+        age = now - self._began
+        if self._live:
+            print(f"\r{self.text} [{age:.0f} s]\x1b[K", end="", file=sys.stderr, flush=True)
+        elif always or now - self._last_line >= LINE_EVERY:
+            self._last_line = now
+            say(f"{age:4.0f} s  {self.text}")
+
+    def close(self) -> None:
+        """Remove the live line."""
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

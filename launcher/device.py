@@ -1,0 +1,193 @@
+"""
+The device during a run: one experiment at a time on it, and what else happens on the machine.
+
+Other processes, sleep, throttling and power make a run incomparable. They are noticed and become flags.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+from filelock import FileLock, Timeout
+
+from backends.platforms import DeviceKind, mac_state, output_of
+from launcher.console import say
+from launcher.ledger import Flag
+from prepare import cache_dir
+
+OTHERS_CPU = 0.10  # share of all cores that other processes may use when the CPU is the device ...
+OTHERS_CPU_HOST = 0.50  # ... and when it only feeds one
+OTHERS_SECONDS = 2.0  # CPU seconds of others that are never called contention: a run has as much by chance
+SLEPT_SECONDS = 2.0  # that the wall clock may gain on the monotonic one
+SAMPLE_EVERY = 5.0  # seconds
+GPU_STATE = (
+    "power.draw",
+    "clocks_throttle_reasons.hw_thermal_slowdown",
+    "clocks_throttle_reasons.hw_power_brake_slowdown",
+)
+
+
+# ---------------------------------------------------------------------------
+# One experiment on a device
+# ---------------------------------------------------------------------------
+
+
+def acquire(lock: FileLock, why: Callable[[], str]) -> None:
+    """Take a file lock. While another process has it, say what for (`why`) and wait."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting: {why()}")
+        lock.acquire()
+
+
+class DeviceLock:
+    """Only one experiment on a device at a time, whoever starts it. The next one waits."""
+
+    def __init__(self, device_kind: DeviceKind) -> None:
+        folder = cache_dir() / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        device = "cpu" if device_kind == "cpu" else "gpu" + os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        self._lock = FileLock(folder / f"{device}.lock")
+        self._holder = folder / f"{device}.json"
+
+    def __enter__(self) -> "DeviceLock":
+        acquire(self._lock, lambda: f"another experiment holds the device ({self._held_by()})")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def set_holder(self, run_id: str) -> None:
+        """Tell those who wait which run holds the device."""
+        self._holder.write_text(json.dumps({"run": run_id, "pid": os.getpid()}))
+
+    def _held_by(self) -> str:
+        try:
+            data = json.loads(self._holder.read_text())
+            return f"run {data['run']}, launcher process {data['pid']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "just starting"
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """Hold a Mac awake. Does nothing on other systems."""
+    if platform.system() != "Darwin":
+        yield
+        return
+    caffeinate = subprocess.Popen(["caffeinate", "-dims", "-w", str(os.getpid())])
+    try:
+        yield
+    finally:
+        caffeinate.terminate()
+        caffeinate.wait()
+
+
+# ---------------------------------------------------------------------------
+# What else happens on the machine
+# ---------------------------------------------------------------------------
+
+
+class Watch:
+    """Samples the machine during training. `findings` says at the end what made the run incomparable."""
+
+    def __init__(self, device_kind: DeviceKind) -> None:
+        self.energy_j = 0.0
+        self.throttled = False
+        self.slept_seconds = 0.0
+        self.others_share = 0.0  # of all cores, used by processes that are not ours
+        self._on_gpu = device_kind == "gpu" and platform.system() != "Darwin"  # one that nvidia-smi knows
+        self._allowed_share = OTHERS_CPU if device_kind == "cpu" else OTHERS_CPU_HOST
+        self._there_before = gpu_processes() if self._on_gpu else set()
+        self.others_on_gpu = bool(self._there_before)
+        self._child: psutil.Process | None = None
+        self._sampled = 0.0
+        self._wall = 0.0
+        self._clock = 0.0
+        self._others_cpu = 0.0
+
+    def begin(self, pid: int) -> None:
+        """Begin with the training of process `pid`: what happened before does not count."""
+        self._child = psutil.Process(pid)
+        self._wall = time.time()
+        self._clock = self._sampled = time.monotonic()
+        self._others_cpu = busy_seconds() - self._own_seconds()
+
+    def sample(self) -> None:
+        """Look around. Call it often: it does something once in SAMPLE_EVERY seconds."""
+        now = time.monotonic()
+        if self._child is None or now - self._sampled < SAMPLE_EVERY:
+            return
+        if self._on_gpu:
+            watts, slowed = gpu_state()
+            self.energy_j += watts * (now - self._sampled)
+            self.throttled |= slowed
+            self.others_on_gpu |= len(gpu_processes() - self._there_before) > 1
+        elif platform.system() == "Darwin":
+            self.throttled |= mac_state()["thermal_speed_limit"] < 100
+        self._sampled = now
+
+    def end(self) -> None:
+        """End with the training: add up what others used. A second call changes nothing."""
+        if self._child is None:
+            return
+        elapsed = time.monotonic() - self._clock
+        self.slept_seconds = time.time() - self._wall - elapsed
+        others = busy_seconds() - self._own_seconds() - self._others_cpu
+        if others > OTHERS_SECONDS:
+            self.others_share = others / max(elapsed * (os.cpu_count() or 1), 1e-9)
+        self._child = None
+
+    def findings(self) -> list[tuple[Flag, str]]:
+        """Return (flag, what happened) for everything that sets the run apart."""
+        found = []
+        if self.slept_seconds > SLEPT_SECONDS:
+            found.append((Flag.SLEPT, f"the machine slept {self.slept_seconds:.0f} s"))
+        if self.throttled:
+            found.append((Flag.THROTTLED, "the device was throttled (heat or power)"))
+        if self.others_on_gpu:
+            found.append((Flag.CONTENDED, "another process computed on the GPU"))
+        if self.others_share > self._allowed_share:
+            found.append((Flag.CONTENDED, f"other processes used {100 * self.others_share:.0f}% of the CPU"))
+        return found
+
+    def _own_seconds(self) -> float:
+        """Return the CPU seconds of the launcher, the trainer and its children."""
+        total = sum(os.times()[:4])
+        try:
+            assert self._child
+            for process in [self._child, *self._child.children(recursive=True)]:
+                times = process.cpu_times()
+                total += times.user + times.system
+                total += getattr(times, "children_user", 0) + getattr(times, "children_system", 0)
+        except psutil.Error:
+            pass
+        return total
+
+
+def busy_seconds() -> float:
+    """Return the CPU seconds spent by all processes since boot."""
+    times = psutil.cpu_times()
+    return times.user + times.system + getattr(times, "nice", 0.0)
+
+
+def gpu_processes() -> set[str]:
+    """Return the ids of the processes that compute on the GPU."""
+    return set(output_of("nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader").split())
+
+
+def gpu_state() -> tuple[float, bool]:
+    """Return (power in watts, whether heat or the power supply slows the GPU down)."""
+    query = f"--query-gpu={','.join(GPU_STATE)}"
+    line = output_of("nvidia-smi", query, "--format=csv,noheader,nounits").split("\n")[0]
+    watts, *reasons = [cell.strip() for cell in line.split(",")]
+    try:
+        return float(watts), "Active" in reasons
+    except ValueError:
+        return 0.0, False

@@ -1,0 +1,44 @@
+"""The harness, all that no experiment changes: its content hash, and whether it is the committed one."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+from prepare import ROOT, config_path
+
+FOLDERS = ("backends", "launcher")
+FILES = ("prepare.py", "train_cuda_kernels.py", "platforms.yaml")
+
+
+def harness_files() -> list[Path]:
+    """Return the files that make up the harness, sorted by path."""
+    code = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
+    return sorted([ROOT / "prepare.py", ROOT / "train_cuda_kernels.py", config_path(), *code])
+
+
+def harness_hash() -> str:
+    """Return the content hash of the harness, as the ledger writes it."""
+    digest = hashlib.sha256()
+    for path in harness_files():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def harness_modified() -> bool:
+    """Return whether the harness differs from the repository's last commit."""
+    return bool(git_output("status", "--porcelain", "--", *FOLDERS, *FILES))
+
+
+def source_hash(source: bytes) -> str:
+    """Return the content hash of a trainer, as the ledger writes it."""
+    return hashlib.sha256(source).hexdigest()[:12]
+
+
+def git_output(*arguments: str) -> str:
+    """Return what a git command in the repository prints, "" when it fails (no git, no repository)."""
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, errors="replace")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,193 @@
+"""The runs on record: where they lie, which one a name means, what is kept of them."""
+
+import importlib.metadata
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from backends.protocol import Log, RunDir
+from launcher.console import say
+from launcher.ledger import REFUTED, VERIFIED, Flag, Ledger, Row, warn
+from launcher.processes import alive
+from prepare import ROOT, UserError
+
+# Packages whose version changes a run's speed or result; run.json lists them.
+PACKAGES = ("torch", "triton", "mlx", "numpy", "tiktoken", "flash-attn-4", "quack-kernels", "kernels")
+
+
+# ---------------------------------------------------------------------------
+# Places and names
+# ---------------------------------------------------------------------------
+
+
+def home() -> Path:
+    """Return where results.tsv and runs/ lie: the repository, or $AUTORESEARCH_HOME."""
+    return Path(os.environ.get("AUTORESEARCH_HOME") or ROOT)
+
+
+def ledger() -> Ledger:
+    return Ledger(home() / "results.tsv")
+
+
+def runs_dir() -> Path:
+    return home() / "runs"
+
+
+def run_dir(run_id: str) -> RunDir:
+    return RunDir(runs_dir() / run_id)
+
+
+def now_utc() -> str:
+    """Return the time as the ledger writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def id_time() -> str:
+    """Return the time (UTC) as ids of runs begin: they sort by it."""
+    return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+
+
+def new_run_id() -> str:
+    return f"{id_time()}-{secrets.token_hex(2)}"
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of PACKAGES."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# ---------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------
+
+
+def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
+    """Return the row of a run, by its id or an unambiguous beginning of it.
+
+    "last" is the newest run, "best" the lowest val_bpb on the board of the newest ranked run.
+
+    Raises:
+        UserError: no run or several have that name.
+    """
+    rows = [row for row in ledger().rows(complain) if row.status not in (VERIFIED, REFUTED) and row.run]
+    if name == "last" and rows:
+        return rows[-1]
+    ranked = [row for row in rows if row.ranked]
+    if name == "best" and ranked:
+        board = ranked[-1].board
+        return min((row for row in ranked if row.board == board), key=lambda row: row.val_bpb)
+    exact = [row for row in rows if row.run == name]
+    found = exact or [row for row in rows if row.run.startswith(name)]
+    if len(found) == 1 or exact:
+        return found[0]
+    if found:
+        raise UserError(f"{len(found)} runs begin with '{name}': give more of the id", 2)
+    raise UserError(
+        f"the ledger has no run '{name}' (autoresearch leaderboard shows them; 'best' and 'last' work too)", 2
+    )
+
+
+def trainer_of(row: Row) -> Path | None:
+    """Return the copy of the trainer that made a run, None when it is not here."""
+    return run_dir(row.run).trainer() if row.run else None
+
+
+def loss_curve(run_id: str) -> list[tuple[float, float]]:
+    """Return [(seconds of training, smoothed loss)] of a run, [] when nothing is on record."""
+    if not run_id:
+        return []
+    return [
+        (event.elapsed, event.smooth) for _, event in run_dir(run_id).read_events() if isinstance(event, Log)
+    ]
+
+
+# ---------------------------------------------------------------------------
+# All runs
+# ---------------------------------------------------------------------------
+
+
+def record_killed_runs() -> None:
+    """Give runs whose launcher was killed their row: nothing that was started is missing from the ledger."""
+    if not runs_dir().is_dir():
+        return
+    known: set[str] | None = None
+    for path in sorted(runs_dir().glob("*/run.json")):
+        run = RunDir(path.parent)
+        if run.recorded.exists():
+            continue
+        if known is None:
+            known = {row.run for row in ledger().rows()}
+        if run.run_id not in known:
+            row = killed_row(run)
+            if row is None:
+                continue
+            ledger().append(row)
+            run.weights.unlink(missing_ok=True)
+            say(f"run {row.run} was cut off when its launcher was killed; it is recorded as a crash")
+        run.recorded.touch()
+
+
+def killed_row(run: RunDir) -> Row | None:
+    """Return the row of a run whose launcher is gone, None when it still runs or its record is damaged."""
+    import psutil
+
+    record = run.read_record()
+    try:
+        owner = psutil.Process(record["pid"]) if psutil.pid_exists(record["pid"]) else None
+        if owner and alive(owner) and owner.create_time() < run.record.stat().st_mtime:
+            return None  # still running
+        row = Row(**record["row"])
+    except (ValueError, KeyError, TypeError, OverflowError, psutil.Error):
+        return None
+    row.status = "crash"
+    row.reason = "the launcher was killed during the run"
+    row.add_flags(Flag.CUT_OFF)
+    return row
+
+
+def record_of(row: Row, trainer: str, why: str, facts: dict, laptop: dict) -> dict:
+    """Return the content of run.json: all that is known of a run before it starts."""
+    return {
+        "row": asdict(row),
+        "pid": os.getpid(),
+        "why": why,
+        "facts": facts,
+        "laptop": laptop,
+        "python": sys.version.split()[0],
+        "packages": package_versions(),
+        "trainer": trainer,
+    }
+
+
+def prune_weights(row: Row, asked_for: bool) -> None:
+    """Keep the weights of the best run of a board and those asked for; drop the others."""
+    run = run_dir(row.run)
+    if asked_for and run.weights.exists():
+        run.keep_weights.touch()
+        return
+    if row.status != "keep" or not row.ranked:
+        run.weights.unlink(missing_ok=True)
+        return
+    for other in ledger().rows():
+        if other.run and other.run != row.run and other.board == row.board:
+            folder = run_dir(other.run)
+            if not folder.keep_weights.exists():
+                folder.weights.unlink(missing_ok=True)
+
+
+def append_json_line(path: Path, data: dict) -> None:
+    """Add a line to a file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(data) + "\n")

@@ -1,0 +1,86 @@
+"""Where experiments run and what they learn: resolved once, at the door, from what the user typed."""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from backends.platforms import Facts, Platform, choose_platform, machine_facts, scored_tokens
+from backends.protocol import RunSettings
+from launcher.ledger import BoardKey
+from prepare import ROOT, RULES, TIME_BUDGET, Prepared, Track, UserError, load_track, prepare
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The platform, the track, the device and the budget of a command's experiments."""
+
+    platform: Platform
+    why: str  # the platform was chosen
+    track: Track
+    facts: Facts
+    val_tokens: int  # scored in a run
+    budget: float  # seconds of training
+
+    @cached_property
+    def data(self) -> Prepared:
+        """The track's prepared data. The first use prepares it, which can take minutes."""
+        return prepare(self.track)
+
+    @property
+    def trainer(self) -> Path:
+        """The file that experiments edit."""
+        return ROOT / self.platform.trainer
+
+    @property
+    def short(self) -> bool:
+        """The budget is not that of the rules: runs are flagged, and never rank."""
+        return self.budget != TIME_BUDGET
+
+    @property
+    def board(self) -> BoardKey:
+        """What the runs of this setting are ranked by."""
+        return BoardKey(
+            self.track.name,
+            self.data.fingerprint,
+            RULES,
+            self.budget,
+            self.val_tokens,
+            self.platform.name,
+            self.facts.device,
+        )
+
+    def run_settings(self, seed: int) -> RunSettings:
+        """Return what a trainer's process is told, but for its folder and its pipe."""
+        return RunSettings(
+            platform=self.platform.name,
+            track=self.track.name,
+            seed=seed,
+            budget=self.budget,
+            val_tokens=self.val_tokens,
+        )
+
+    def require_framework(self) -> None:
+        """Raise UserError when what the platform's trainer imports is not installed."""
+        package = self.platform.framework
+        if importlib.util.find_spec(package) is not None:
+            return
+        message = (
+            f"platform {self.platform.name} needs the package {package}, which is not installed: "
+            "uv sync, or choose another --platform"
+        )
+        if sys.platform == "darwin":
+            message += " (for an Intel Mac there is neither MLX nor a current PyTorch)"
+        raise UserError(message)
+
+
+def resolve(platform: str = "", track: str = "", budget: float = TIME_BUDGET) -> Setting:
+    """Return the setting that the options of a command mean. Empty: this machine's platform, its own track.
+
+    Raises:
+        UserError: a name is unknown, or no platform fits this machine.
+    """
+    chosen, why = choose_platform(platform)
+    learned = load_track(track or chosen.track)
+    return Setting(chosen, why, learned, machine_facts(), scored_tokens(chosen, learned), budget)

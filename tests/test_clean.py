@@ -1,0 +1,28 @@
+"""`autoresearch clean`: it shows what goes, and frees it only when asked."""
+
+from launcher.clean import clean
+from launcher.ledger import Ledger, Row
+from launcher.runs import run_dir
+from prepare import cache_dir, load_track, prepare
+
+
+def test_it_frees_what_is_not_needed_and_nothing_else(house, monkeypatch, capsys):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(house / "cache"))
+    prepared = prepare(load_track("tiny")).path
+    old = cache_dir() / "tiny-0123456789ab"
+    old.mkdir()
+    (old / "train.bin").write_bytes(b"x" * 2**20)
+    for run, asked in (("best", False), ("asked", True), ("orphan", False)):
+        run_dir(run).path.mkdir(parents=True)
+        run_dir(run).weights.write_bytes(b"x" * 2**20)
+        if asked:
+            run_dir(run).keep_weights.touch()
+    Ledger(house / "results.tsv").append(Row(run="best", status="keep", rules=1, val_bpb=1.5))
+
+    clean(apply=False)
+    assert run_dir("orphan").weights.exists() and old.exists()
+    assert "would free (--yes does it): 2.0 MiB" in capsys.readouterr().out
+    clean(apply=True)
+    assert not run_dir("orphan").weights.exists() and not old.exists()
+    assert run_dir("best").weights.exists() and run_dir("asked").weights.exists() and prepared.exists()
+    assert "freed: 2.0 MiB" in capsys.readouterr().out

@@ -1,0 +1,197 @@
+"""The command line: every command through click, its help, its exit codes, its mistakes."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from launcher import cli
+from launcher.ledger import Ledger, Row
+from launcher.runs import run_dir
+from prepare import ROOT, RULES, UserError
+
+
+@pytest.fixture
+def call(house, monkeypatch):
+    """call("run", "-m", "idea") -> click's Result, in this process."""
+    monkeypatch.setattr("launcher.harness.harness_modified", lambda: False)
+
+    def call(*arguments):
+        return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+    return call
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The requests that commands make, in place of running them."""
+    requests = []
+
+    def run_experiment(request):
+        requests.append(request)
+        return Row(
+            run="20260101-000000-abcd", status="discard", reason="no improvement", val_bpb=1.5, rules=1
+        )
+
+    monkeypatch.setattr("launcher.run.run_experiment", run_experiment)
+    return requests
+
+
+COMMANDS = sorted(cli.main.commands)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_a_sentence_and_an_example(call, command):
+    done = call(command, "--help")
+    assert done.exit_code == 0 and f"autoresearch {command}" in done.output
+    assert max(map(len, done.output.splitlines())) < 100
+
+
+@pytest.mark.parametrize("command", ["run", "try", "noise"])
+def test_help_names_every_exit_code(call, command):
+    from launcher.run import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
+
+    codes = {*EXIT_CODES.values(), EXIT_NO_VERDICT, EXIT_INTERRUPTED, 2}
+    text = call(command, "--help").output.split("Exit codes:")[1]
+    assert {int(code) for code in re.findall(r"\b\d+\b", text)} == codes
+
+
+def test_version_says_what_decides_whether_results_compare(call):
+    from launcher.harness import harness_hash
+
+    done = call("--version")
+    assert done.exit_code == 0
+    assert re.match(
+        rf"autoresearch [\d.]+, rules {RULES}, harness {harness_hash()}, torch [\d.]+", done.output
+    )
+
+
+def test_run_passes_on_what_was_typed(call, told, tmp_path):
+    done = call("run", "-m", "idea", "--seed", 7, "--budget", 12.5, "--platform", "cpu", "--keep-weights")
+    [request] = told
+    assert (request.description, request.seed, request.keep_weights) == ("idea", 7, True)
+    assert (request.setting.platform.name, request.setting.budget) == ("cpu", 12.5)
+    assert done.exit_code == 3 and done.output.endswith("status: discard\nreason: no improvement\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("run", "--budget", "nan"), "not a number of seconds"),
+        (("run", "--budget", "inf"), "not in the range"),
+        (("run", "--budget", "0"), "not in the range"),
+        (("run", "--seed", "-1"), "not in the range"),
+        (("loop", "--agent", "true", "--pause", "inf"), "not a number of seconds"),
+        (("loop", "--agent", "true", "--agent-seconds", "nan"), "not a number of seconds"),
+        (("loop", "--agent", "true", "--until", ""), "--until"),
+        (("loop", "--agent", "no-such-agent"), "no program 'no-such-agent'"),
+        (("loop", "--agent", "'"), "--agent"),
+        (("noise", "--repeats", "1"), "not in the range"),
+        (("leaderboard", "no-such-file"), "does not exist"),
+        (("nonsense",), "No such command"),
+    ],
+)
+def test_a_mistake_is_a_sentence_and_exit_code_2(call, arguments, says):
+    done = call(*arguments)
+    assert done.exit_code == 2 and says in done.output and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_user_error_is_one_line(call, monkeypatch, code):
+    def fail(*arguments):
+        raise UserError("the disk is full: free some", code)
+
+    monkeypatch.setattr("launcher.show.show_run", fail)
+    done = call("show", "best")
+    assert done.exit_code == code and done.output == "autoresearch: the disk is full: free some\n"
+
+
+def test_an_interruption_has_its_exit_code(call, monkeypatch):
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.show.show_run", fail)
+    assert call("show", "best").exit_code == 130
+
+
+def test_a_reader_that_goes_away_is_no_crash(house):
+    """As `autoresearch platforms | head -1` does."""
+    command = [sys.executable, "-m", "launcher.cli", "platforms"]
+    done = subprocess.run(
+        ["bash", "-c", '"$0" "$@" | true; echo "${PIPESTATUS[0]}"', *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "141\n" and done.stderr == ""
+
+
+def test_an_empty_ledger_is_a_hint_everywhere(call):
+    assert "no experiments yet" in call("leaderboard").output
+    for arguments in (("show", "best"), ("restore", "last"), ("verify", "best")):
+        done = call(*arguments)
+        assert done.exit_code == 2 and "the ledger has no run" in done.output
+    assert "no scored experiment" in call("report").output
+    assert "would free" in call("clean").output
+
+
+def add_run(house):
+    row = Row(
+        run="20260101-000000-abcd",
+        status="keep",
+        rules=RULES,
+        val_bpb=1.5,
+        track="tiny",
+        platform="cpu",
+        budget=300.0,
+    )
+    Ledger(house / "results.tsv").append(row)
+    folder = run_dir(row.run)
+    folder.path.mkdir(parents=True)
+    (folder.path / "train_cuda.py").write_text("pass\n")
+    folder.record.write_text(json.dumps({"trainer": "train_cuda.py"}))
+    return row
+
+
+def test_commands_that_read_the_ledger(call, house):
+    row = add_run(house)
+    assert row.run in call("leaderboard").output
+    assert json.loads(call("leaderboard", "--json").output)["boards"][0]["rows"][0]["run"] == row.run
+    assert call("leaderboard", "--tsv").output.startswith("track\tdevice\trank")
+    assert "val_bpb: 1.5" in call("show", "best").output
+    verify = call("verify", "best")
+    assert verify.exit_code == 1 and "has no weights" in verify.output
+
+
+def test_report_writes_where_it_says(call, house):
+    add_run(house)
+    done = call("report", "-o", house / "page")
+    assert done.exit_code == 0 and done.output.split() == [
+        str(house / "page" / name) for name in ("report.html", "report.png")
+    ]
+    assert all(map(lambda path: (house / "page" / path).stat().st_size > 1000, ("report.html", "report.png")))
+
+
+def test_prepare_and_platforms(call, house):
+    done = call("prepare", "--track", "tiny")
+    assert done.exit_code == 0 and "tiny-" in done.output
+    facts = json.loads(call("platforms", "--json").output)
+    assert (
+        facts["platform"] == "cpu"
+        and facts["facts"]["framework"] == "torch"
+        and facts["trainer"] == "train_cuda.py"
+    )
+    text = call("platforms").output
+    assert "why: " in text and re.search(
+        r"^\* cpu +torch cpu +tiny +2 layers, width 64, 1,024 tokens a step$", text, re.M
+    )
+
+
+def test_program_prints_the_page_of_this_machine(call):
+    done = call("program")
+    assert (
+        done.exit_code == 0 and "Program for cpu" in done.output and "trainer: train_cuda.py" in done.output
+    )

@@ -1,0 +1,59 @@
+"""The progress of a run: a line at a time in a pipe, one live line on a terminal."""
+
+import io
+import sys
+
+import pytest
+
+from backends.protocol import Log, Score, Start, Stop
+from launcher import console
+from launcher.console import Progress
+
+START = Start("a CPU", "cpu", "tiny", 1, 300.0, 2.5, 12.0)
+LOG = Log(7, 3.5, 3.6, 8192, 60.0, 29463.0, 53.9)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test sets: clock[0] is the time in seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_in_a_pipe_there_is_a_line_every_half_minute(clock, capsys):
+    progress = Progress(300.0)
+    progress(START)
+    for _ in range(90):
+        clock[0] += 1
+        progress(LOG)
+        progress(None)
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "   0 s  training on a CPU (cpu), track tiny, seed 1"
+    assert lines[1:] == [
+        f"  {at} s  step 7 | loss 3.6000 | 29,463 tok/s | mfu 53.9% | 240 s left" for at in (30, 60, 90)
+    ]
+
+
+def test_on_a_terminal_one_line_is_drawn_over_itself(clock, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = Progress(300.0)
+    progress(None)
+    progress(LOG)
+    progress(Stop(300.0, 10, 10))
+    progress(None)
+    progress(Score(16, 128, 1.5))
+    progress.close()
+    drawn = terminal.getvalue().split("\r")
+    assert "\n" not in terminal.getvalue()
+    says = ("starting", "240 s left", "checking and scoring", "scoring 16/128 rows")
+    for text, line in zip(says, drawn[1:], strict=False):
+        assert text in line
+    assert drawn[-1] == "\x1b[K"  # the line is gone at the end

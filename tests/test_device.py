@@ -1,0 +1,124 @@
+"""Contention, sleep and heat are noticed and keep a run off the board; one experiment holds the device."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launcher import device
+from launcher.device import DeviceLock, Watch
+from launcher.ledger import Flag, Row
+
+SPIN = "while True: pass"
+
+
+@pytest.fixture
+def spinning():
+    """A child under watch, and one more process that computes."""
+    child, stranger = (subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(2))
+    yield child
+    for process in (child, stranger):
+        process.kill()
+        process.wait()
+
+
+def flags_of(watch):
+    return [flag for flag, _ in watch.findings()]
+
+
+def test_a_busy_cpu_is_contention(spinning):
+    watch = Watch("cpu")
+    watch.begin(spinning.pid)
+    began = time.monotonic()
+    while time.monotonic() - began < 4.0:
+        watch.sample()
+        time.sleep(0.1)
+    watch.end()
+    [(flag, text)] = watch.findings()
+    assert flag == Flag.CONTENDED and "other processes used" in text
+    row = Row(status="keep", rules=1)
+    row.add_flags(flag)
+    assert not row.ranked and not row.comparable
+
+
+def test_what_others_did_before_and_after_the_training_does_not_count(spinning):
+    watch = Watch("cpu")
+    time.sleep(1.0)
+    watch.begin(os.getpid())
+    watch.end()
+    time.sleep(1.0)
+    watch.end()
+    assert watch.findings() == []
+
+
+def test_sleep_and_heat_on_a_mac(monkeypatch):
+    monkeypatch.setattr(device.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(device, "mac_state", lambda: {"thermal_speed_limit": 60})
+    monkeypatch.setattr(device, "SAMPLE_EVERY", 0.0)
+    watch = Watch("gpu")
+    watch.begin(os.getpid())
+    watch._wall -= 30  # the wall clock ran on while the monotonic one stood still
+    watch.sample()
+    watch.end()
+    watch.others_share = 0.0
+    assert flags_of(watch) == [Flag.SLEPT, Flag.THROTTLED]
+
+
+def test_another_process_on_the_gpu(monkeypatch):
+    """Recorded answers of nvidia-smi: our own process appears, then another."""
+    apps = iter(["", "101\n", "101\n202\n"])
+
+    def output_of(*command):
+        return next(apps) if "--query-compute-apps=pid" in command else "350.0, Not Active, Not Active\n"
+
+    monkeypatch.setattr(device, "output_of", output_of)
+    monkeypatch.setattr(device, "SAMPLE_EVERY", 0.01)
+    watch = Watch("gpu")
+    watch.begin(os.getpid())
+    time.sleep(0.02)
+    watch.sample()
+    assert not watch.others_on_gpu
+    time.sleep(0.02)
+    watch.sample()
+    watch.end()
+    watch.others_share = 0.0
+    assert flags_of(watch) == [Flag.CONTENDED] and 350 * 0.02 < watch.energy_j < 350
+
+
+@pytest.mark.parametrize(
+    "state, flags", [("300.0, Active, Not Active\n", [Flag.THROTTLED]), ("", []), ("[N/A], Active\n", [])]
+)
+def test_a_slowed_gpu(monkeypatch, state, flags):
+    monkeypatch.setattr(
+        device, "output_of", lambda *command: "" if "--query-compute-apps=pid" in command else state
+    )
+    monkeypatch.setattr(device, "SAMPLE_EVERY", 0.0)
+    watch = Watch("gpu")
+    watch.begin(os.getpid())
+    watch.sample()
+    watch.end()
+    watch.others_share = 0.0
+    assert flags_of(watch) == flags
+
+
+HOLD = """
+import sys, time
+from launcher.device import DeviceLock
+with DeviceLock("cpu") as lock:
+    lock.set_holder("20260101-000000-abcd")
+    print("held", flush=True)
+    time.sleep(1.5)
+"""
+
+
+def test_who_waits_is_told_for_which_run(house, capsys):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
+    )
+    assert holder.stdout.readline() == "held\n"
+    with DeviceLock("cpu"):
+        assert holder.wait(timeout=10) == 0  # it had ended before we got the device
+    said = capsys.readouterr().err
+    assert f"run 20260101-000000-abcd, launcher process {holder.pid}" in said

@@ -1,0 +1,186 @@
+"""One experiment: its flags, its verdict, its row. Training is made up, but for the dry run."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from conftest import RESULT
+
+from backends.protocol import write_json
+from launcher import run as runner
+from launcher import setting as settings
+from launcher.child import Outcome
+from launcher.ledger import Flag, Ledger
+from launcher.run import Request, dry_run, exit_code, run_experiment
+from launcher.setting import resolve
+from prepare import ROOT, RULES, UserError
+
+
+@pytest.fixture
+def scores(house, monkeypatch):
+    """The scores that the next runs get; scores.seeds are those of the runs so far."""
+
+    class Scores(list):
+        seeds: list[int] = []
+
+    waiting = Scores()
+    waiting.seeds = []
+
+    def supervise(trainer, run_dir, told, platform, watch, on_event):
+        waiting.seeds.append(told.seed)
+        run_dir.weights.write_bytes(b"weights")
+        result = replace(RESULT, val_bpb=waiting.pop(0), seed=told.seed, val_tokens=told.val_tokens)
+        write_json(run_dir.result, result.printed())
+        return Outcome(training_seconds=300.0, total_seconds=310.0, exit_code=0, result=result)
+
+    monkeypatch.setattr(runner, "supervise", supervise)
+    monkeypatch.setattr(runner, "harness_modified", lambda: False)
+    return waiting
+
+
+def rows(house):
+    return Ledger(house / "results.tsv").rows()
+
+
+def attempt(house, text, budget=300.0, **options):
+    """Run a trainer with this text. Returns the row that decides."""
+    path = house / "trainer.py"
+    path.write_text(text)
+    return run_experiment(Request(resolve(budget=budget), text, trainer=path, **options))
+
+
+def test_a_night_of_verdicts(scores, house):
+    scores += [1.500, 1.510, 1.490, 1.495]
+    first = attempt(house, "baseline")
+    assert exit_code(first) == 0 and "first result" in first.reason
+    assert exit_code(attempt(house, "worse")) == 3
+    better = attempt(house, "better, perhaps")
+    assert exit_code(better) == 0 and "no noise on record" in better.reason
+    again = attempt(house, "better, perhaps")  # it stays the best
+    assert exit_code(again) == 0 and "unchanged" in again.reason
+    assert [row.val_bpb for row in rows(house)] == [1.5, 1.51, 1.49, 1.495]
+
+
+def test_a_result_within_the_noise_is_repeated_and_the_means_decide(scores, house):
+    for seed, score in enumerate([1.500, 1.502, 1.498], 1):
+        scores.append(score)
+        attempt(house, "baseline", seed=seed, flags=(Flag.NOISE,))
+    scores += [1.499, 1.4985]  # the margin of one run is 0.016
+    row = attempt(house, "small")
+    first, second = rows(house)[-2:]
+    assert exit_code(row) == 3 and "over 2 seeds, within the noise" in row.reason
+    assert Flag.REPEAT in first.flags and first.reason.startswith("repeat:") and not first.judged
+    assert Flag.REPEAT not in second.flags and second.judged and (first.seed, second.seed) == (1, 2)
+    scores.append(1.40)
+    large = attempt(house, "large")
+    assert exit_code(large) == 0 and "beyond the noise" in large.reason
+
+
+def test_the_repetition_runs_the_copy_not_the_file(scores, house, monkeypatch):
+    """An agent may edit the file while the first seed runs."""
+    for seed, score in enumerate([1.500, 1.502, 1.498], 1):
+        scores.append(score)
+        attempt(house, "baseline", seed=seed, flags=(Flag.NOISE,))
+    ran = []
+    supervise = runner.supervise
+
+    def edited_meanwhile(trainer, *arguments):
+        ran.append(trainer.read_text())
+        (house / "trainer.py").write_text("something else")
+        return supervise(trainer, *arguments)
+
+    monkeypatch.setattr(runner, "supervise", edited_meanwhile)
+    scores += [1.499, 1.4985]
+    attempt(house, "small")
+    assert ran == ["small", "small"] and len({row.source for row in rows(house)[-2:]}) == 1
+
+
+def test_a_short_budget_is_judged_among_its_equals_and_never_ranks(scores, house):
+    scores += [1.5, 1.6, 1.55]
+    attempt(house, "five minutes")
+    short = attempt(house, "ten seconds", budget=10.0)
+    assert short.status == "keep" and "a budget of 10 s never ranks" in short.reason
+    assert short.marks == "short" and short.comparable and not short.ranked
+    assert attempt(house, "better in ten seconds", budget=10.0).status == "keep"
+
+
+@pytest.mark.parametrize("state, flag", [("on_battery", Flag.BATTERY), ("low_power_mode", Flag.LOW_POWER)])
+def test_a_laptop_without_power_gets_no_verdict(scores, house, monkeypatch, state, flag, capsys):
+    scores.append(1.5)
+    monkeypatch.setattr(runner, "mac_state", lambda: {state: True})
+    row = attempt(house, "on the road")
+    assert (
+        exit_code(row) == 6 and row.marks == flag and not row.ranked and row.reason == f"no verdict: {flag}"
+    )
+    assert f"warning: {flag}" in capsys.readouterr().err
+    assert json.loads((house / "runs" / row.run / "run.json").read_text())["laptop"] == {state: True}
+
+
+def test_a_busy_device_gets_no_verdict(scores, house, monkeypatch):
+    scores.append(1.5)
+    monkeypatch.setattr(runner.Watch, "findings", lambda self: [(Flag.CONTENDED, "a browser computes")])
+    row = attempt(house, "disturbed")
+    assert exit_code(row) == 6 and row.marks == "contended" and row.reason == "no verdict: a browser computes"
+
+
+def test_a_modified_harness_is_marked_but_ranks(scores, house, monkeypatch, capsys):
+    scores.append(1.5)
+    monkeypatch.setattr(runner, "harness_modified", lambda: True)
+    row = attempt(house, "mine")
+    assert row.marks == "harness-modified" and row.ranked and row.rules == RULES
+    assert "differs from the last commit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"val_tokens": 128}, "128 tokens were scored, not 16384"),
+        ({"track": "another"}, "names another track, platform or seed"),
+        ({"seed": 2}, "names another track, platform or seed"),
+    ],
+)
+def test_a_result_of_something_else_is_invalid(scores, house, monkeypatch, changes, says):
+    supervise = runner.supervise
+
+    def lying(*arguments):
+        outcome = supervise(*arguments)
+        outcome.result = replace(outcome.result, **changes)
+        return outcome
+
+    monkeypatch.setattr(runner, "supervise", lying)
+    scores.append(1.5)
+    row = attempt(house, "lies")
+    assert exit_code(row) == 5 and says in row.reason and row.val_bpb == 0
+
+
+def test_a_harness_that_changes_during_the_run_is_noticed(scores, house, monkeypatch):
+    hashes = iter(["before", "after"])
+    monkeypatch.setattr(runner, "harness_hash", lambda: next(hashes))
+    scores.append(1.5)
+    row = attempt(house, "rewrites")
+    assert row.status == "invalid" and row.reason == "the harness changed on disk during the run"
+
+
+def test_a_missing_framework_is_a_sentence(house, monkeypatch):
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
+    for platform, package in (("cpu", "torch"), ("mlx-cpu", "mlx")):
+        with pytest.raises(UserError, match=f"{platform} needs the package {package}"):
+            run_experiment(Request(resolve(platform)))
+    assert not (house / "results.tsv").exists()
+
+
+def test_a_dry_run_says_what_is_wrong_and_leaves_nothing(house):
+    setting = resolve("cpu")
+    bad = house / "bad.py"
+    bad.write_text("from train_cuda import *\nprint('so far so good')\nraise ValueError('my own mistake')")
+    outcome, tail = dry_run(setting, bad)
+    assert outcome.status == "crash" and "so far so good" in tail
+    assert outcome.reason == "the trainer exited with code 1: ValueError: my own mistake"
+    deaf = house / "deaf.py"
+    deaf.write_text("print('val_bpb: 0.1')")
+    assert "without a result" in dry_run(setting, deaf)[0].reason
+    outcome, _ = dry_run(setting, ROOT / "train_cuda.py")
+    assert outcome.status == "" and outcome.result.val_tokens == 2 * setting.track.seq_len
+    # The launcher's clock starts when it reads the event: some milliseconds after the trainer's.
+    assert 2.9 <= outcome.training_seconds < 8
+    assert not (house / "results.tsv").exists() and not (house / "runs").exists()

@@ -1,0 +1,36 @@
+"""A setting is resolved once, from what the user typed."""
+
+import pytest
+
+from launcher.setting import resolve
+from prepare import RULES, TIME_BUDGET, UserError
+
+
+def test_defaults_are_the_machines_platform_and_its_track(house):
+    setting = resolve()
+    assert (setting.platform.name, setting.track.name, setting.budget) == ("cpu", "tiny", TIME_BUDGET)
+    assert not setting.short and setting.trainer.name == "train_cuda.py" and setting.val_tokens == 16384
+
+
+def test_the_board_is_what_its_runs_are_ranked_by(house):
+    setting = resolve("mlx-cpu", budget=10.0)
+    board = setting.board
+    assert board.track == "tiny" and board.rules == RULES and board.budget == 10.0 and setting.short
+    assert board.platform == "mlx-cpu" and board.device == setting.facts.device
+    assert board.fingerprint == setting.data.fingerprint and board.val_tokens == setting.val_tokens
+
+
+def test_the_trainer_is_told_the_same(house):
+    told = resolve("cpu", budget=10.0).run_settings(seed=3)
+    assert (told.platform, told.track, told.seed, told.budget) == ("cpu", "tiny", 3, 10.0)
+    assert told.val_tokens == 16384
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [({"platform": "abacus"}, "unknown platform 'abacus'"), ({"track": "x"}, "unknown track 'x'")],
+)
+def test_an_unknown_name_lists_the_known_ones(house, names, says):
+    with pytest.raises(UserError, match=says) as error:
+        resolve(**names)
+    assert error.value.code == 2 and ("cpu" in str(error.value) or "tiny" in str(error.value))
