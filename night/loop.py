@@ -1,0 +1,429 @@
+"""
+`autoresearch loop`: the night. A headless coding agent edits the trainer, the loop does everything else.
+
+A turn: the agent gets the program, the ledger and the last result, edits the trainer and ends with a line
+`experiment: what I did`. The edit is checked (only the trainer changed, it compiles, it survives a dry run of
+seconds), tried, and kept or reverted. A turn that fails is recorded, and the next one follows after a pause
+that grows. A loop that was cut off goes on when it is started again with the same command.
+"""
+
+import math
+import shlex
+import shutil
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from backends.platforms import mac_state
+from launcher.child import last_line
+from launcher.console import say
+from launcher.device import awake
+from launcher.ledger import Flag, Row
+from launcher.processes import Stopped, ignore_signals, stop_on_signals
+from launcher.run import EXIT_INTERRUPTED, Request, dry_run
+from launcher.runs import ledger, new_run_id, now_utc, run_dir
+from launcher.setting import Setting
+from night import repo
+from night.agent import Turn, TurnFailed, TurnFiles, begin_turn, call_agent, read_answer, undo_turn
+from night.panel import Panel, RunDetail
+from night.program import write_program
+from night.state import Edit, LoopState, loop_folder, read_state, record, state_path, write_state
+from night.trial import check_edit, finish_trial, hold_repository, run_trial, scored_before
+from prepare import UserError
+
+GIVE_UP = 20  # failed turns in a row after which the loop ends
+LONGEST_PAUSE = 1800.0  # seconds; the pause after a failed turn doubles up to this
+FREE_EDITS = 3  # bad edits in a row that go back to the agent without a pause
+NO_VERDICT_TRIES = 3  # runs of an edit without a verdict (another process on the device), then it is stashed
+LISTED = 60  # experiments that the prompt lists
+RUN_SECONDS = 1.3  # of a whole run, for each second of training, before one was seen
+POWER = {"on_battery": "on battery", "low_power_mode": "in low-power mode"}  # by the keys of mac_state()
+BASELINE = "baseline: the trainer as committed"
+UNCOMMITTED = "what lay in the trainer, uncommitted"
+TURN = """
+## This turn
+
+`autoresearch loop` called you, and it runs the loop: have one idea, edit {trainer}, and end. Start no
+experiment, commit nothing, touch no other file: what you change elsewhere is reverted. An edit that does not
+compile, that was already scored, or that fails a dry run of a few seconds comes back to you. End your answer
+with one line that says what you changed:
+
+experiment: <the idea in a line>
+
+## Last result
+
+{result}
+"""
+
+
+@dataclass
+class Night:
+    """What `autoresearch loop` was asked to do."""
+
+    agent: list[str]  # the command; {prompt} in an argument stands for the prompt
+    setting: Setting  # of every experiment
+    seed: int = 1
+    experiments: int | None = None  # None: no limit
+    until: datetime | None = None  # None: no limit
+    agent_seconds: float = 900.0  # that an agent has for a turn
+    pause: float = 30.0  # seconds after a first failed turn
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the night ends, infinite without an `until`."""
+        if self.until is None:
+            return math.inf
+        return max(0.0, (self.until - datetime.now()).total_seconds())
+
+
+def parse_agent(text: str) -> list[str]:
+    """Return the agent's command as a list. Raises UserError when there is no such program."""
+    try:
+        command = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--agent: {error}: {text}", 2) from None
+    if not command:
+        raise UserError("--agent: the command is empty: name a program, such as 'claude -p'", 2)
+    if not shutil.which(command[0]):
+        raise UserError(f"--agent: there is no program {command[0]!r} here", 2)
+    return command
+
+
+def parse_until(text: str) -> datetime:
+    """Return the next time at which the clock on the wall shows HH:MM. Raises UserError."""
+    try:
+        clock = datetime.strptime(text, "%H:%M").time()
+    except ValueError:
+        raise UserError(f"--until: {text!r} is not a time of day such as 07:30", 2) from None
+    now = datetime.now()
+    today = datetime.combine(now, clock)
+    return today if today > now else today + timedelta(days=1)
+
+
+def run_night(night: Night) -> int:
+    """Run the night and print what came of it.
+
+    Returns the exit code: 0 at its end, 1 when it gave up, 130 when it was interrupted.
+
+    Raises:
+        UserError: no result of the night would count, or as trial.hold_repository.
+    """
+    require_power()
+    panel = Panel(night.experiments, night.until)
+    with hold_repository(), stop_on_signals(), awake(), panel:
+        ended, code = Loop(night, panel).run()
+    panel.print_summary(ended)
+    return code
+
+
+def require_power() -> None:
+    """Raise UserError on a Mac whose results would not count."""
+    laptop = mac_state()
+    for key, what in POWER.items():
+        if laptop.get(key):
+            raise UserError(
+                f"this Mac is {what}: no result of the night would count; plug it in and leave low-power mode"
+            )
+
+
+# ---------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------
+
+
+class Loop:
+    """Turn after turn until something ends the night. The repository must be held."""
+
+    def __init__(self, night: Night, panel: Panel) -> None:
+        self.night = night
+        self.panel = panel
+        self.setting = night.setting
+        self.trainer = night.setting.trainer
+        self.edit: Edit | None = None  # that an earlier loop left without a verdict
+        self.result = ""  # of the last experiment, for the agent
+        self.complaint = ""  # about the last turn, for the agent
+        self.failures = 0  # failed turns in a row
+        self.bad_edits = 0  # turns in a row that failed by their edit
+        self.longest_run = RUN_SECONDS * night.setting.budget  # seconds
+
+    def run(self) -> tuple[str, int]:
+        """Run the loop to its end. Returns (why it ended, exit code)."""
+        try:
+            self.resume()
+            self.record_begin()
+            ended, code = self.take_turns()
+        except Stopped as stop:
+            ended, code = f"interrupted ({stop})", EXIT_INTERRUPTED
+            with ignore_signals():
+                undo_unfinished_turn()
+                finish_trial()
+        self.leave_state()
+        record("end", why=ended, done=self.panel.done, kept=self.panel.kept)
+        return ended, code
+
+    def resume(self) -> None:
+        """Go on where an earlier loop was cut off."""
+        state = read_state()
+        undo_unfinished_turn()
+        self.edit = state.edit
+        if state.done is not None and state.experiments == self.night.experiments:
+            self.panel.done = state.done
+            self.panel.note(f"going on with a loop that was cut off after {state.done} experiments")
+        rows = ledger().rows()
+        kept = [
+            row for row in rows if row.comparable and row.status == "keep" and row.board == self.setting.board
+        ]
+        self.panel.best = min(kept, key=lambda row: row.val_bpb, default=None)
+        self.result = describe_result(rows[-1]) if rows else "none: the ledger is empty"
+
+    def record_begin(self) -> None:
+        record(
+            "begin",
+            agent=self.night.agent,
+            experiments=self.night.experiments,
+            until=str(self.night.until or ""),
+            done=self.panel.done,
+        )
+
+    def take_turns(self) -> tuple[str, int]:
+        """Take turns until there is a reason to end. Returns (the reason, exit code)."""
+        while True:
+            self.save_state(edit=self.edit)
+            enough = self.find_end()
+            if enough:
+                return enough, 0
+            try:
+                row = self.take_turn()
+            except (TurnFailed, UserError, OSError) as error:
+                pause = self.record_failure(error)
+                if self.failures >= GIVE_UP:
+                    reason = first_line(error)
+                    return f"gave up after {self.failures} turns without an experiment in a row: {reason}", 1
+                self.wait(pause)
+            else:
+                self.record_experiment(row)
+
+    def find_end(self) -> str:
+        """Return why no further experiment is begun, "" when one is."""
+        night = self.night
+        if night.experiments and self.panel.done >= night.experiments:
+            return f"{night.experiments} experiments were asked for"
+        if night.until and self.longest_run > night.seconds_left():
+            return f"another experiment would not end by {night.until:%H:%M}"
+        return ""
+
+    def record_experiment(self, row: Row) -> None:
+        """Take an experiment down: for the person, the agent and the log."""
+        self.failures = 0
+        self.bad_edits = 0
+        self.complaint = ""
+        self.edit = None
+        self.result = describe_result(row)
+        self.longest_run = max(self.longest_run, row.total_seconds)
+        self.panel.count(row)
+        record(
+            "experiment",
+            run=row.run,
+            status=row.status,
+            val_bpb=row.val_bpb,
+            description=row.description,
+            reason=row.reason,
+        )
+        self.panel.note(
+            f"experiment {self.panel.done}: {row.status} {row.val_bpb:.6f} {row.description} [{row.reason}]"
+        )
+
+    def record_failure(self, error: Exception) -> float:
+        """Take a failed turn down. Returns the seconds to pause."""
+        kind = error.kind if isinstance(error, TurnFailed) else "repository"
+        self.failures += 1
+        self.bad_edits = self.bad_edits + 1 if kind == "edit" else 0
+        self.panel.turns_lost += 1
+        self.complaint = f"No experiment came of the last turn: {error}\n\nThe experiment before it: "
+        pause = 0.0
+        if kind != "edit" or self.bad_edits >= FREE_EDITS:
+            pause = min(LONGEST_PAUSE, self.night.pause * 2 ** (self.failures - 1))
+        again = f"; again in {pause:.0f} s" if pause else ""
+        self.panel.note(f"no experiment: {first_line(error)}{again}")
+        record("failed", kind=kind, reason=str(error), failures=self.failures, pause=pause)
+        return pause
+
+    def wait(self, seconds: float) -> None:
+        if seconds:
+            self.panel.enter(f"pausing {seconds:.0f} s")
+            time.sleep(min(seconds, self.night.seconds_left()))
+
+    def save_state(self, turn: Turn | None = None, edit: Edit | None = None) -> None:
+        write_state(LoopState(self.night.experiments, self.panel.done, turn, edit))
+
+    def leave_state(self) -> None:
+        """Leave an edit without a verdict to the next loop; nothing when there is none."""
+        edit = read_state().edit
+        name = self.trainer.name
+        if edit and repo.is_edited(name) and edit.blob == repo.blob(name):
+            write_state(LoopState(edit=edit))
+            say(
+                f"no verdict yet on «{edit.description}»: the edit is still in {name}, "
+                "and the next loop tries it first"
+            )
+        else:
+            state_path().unlink(missing_ok=True)
+
+    # --- A turn ---------------------------------------------------------------------------------------------
+
+    def take_turn(self) -> Row:
+        """Make one experiment: of what lies in the trainer already, the baseline, or the agent's idea.
+
+        Returns its row.
+
+        Raises:
+            TurnFailed, UserError: no experiment came of it.
+            Stopped: the launcher was asked to end.
+        """
+        edited = repo.is_edited(self.trainer.name)
+        if edited:
+            description = self.describe_edit()
+        elif scored_before(self.trainer.read_bytes(), self.setting) is None:
+            description = BASELINE
+        else:
+            check_edit(
+                self.trainer
+            )  # before an agent is called in vain: did a person change what a run reads?
+            description = self.ask_agent()
+            edited = True
+        if edited:
+            self.check(description)
+        return self.train(description, edited)
+
+    def describe_edit(self) -> str:
+        """Return the description of an edit that lay in the trainer before the turn."""
+        if self.edit and self.edit.blob == repo.blob(self.trainer.name):
+            return self.edit.description
+        return UNCOMMITTED
+
+    def ask_agent(self) -> str:
+        """Let the agent edit the trainer. Returns its description of what it did.
+
+        Raises:
+            TurnFailed: it made no edit. The working tree is then as before.
+        """
+        night = self.night
+        name = self.trainer.name
+        result = self.complaint + self.result
+        prompt = write_program(self.setting, LISTED) + TURN.format(trainer=name, result=result)
+        turn = begin_turn()
+        self.save_state(turn=turn)
+        self.panel.enter("the agent thinks")
+        files = TurnFiles(loop_folder(), turn.stamp)
+        seconds = min(night.agent_seconds, max(1.0, night.seconds_left()))
+        code = call_agent(night.agent, prompt, seconds, files)
+        if code is None:
+            undo_turn(turn)
+            raise TurnFailed("agent", f"the agent did not end within {seconds:.0f} s")
+        if code != 0:
+            undo_turn(turn)
+            raise TurnFailed("agent", f"the agent ended with exit code {code}: {last_line(files.log)}")
+        undo_turn(turn, keep=name)
+        if not self.trainer.is_file():
+            repo.revert(name)
+            raise TurnFailed("agent", f"the agent deleted {name}")
+        if not repo.is_edited(name):
+            raise TurnFailed("agent", f"the agent changed nothing in {name}")
+        description = read_answer(files.log)
+        self.save_state(edit=Edit(repo.blob(name), description))
+        return description
+
+    def check(self, description: str) -> None:
+        """Check an edit before minutes are spent on it: it compiles, is new, and survives a dry run.
+
+        Raises:
+            TurnFailed: it does not. The edit is then stashed.
+        """
+        name = self.trainer.name
+        try:
+            check_edit(self.trainer)
+        except UserError as error:
+            repo.stash_edit(name, f"stray/{new_run_id()}", description)
+            raise TurnFailed("edit", f"«{description}»: {error}") from None
+        earlier = scored_before(self.trainer.read_bytes(), self.setting)
+        if earlier:
+            repo.stash_edit(name, f"stray/{new_run_id()}", description)
+            raise TurnFailed(
+                "edit",
+                f"«{description}»: the same source was scored by run {earlier.run}: "
+                f"{earlier.val_bpb:.6f}, {earlier.status}",
+            )
+        self.panel.enter(f"dry run: {description}")
+        outcome, log_tail = dry_run(self.setting, self.trainer, self.night.seed)
+        if not outcome.status:
+            return
+        row = self.dry_row(description)
+        row.status = outcome.status
+        row.reason = f"dry run: {outcome.reason}"
+        row.total_seconds = outcome.total_seconds
+        row.commit = repo.stash_edit(name, row.run, description)[:7]
+        ledger().append(row)
+        raise TurnFailed(
+            "edit",
+            f"«{description}» failed its dry run ({outcome.status}): {outcome.reason}\n{log_tail}",
+        )
+
+    def dry_row(self, description: str) -> Row:
+        """Return the row of an edit that failed its dry run, without what went wrong."""
+        return Row(
+            description=description,
+            run=new_run_id(),
+            time=now_utc(),
+            platform=self.setting.platform.name,
+            track=self.setting.track.name,
+            seed=self.night.seed,
+            marks=Flag.DRY,
+        )
+
+    def train(self, description: str, edited: bool) -> Row:
+        """Try the trainer. A run without a verdict is repeated. Returns the row of the verdict.
+
+        Raises:
+            TurnFailed: there was no verdict. An edit is then stashed.
+            Stopped: the run was interrupted.
+        """
+        detail = RunDetail(self.setting.budget, self.panel)
+        request = Request(self.setting, description, self.night.seed, on_event=detail)
+        for _ in range(NO_VERDICT_TRIES):
+            self.panel.enter(f"training: {description}")
+            row = run_trial(request)
+            if Flag.INTERRUPTED in row.flags:
+                raise Stopped("during a run")
+            if row.judged:
+                return row
+            self.panel.note(f"no verdict ({row.reason}): again in {self.night.pause:.0f} s")
+            time.sleep(self.night.pause)
+        if edited:
+            repo.stash_edit(self.trainer.name, row.run, description)
+        raise TurnFailed(
+            "repository",
+            f"«{description}» was run {NO_VERDICT_TRIES} times without a verdict: {row.reason}",
+        )
+
+
+def undo_unfinished_turn() -> None:
+    """Undo what an agent wrote that was cut off in the middle of its turn. It stays reachable under a ref."""
+    turn = read_state().turn
+    if turn:
+        undo_turn(turn)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def describe_result(row: Row) -> str:
+    """Return what the agent is told of an experiment."""
+    lines = [row.description, f"status: {row.status}", f"reason: {row.reason}"]
+    if row.scored:
+        lines.append(f"val_bpb: {row.val_bpb:.6f}")
+        lines.append(f"tokens_per_second: {row.tokens_per_second:.0f}")
+        lines.append(f"num_steps: {row.num_steps}")
+        lines.append(f"memory_gb: {row.memory_gb}")
+    else:
+        lines.append(run_dir(row.run).log_tail())
+    return "\n".join(lines)

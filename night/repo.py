@@ -1,0 +1,296 @@
+"""
+Git around the experiments: what changed, one file committed alone, edits reverted or stashed under a ref.
+
+Git's plumbing is called wherever it exists: no hook runs, no editor opens, and what a person has staged or
+left uncommitted elsewhere stays as it is. A file is named by its path below ROOT.
+"""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from launcher.harness import git_output
+from prepare import ROOT, UserError
+
+# REFS/<run>: a trial that was reverted, or an edit that was stashed before a run of it counted.
+# REFS/stray/<time>: what an agent left outside the trainer, or an edit that no run was made of.
+REFS = "refs/autoresearch"
+LOCKED_SECONDS = 10.0  # that another git command may hold the index
+LOCK_POLL_SECONDS = 0.2
+LARGE_FILE = 2**24  # bytes; a larger untracked file is data, and is not copied into the repository
+PATHS_A_CALL = 500  # of git update-index: a command line has a limit
+NAMED_PATHS = 5  # that a message lists
+# What a run imports or reads: a trial changes none of it but the trainer. Anything else may change any time.
+PROTECTED = (
+    ":(glob)*.py",
+    ":(glob)*.yaml",
+    "backends",
+    "launcher",
+    "night",
+    "pyproject.toml",
+    "uv.lock",
+)
+UNFINISHED = {
+    "MERGE_HEAD": "merge",
+    "rebase-merge": "rebase",
+    "rebase-apply": "rebase",
+    "CHERRY_PICK_HEAD": "cherry-pick",
+}
+SYMLINK_MODE = "120000"
+EXECUTABLE_MODE = "100755"
+FILE_MODE = "100644"
+
+
+# ---------------------------------------------------------------------------
+# Calling git
+# ---------------------------------------------------------------------------
+
+
+def git_bytes(*arguments: str, index: Path | None = None) -> bytes:
+    """Return what a git command prints. While another command holds the repository's index, wait for it.
+
+    index: the index file to use in place of the repository's own.
+
+    Raises:
+        UserError: the command failed.
+    """
+    environment = {**os.environ, "GIT_INDEX_FILE": str(index)} if index else None
+    deadline = time.monotonic() + LOCKED_SECONDS
+    while True:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=environment,
+        )
+        if done.returncode == 0:
+            return done.stdout
+        if b".lock" not in done.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(LOCK_POLL_SECONDS)
+    said = done.stderr.decode(errors="replace").strip() or "no message"
+    message = f"git {arguments[0]} failed: {said.splitlines()[0]}"
+    if ".lock" in message:
+        message += ": is another git command running? If not, remove that file"
+    raise UserError(message)
+
+
+def git_checked(*arguments: str, index: Path | None = None) -> str:
+    """Return what git_bytes returns as text. Paths that are not UTF-8 come through whole."""
+    return os.fsdecode(git_bytes(*arguments, index=index)).strip("\n")
+
+
+def git_paths(*arguments: str, index: Path | None = None) -> list[str]:
+    """Return the entries that a git command with -z prints."""
+    return [entry for entry in git_checked(*arguments, index=index).split("\0") if entry]
+
+
+@contextmanager
+def scratch_index() -> Iterator[Path]:
+    """Yield an index of its own with the content of HEAD: the repository's index stays."""
+    with tempfile.TemporaryDirectory() as scratch:
+        index = Path(scratch) / "index"
+        git_checked("read-tree", "HEAD", index=index)
+        yield index
+
+
+def list_paths(paths: Sequence[str]) -> str:
+    """Return the first paths, for a message."""
+    text = ", ".join(paths[:NAMED_PATHS])
+    if len(paths) > NAMED_PATHS:
+        text += " and more"
+    return text.encode(errors="replace").decode()
+
+
+# ---------------------------------------------------------------------------
+# The repository as it is
+# ---------------------------------------------------------------------------
+
+
+def require_repository() -> None:
+    """Raise UserError unless trials can be committed here."""
+    if not git_output("rev-parse", "--git-dir"):
+        raise UserError(
+            f"{ROOT} is not a git repository (or git is missing): git init, and commit; "
+            "`autoresearch run` needs none"
+        )
+    if not head():
+        raise UserError("the repository has no commit yet: git add -A && git commit -m start")
+    for name, command in UNFINISHED.items():
+        if git_path(name).exists():
+            raise UserError(f"a {command} is under way: finish it, or git {command} --abort")
+
+
+def git_path(name: str) -> Path:
+    """Return the path of a file in the git directory."""
+    return ROOT / git_output("rev-parse", "--git-path", name)
+
+
+def head() -> str:
+    """Return the id of the last commit, "" when there is none."""
+    return git_output("rev-parse", "--verify", "HEAD")
+
+
+def branch() -> str:
+    """Return the branch that HEAD names, "" when it is detached."""
+    return git_output("symbolic-ref", "-q", "HEAD")
+
+
+def path_prefix() -> str:
+    """Return the path of ROOT below the repository's top folder: "", or with a slash at its end."""
+    return git_checked("rev-parse", "--show-prefix")
+
+
+def changed_besides(trainer: str) -> list[str]:
+    """Return the PROTECTED files that differ from the last commit, but for the trainer."""
+    lines = git_paths("status", "--porcelain", "--no-renames", "-z", "--", *PROTECTED)
+    prefix = path_prefix()
+    paths = {line[3:].removeprefix(prefix) for line in lines}  # after two letters of status and a space
+    return sorted(paths - {trainer})
+
+
+def blob(trainer: str) -> str:
+    """Return the object id of the trainer as it lies in the working tree. The repository then holds it."""
+    return git_checked("hash-object", "-w", "--", str(ROOT / trainer))
+
+
+def committed_blob(trainer: str, commit: str = "HEAD") -> str:
+    """Return the object id of the trainer in a commit, "" when it is not there."""
+    return git_output("rev-parse", "--verify", "-q", f"{commit}:./{trainer}")
+
+
+def is_edited(trainer: str) -> bool:
+    """Return whether the trainer differs from the last commit."""
+    return blob(trainer) != committed_blob(trainer)
+
+
+def content(tree: str, path: str) -> bytes:
+    """Return the bytes of a file of a commit or tree, as a checkout would write them."""
+    return git_bytes("cat-file", "--filters", f"{tree}:./{path}")
+
+
+def mode_of(tree: str, path: str) -> str:
+    """Return the mode of a file of a commit or tree, "" where there is none."""
+    return git_checked("ls-tree", tree, "--", path).partition(" ")[0]
+
+
+# ---------------------------------------------------------------------------
+# The trainer: committed, kept, reverted, stashed
+# ---------------------------------------------------------------------------
+
+
+def commit_alone(trainer: str, message: str) -> str:
+    """Make a commit on top of HEAD in which only the trainer differs. HEAD, index and working tree stay.
+
+    Returns the commit's id. No branch points at it.
+    """
+    mode = mode_of("HEAD", trainer) or FILE_MODE
+    entry = f"{mode},{blob(trainer)},{path_prefix()}{trainer}"
+    with scratch_index() as index:
+        git_checked("update-index", "--add", "--cacheinfo", entry, index=index)
+        tree = git_checked("write-tree", index=index)
+    return commit_tree(tree, head(), message)
+
+
+def commit_tree(tree: str, parent: str, message: str) -> str:
+    """Make a commit of a tree and return its id. Where git knows no author, autoresearch is the author."""
+    identity = []
+    if not (git_output("config", "user.email") and git_output("config", "user.name")):
+        identity = ["-c", "user.name=autoresearch", "-c", "user.email=autoresearch@localhost"]
+    return git_checked(*identity, "commit-tree", tree, "-p", parent, "-m", message)
+
+
+def advance_branch(commit: str, base: str, trainer: str) -> None:
+    """Move the branch from base to the commit. The index follows for the trainer alone."""
+    if head() != commit:
+        git_checked("update-ref", "-m", "autoresearch: keep", "HEAD", commit, base)
+    git_checked("reset", "-q", "HEAD", "--", trainer)
+
+
+def revert(trainer: str) -> None:
+    """Make the trainer what it is in the last commit, in index and working tree."""
+    git_checked("checkout", "-q", "HEAD", "--", trainer)
+
+
+def stash_edit(trainer: str, name: str, message: str) -> str:
+    """Revert the trainer's edit and keep it as the ref REFS/<name>. Returns its commit."""
+    commit = commit_alone(trainer, message)
+    save_ref(name, commit)
+    revert(trainer)
+    return commit
+
+
+def save_ref(name: str, commit: str) -> None:
+    """Keep a commit reachable as REFS/<name>."""
+    git_checked("update-ref", f"{REFS}/{name}", commit)
+
+
+# ---------------------------------------------------------------------------
+# The working tree: before an agent's turn and after it
+# ---------------------------------------------------------------------------
+
+
+def snapshot() -> str:
+    """Return the working tree as a tree object. The repository's index stays.
+
+    It holds the tracked files, and the untracked ones that are neither ignored nor large.
+    """
+    with scratch_index() as index:
+        git_checked("add", "-u", "--", ".", index=index)
+        untracked = git_paths("ls-files", "-o", "--exclude-standard", "-z", index=index)
+        small = [path for path in untracked if is_small_file(path)]
+        for first in range(0, len(small), PATHS_A_CALL):
+            git_checked("update-index", "--add", "--", *small[first : first + PATHS_A_CALL], index=index)
+        return git_checked("write-tree", index=index)
+
+
+def is_small_file(path: str) -> bool:
+    """Return whether an untracked entry goes into a snapshot: not a repository of its own, and not large."""
+    return not path.endswith("/") and (ROOT / path).lstat().st_size <= LARGE_FILE
+
+
+def differing_paths(before: str, after: str) -> list[str]:
+    """Return the paths below ROOT at which two trees differ."""
+    return git_paths("diff-tree", "-r", "-z", "--no-renames", "--name-only", "--relative", before, after)
+
+
+def restore_paths(paths: Iterable[str], tree: str) -> None:
+    """Make the paths in the working tree what they are in the tree. Those that it lacks are removed."""
+    for path in paths:
+        restore_path(path, tree)
+
+
+def restore_path(path: str, tree: str) -> None:
+    """Make one path in the working tree what it is in the tree."""
+    target = ROOT / path
+    mode = mode_of(tree, path)
+    if not mode:
+        target.unlink(missing_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = content(tree, path)
+    if mode == SYMLINK_MODE:
+        target.unlink(missing_ok=True)
+        target.symlink_to(os.fsdecode(data))
+        return
+    scratch = target.with_name(target.name + ".autoresearch-tmp")
+    scratch.write_bytes(data)
+    scratch.chmod(0o755 if mode == EXECUTABLE_MODE else 0o644)
+    os.replace(scratch, target)
+
+
+def move_branch_back(branch_before: str, head_before: str) -> None:
+    """Make HEAD name the branch and the commit that it named before.
+
+    The index follows, the working tree stays. branch_before: "" when HEAD was detached.
+    """
+    if branch_before:
+        git_checked("symbolic-ref", "HEAD", branch_before)
+        git_checked("update-ref", "HEAD", head_before)
+    else:
+        git_checked("update-ref", "--no-deref", "HEAD", head_before)
+    git_checked("reset", "-q")

@@ -1,0 +1,130 @@
+"""An agent for one turn: its command, its answer, and what it leaves behind."""
+
+import os
+import sys
+
+import psutil
+import pytest
+
+from launcher.harness import git_output
+from night import agent, repo
+from night.agent import TurnFailed, TurnFiles, begin_turn, call_agent, read_answer, undo_turn
+
+
+@pytest.fixture
+def files(house):
+    return TurnFiles(house / "runs" / "loop", "20260101-000000-abcd")
+
+
+def python(code, *arguments):
+    return [sys.executable, "-c", code, *arguments]
+
+
+# --- The call -----------------------------------------------------------------------------------------------
+
+
+def test_the_prompt_is_the_standard_input(repository, files):
+    code = call_agent(python("import sys; print(sys.stdin.read()[::-1])"), "prompt", 60.0, files)
+    assert code == 0 and files.log.read_text() == "tpmorp\n" and files.prompt.read_text() == "prompt"
+
+
+def test_the_prompt_may_be_an_argument(repository, files):
+    command = python("import sys; print(sys.argv[1:], repr(sys.stdin.read()))", "-p={prompt}", "{prompt}")
+    call_agent(command, "a \0 b", 60.0, files)  # a NUL, which a trainer may print, cannot be in an argument
+    assert files.log.read_text() == "['-p=a   b', 'a   b'] ''\n"
+
+
+def test_an_agent_works_in_the_repository_and_knows_that_it_is_called(repository, files):
+    call_agent(python("import os; print(os.getcwd(), os.environ['AUTORESEARCH_LOOP'])"), "", 60.0, files)
+    assert files.log.read_text().split() == [os.path.realpath(repository), "1"]
+
+
+def test_exit_code_and_time_limit(repository, files):
+    assert call_agent(python("import sys; sys.exit(3)"), "", 60.0, files) == 3
+    assert call_agent(python("import time; time.sleep(60)"), "", 0.5, files) is None
+
+
+def test_an_agent_that_cannot_be_started_fails_its_turn(repository, files):
+    with pytest.raises(TurnFailed, match="no-such-agent cannot be started: No such file") as caught:
+        call_agent(["no-such-agent"], "", 60.0, files)
+    assert caught.value.kind == "agent"
+    with pytest.raises(TurnFailed, match="cannot be started: Argument list too long"):
+        call_agent(python("", "{prompt}"), "x" * 2**22, 60.0, files)
+
+
+def test_nothing_that_an_agent_starts_outlives_its_turn(repository, files):
+    code = """
+import subprocess, sys
+sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+print(subprocess.Popen(sleeper, start_new_session=True, stdout=subprocess.DEVNULL).pid)
+"""
+    assert call_agent(python(code), "", 60.0, files) == 0
+    pid = int(files.log.read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+# --- The answer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "said, means",
+    [
+        (b"I thought.\n\n**experiment: wider** \n", "wider"),
+        (b"experiment: one\nexperiment: two\nbye\n", "two"),
+        (b"> `Experiment: deeper`\n", "deeper"),
+        (b"only words\n\n", "only words"),
+        (b"experiment:\n", agent.NO_ANSWER),
+        (b"", agent.NO_ANSWER),
+        (b"\n***\n", agent.NO_ANSWER),
+        (b"experiment: tab\there, NUL\0there, \xff\n", "tab here, NUL there, \ufffd"),
+        (b"experiment: " + b"x" * 999, "x" * 200),
+    ],
+)
+def test_an_answer_is_one_clean_line(tmp_path, said, means):
+    log = tmp_path / "agent.log"
+    log.write_bytes(said)
+    assert read_answer(log) == means
+
+
+# --- What it did elsewhere ----------------------------------------------------------------------------------
+
+
+def test_what_an_agent_leaves_elsewhere_is_reverted_but_not_lost(repository, capsys):
+    (repository / "README.md").write_text("the person's own edit\n")
+    turn = begin_turn()
+    (repository / "train_cuda.py").write_text("SCORE = 1.3\n")
+    (repository / "README.md").write_text("by the agent\n")
+    (repository / "train_mlx.py").unlink()
+    undo_turn(turn, keep="train_cuda.py")
+    assert (repository / "train_cuda.py").read_text() == "SCORE = 1.3\n"
+    assert (repository / "README.md").read_text() == "the person's own edit\n"
+    assert (repository / "train_mlx.py").exists()
+    ref = f"refs/autoresearch/stray/{turn.stamp}"
+    assert git_output("show", f"{ref}:inner/README.md") == "by the agent"
+    assert f"what the agent left in README.md, train_mlx.py; it stays reachable as {ref}" in (
+        capsys.readouterr().err
+    )
+    undo_turn(turn)
+    assert (repository / "train_cuda.py").read_text() == "SCORE = 1.5\n"
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_moved_branch_is_moved_back(repository, detached, capsys):
+    if detached:
+        repo.git_checked("checkout", "-q", "--detach")
+    turn = begin_turn()
+    repo.git_checked("checkout", "-q", "-b", "agents")
+    (repository / "train_cuda.py").write_text("SCORE = 1.3\n")
+    person = ("-c", "user.name=a", "-c", "user.email=a@b")
+    repo.git_checked(*person, "commit", "-qam", "mine")
+    committed = repo.head()
+    undo_turn(turn, keep="train_cuda.py")
+    assert repo.branch() == ("" if detached else "refs/heads/main") and repo.head() == turn.head
+    assert git_output("rev-parse", "agents") == committed
+    assert git_output("rev-parse", f"refs/autoresearch/stray/{turn.stamp}-head") == committed
+    assert repo.is_edited("train_cuda.py") and "the agent moved the branch" in capsys.readouterr().err
+
+
+def test_a_turn_that_changed_nothing_leaves_no_ref(repository):
+    undo_turn(begin_turn())
+    assert git_output("for-each-ref", "refs/autoresearch/") == ""

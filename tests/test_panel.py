@@ -1,0 +1,73 @@
+"""What a person sees of a night."""
+
+import io
+from datetime import datetime, timedelta
+
+from rich.console import Console
+
+from backends.protocol import Log
+from launcher.ledger import Row
+from night.panel import Panel, RunDetail
+
+
+def shown(panel):
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(panel.table())
+    return console.export_text()
+
+
+def test_the_panel_tells_what_a_person_wants_to_know():
+    panel = Panel(10, datetime.now() + timedelta(hours=2))
+    panel.count(Row(status="keep", val_bpb=1.25, description="[/a] smaller [bold] window"))
+    panel.count(Row(status="discard", val_bpb=1.30))
+    panel.enter("training: a larger batch")
+    panel.detail = "step 12 | loss 3.1"
+    text = shown(panel)
+    for part in (
+        "3 of 10: training: a larger batch",
+        "step 12 | loss 3.1",
+        "1.250000  [/a] smaller [bold] window",
+        "1 kept, 1 discarded, 0 failed, 0 turns without an experiment",
+        "8 experiments",
+        "1:59:",
+    ):
+        assert part in text
+
+
+def test_without_limits_it_names_none():
+    text = shown(Panel(None, None))
+    assert "1: starting" in text and "none yet" in text and "until Ctrl-C" in text
+
+
+def test_the_best_is_the_lowest_that_was_kept():
+    panel = Panel(None, None)
+    for status, val_bpb in (("keep", 1.3), ("keep", 1.2), ("discard", 1.1), ("keep", 1.25), ("crash", 0.0)):
+        panel.count(Row(status=status, val_bpb=val_bpb))
+    assert panel.best and panel.best.val_bpb == 1.2
+    assert (panel.done, panel.kept, panel.discarded, panel.failed) == (5, 3, 1, 1)
+
+
+def test_elsewhere_a_phase_is_a_line(capsys):
+    with Panel(None, None) as panel:
+        panel.enter("the agent thinks")
+    captured = capsys.readouterr()
+    assert captured.err.endswith(" the agent thinks\n") and captured.out == ""
+
+
+def test_the_summary_is_greppable(capsys):
+    panel = Panel(3, None)
+    panel.count(Row(status="keep", val_bpb=1.25, run="r1", description="wider"))
+    panel.print_summary("3 experiments were asked for")
+    assert capsys.readouterr().out == (
+        "experiments: 1\nkept: 1\ndiscarded: 0\nfailed: 0\nturns_lost: 0\n"
+        "best_val_bpb: 1.250000\nbest_run: r1\nbest: wider\nended: 3 experiments were asked for\n"
+    )
+
+
+def test_a_runs_progress_is_a_line_of_the_panel(capsys):
+    panel = Panel(None, None)
+    detail = RunDetail(300.0, panel)
+    detail(Log(12, 3.2, 3.1, 1000, 100.0, 5000.0, 40.0))
+    assert panel.detail == "step 12 | loss 3.1000 | 5,000 tok/s | mfu 40.0% | 200 s left"
+    detail.close()
+    assert panel.detail == "" and capsys.readouterr().err == ""

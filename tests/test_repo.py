@@ -1,0 +1,104 @@
+"""Git around the experiments, in a real repository."""
+
+import os
+
+import pytest
+
+from launcher.harness import git_output
+from launcher.setting import resolve
+from night import repo, trial
+from night.repo import git_checked
+from prepare import UserError
+
+
+def status():
+    return git_checked("status", "--porcelain", "-z")
+
+
+def test_what_protects_a_run_covers_all_that_it_reads(repository):
+    named = ["prepare.py", "platforms.yaml", "uv.lock", "pyproject.toml"]
+    inside = ["backends/deep/er.py", "launcher/run.py", "night/loop.py"]
+    for name in (*named, *inside, "tests/test_x.py", "notes.txt", "docs/page.md"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text("changed\n")
+    git_checked("rm", "-q", "train_mlx.py")
+    (repository / "train_cuda.py").write_text("SCORE = 1.0\n")
+    assert repo.changed_besides("train_cuda.py") == sorted([*named, *inside, "train_mlx.py"])
+
+
+def test_where_nothing_can_be_committed(repository, monkeypatch, tmp_path):
+    repo.git_path("MERGE_HEAD").write_text(repo.head() + "\n")
+    with pytest.raises(UserError, match="a merge is under way"):
+        trial.try_edit(trial.Request(resolve()))
+    for module in ("launcher.harness", "night.repo"):
+        monkeypatch.setattr(f"{module}.ROOT", tmp_path)
+    with pytest.raises(UserError, match="not a git repository"):
+        trial.try_edit(trial.Request(resolve()))
+    git_checked("init", "-q")
+    with pytest.raises(UserError, match="has no commit yet"):
+        repo.require_repository()
+
+
+def test_a_failing_command_is_one_line_that_names_it(repository):
+    with pytest.raises(UserError, match="^git rev-parse failed: fatal: Needed a single revision$"):
+        git_checked("rev-parse", "--verify", "nothing")
+
+
+def test_what_git_says_need_not_be_utf8(repository):
+    with pytest.raises(UserError, match="git cat-file failed: "):
+        git_checked("cat-file", "-e", os.fsdecode(b"HEAD:\xff"))
+
+
+def test_a_stashed_edit_is_reachable_and_out_of_the_way(repository):
+    (repository / "train_cuda.py").write_text("SCORE = 1.0\n")
+    commit = repo.stash_edit("train_cuda.py", "stray/x", "an edit")
+    assert status() == "" and git_output("rev-parse", "refs/autoresearch/stray/x") == commit
+    assert repo.content(commit, "train_cuda.py") == b"SCORE = 1.0\n"
+
+
+def test_a_snapshot_brings_everything_back(repository):
+    """Content, modes, links, deleted files, file names in any encoding; and what was staged stays staged."""
+    script = repository / "script.sh"
+    script.write_text("echo\n")
+    script.chmod(0o755)
+    (repository / "link").symlink_to("README.md")
+    odd = os.fsencode(repository) + b"/od\xff d\n"
+    with open(odd, "wb") as f:
+        f.write(b"\xfe")
+    (repository / "README.md").write_text("staged\n")
+    git_checked("add", "README.md")
+    before = status()
+    tree = repo.snapshot()
+    assert status() == before
+
+    script.write_text("rm\n")
+    script.chmod(0o644)
+    (repository / "link").unlink()
+    (repository / "link").symlink_to("prepare.py")
+    os.unlink(odd)
+    (repository / "new.txt").write_text("new\n")
+    (repository / "train_mlx.py").unlink()
+    (repository / "README.md").write_text("else\n")
+    differing = repo.differing_paths(tree, repo.snapshot())
+    assert len(differing) == 6 and "train_mlx.py" in differing
+    repo.restore_paths(differing, tree)
+
+    assert script.read_text() == "echo\n" and os.access(script, os.X_OK)
+    assert os.readlink(repository / "link") == "README.md"
+    with open(odd, "rb") as f:
+        assert f.read() == b"\xfe"
+    assert status() == before and not (repository / "new.txt").exists()
+
+
+def test_large_files_and_repositories_within_are_not_copied(repository, monkeypatch):
+    monkeypatch.setattr(repo, "LARGE_FILE", 100)
+    tree = repo.snapshot()
+    (repository / "weights.bin").write_bytes(bytes(101))
+    git_checked("init", "-q", "vendored")
+    (repository / "vendored" / "file").write_text("x")
+    assert repo.snapshot() == tree
+
+
+def test_messages_name_a_few_paths():
+    assert repo.list_paths(["a", "b"]) == "a, b"
+    assert repo.list_paths([os.fsdecode(b"\xff"), *"bcdef"]) == "?, b, c, d, e and more"
