@@ -56,7 +56,7 @@ MUON_BETA2 = 0.95  # of NorMuon's second moment
 WEIGHT_DECAY = 0.2  # Muon, cautious; falls to 0 over the run
 EMBEDDING_DECAY = 0.0  # AdamW, embeddings
 WARMUP_RATIO = 0.05  # share of the time budget over which the learning rate rises
-WARMDOWN_RATIO = 0.7  # share over which it falls
+WARMDOWN_RATIO = 0.8  # share over which it falls
 FINAL_LR_FRAC = 0.0  # of the full rate, at the end
 MOMENTUM_RATIO = 0.3  # share over which Muon's momentum rises from 0.85 to 0.95
 
