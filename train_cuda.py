@@ -143,7 +143,7 @@ def flex_attention(
     """Return FlexAttention as f(q, k, v), [B, seq_len, H, D] each. It skips the blocks outside the window."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def seen(batch, head, query, key):
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key > query - window)
 
     mask = create_block_mask(seen, None, None, seq_len, seq_len, device=device)

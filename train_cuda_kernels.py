@@ -16,7 +16,7 @@ with quack-kernels and the CuTe DSL, which come with the extra `flash` (see pypr
 """
 
 # Triton reads its kernels' annotations; their other arguments have none.
-# mypy: disallow-incomplete-defs=False
+# mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
 
 import inspect
 import os

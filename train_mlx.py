@@ -170,7 +170,7 @@ def linear(x: mx.array, weight: mx.array) -> mx.array:
 
 
 @linear.vjp
-def _(primals, cotangent, output):
+def _(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     x, weight = primals
     dw = cotangent.reshape(-1, cotangent.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     return cotangent @ weight.astype(x.dtype), dw.astype(weight.dtype)
@@ -363,7 +363,7 @@ def cross_entropy_and_gradients(
 
 
 @cross_entropy_and_gradients.vjp
-def _(primals, cotangents, outputs):
+def _(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
     scale = cotangents[0]
     _, dx, dw = outputs
     return dx * scale.astype(dx.dtype), dw * scale, mx.zeros_like(primals[2])

@@ -107,7 +107,7 @@ def harness_intact(experiment: object) -> str | None:
     The files are compiled and compared, not executed: a second execution would define everything anew, with
     its side effects.
     """
-    for name in [n for n in sys.modules if n == "prepare" or n.startswith("backends.")]:
+    for name in [n for n in sys.modules if is_harness(n)]:
         changed = first_difference(sys.modules[name])
         if changed:
             return f"the harness was changed while it ran: {name}.{changed} is not what its file says"
@@ -118,7 +118,7 @@ def harness_intact(experiment: object) -> str | None:
 
 
 def first_difference(module: types.ModuleType) -> str | None:
-    """Return the name of the first function, method or constant that is not as in the module's file."""
+    """Return the first function, method, constant or imported name that is not as in the module's file."""
     assert module.__file__
     source = Path(module.__file__).read_bytes()
     tree = ast.parse(source)
@@ -138,7 +138,17 @@ def first_difference(module: types.ModuleType) -> str | None:
                     return f"{node.name}.{name}"
         elif isinstance(node, ast.Assign) and not same_constant(node, module):
             return ast.unparse(node.targets[0])
+        elif isinstance(node, ast.ImportFrom) and is_harness(node.module or ""):
+            for alias in node.names:
+                held = vars(module).get(alias.asname or alias.name)
+                if held is not getattr(sys.modules[node.module or ""], alias.name, None):
+                    return alias.name
     return None
+
+
+def is_harness(module: str) -> bool:
+    """Return whether a module of this name belongs to the harness."""
+    return module == "prepare" or module.split(".")[0] == "backends"
 
 
 def code_objects(code: types.CodeType) -> Iterator[tuple[str, types.CodeType]]:

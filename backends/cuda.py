@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from backends import checks, experiment
 from backends.platforms import Platform, current_platform, machine_facts
 
-__all__ = ["Experiment", "compute_dtype", "current_platform"]  # the trainer imports all three from here
+# What the trainer imports from here.
+__all__ = ["Experiment", "Platform", "compute_dtype", "current_platform"]
 
 SCORE_CHUNK = 2**25  # logits normalised at a time: 128 MiB in float32
 

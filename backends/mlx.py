@@ -13,7 +13,8 @@ from backends import checks, experiment
 from backends.platforms import Platform, current_platform
 from backends.protocol import Failure
 
-__all__ = ["Experiment", "compute_dtype", "current_platform"]  # the trainer imports all three from here
+# What the trainer imports from here.
+__all__ = ["Experiment", "Platform", "compute_dtype", "current_platform"]
 
 MEMORY_SHARE = 0.9  # of the device's recommended working set that a run may use: the rest is the desktop's
 CACHE_SHARE = 0.25  # of it that MLX may keep for reuse

@@ -323,7 +323,10 @@ def product_cases(bf16: Callable, fp32: Callable) -> dict[str, dict[str, Any]]:
 
     bf16, fp32: make a tensor of a shape.
     """
-    N, D, V, C = 2**18, 512, 8192, 2**15
+    N = 2**18  # tokens of a pass
+    D = 512
+    V = 8192
+    C = 2**15  # tokens of a chunk of the loss
     x = bf16(N, D)
     hidden = bf16(N, 4 * D)
     logits = bf16(C, V)

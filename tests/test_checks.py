@@ -94,6 +94,8 @@ def test_the_harness_as_its_files_say_is_intact():
         (backends.experiment.Experiment, "elapsed", property(lambda self: 0.0)),
         (backends.protocol.RunSettings, "from_env", classmethod(lambda cls: cls())),
         (backends.platforms, "load_platforms", lambda path=None: {}),
+        (backends.experiment, "bits_per_byte", lambda *a: (0.1, 0.001)),  # a name that it imports
+        (backends.experiment, "checks", None),
         (checks, "causal", lambda *a: None),
         (checks, "UNTRAINED_SHARE", 0.0),
     ],
