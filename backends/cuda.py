@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from backends import checks, experiment
-from backends.platforms import Platform, current_platform, machine_facts
+from backends.platforms import Platform, current_platform, facts_for
 
 # What the trainer imports from here.
 __all__ = ["Experiment", "Platform", "compute_dtype", "current_platform"]
@@ -150,7 +150,7 @@ def compute_dtype(platform: Platform) -> torch.dtype:
     if platform.device_kind == "gpu":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        bf16 = machine_facts().bf16
+        bf16 = facts_for(platform).bf16
     return torch.bfloat16 if bf16 else torch.float32
 
 

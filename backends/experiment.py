@@ -25,8 +25,8 @@ import numpy as np
 from backends import checks
 from backends.platforms import (
     choose_platform,
+    facts_for,
     mac_state,
-    machine_facts,
     peak_tflops,
     scored_tokens,
 )
@@ -115,8 +115,9 @@ class Experiment(ABC):
         self.seed = settings.seed
         self.budget = settings.budget
         self.val_tokens = settings.val_tokens or scored_tokens(self.platform, track)
-        self.device = machine_facts().device
-        self.bf16 = machine_facts().bf16
+        facts = facts_for(self.platform)
+        self.device = facts.device
+        self.bf16 = facts.bf16
 
         self._train_rows = self.track.rows("train")
         self._order = RowOrder(len(self._train_rows), self.seed)
@@ -135,8 +136,8 @@ class Experiment(ABC):
         self._peeked = ""
 
         self._watch_held_out_rows()
-        if self._events:
-            self._end_with_the_launcher()
+        if settings.launcher_pid:
+            self._end_with_the_launcher(settings.launcher_pid)
         random.seed(self.seed)
         np.random.seed(self.seed)
         self._open_device()
@@ -243,11 +244,12 @@ class Experiment(ABC):
             self._depth = operator.index(depth)
             self._flops_per_token = round(flops_per_token)
         except (TypeError, ValueError, OverflowError):
-            sys.exit(
-                f"exp.start: depth {depth!r} and flops_per_token {flops_per_token!r} must be whole numbers"
+            self._depth = self._flops_per_token = 0
+        if not (0 < self._depth < 10**6 and 0 < self._flops_per_token < 10**15):
+            self._refuse(
+                f"exp.start: depth {depth!r:.40} and flops_per_token {flops_per_token!r:.40} "
+                "must be positive whole numbers"
             )
-        if min(self._depth, self._flops_per_token) < 1:
-            sys.exit(f"exp.start: depth {depth} and flops_per_token {flops_per_token} must be positive")
         self._num_params_M = round(self._num_params(model) / 1e6, 3)
         self._refuse(checks.untrained(self._first_loss(model), self.track.vocab_size))
         if self._seed_changed():
@@ -255,7 +257,7 @@ class Experiment(ABC):
                 "the trainer set its own random seed: the launcher chooses it, "
                 "so that runs differ by more than luck"
             )
-        stated = peak_tflops(self.platform, machine_facts())
+        stated = peak_tflops(self.platform, facts_for(self.platform))
         self._peak_flops = 1e12 * (stated or self._measured_tflops())
         if self._next_batch is not None:
             self._refuse("exp.batch was called before exp.start: warm up on exp.dummy_batch()")
@@ -477,17 +479,17 @@ class Experiment(ABC):
             self._emit(Failure("oom", message))
             print(message, file=sys.stderr)
         else:
-            self._emit(Failure("exception", f"{kind.__name__}: {error}"[:500]))
+            message = f"{kind.__name__}: {error}".encode("utf-8", "replace").decode()  # no half surrogates
+            self._emit(Failure("exception", message[:500]))
 
-    def _end_with_the_launcher(self) -> None:
+    def _end_with_the_launcher(self, launcher_pid: int) -> None:
         """End this process group when the launcher is gone.
 
         It holds the device, and nothing else would stop it.
         """
-        launcher = os.getppid()
 
         def watch() -> None:
-            while os.getppid() == launcher:
+            while os.getppid() == launcher_pid:
                 time.sleep(1)
             os.killpg(os.getpgid(0), signal.SIGKILL)
 

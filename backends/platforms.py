@@ -80,7 +80,7 @@ class Facts:
     details: dict[str, str] = field(default_factory=dict)
 
     def known(self) -> dict[str, Any]:
-        """Return the facts that say something."""
+        """Return the facts that are known."""
         return {key: value for key, value in asdict(self).items() if value not in (0, {}, "")}
 
 
@@ -209,12 +209,22 @@ def output_of(*command: str) -> str:
     return done.stdout
 
 
+def visible_gpu() -> str:
+    """Return the GPU that a run computes on: the first of $CUDA_VISIBLE_DEVICES, as nvidia-smi takes it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+
+
+def facts_for(platform: Platform) -> Facts:
+    """Return the facts of the device that a platform runs on: the CPU may be chosen where a GPU is."""
+    return cpu_facts() if platform.device_kind == "cpu" else machine_facts()
+
+
 @functools.lru_cache
 def machine_facts() -> Facts:
     """Return the facts of this machine: an NVIDIA GPU if one answers, else Apple Silicon, else the CPU."""
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     query = "--query-gpu=name,memory.total,compute_cap,driver_version"
-    nvidia = nvidia_facts(output_of("nvidia-smi", f"--id={gpu}", query, "--format=csv,noheader,nounits"))
+    csv = output_of("nvidia-smi", f"--id={visible_gpu()}", query, "--format=csv,noheader,nounits")
+    nvidia = nvidia_facts(csv)
     if nvidia:
         return nvidia
     if python_platform.system() == "Darwin":
@@ -257,6 +267,7 @@ def apple_facts(sysctl: str, ioreg: str) -> Facts | None:
     return Facts("mlx", "gpu", lines[0], memory_gb, cores=int(gpu_cores[1]) if gpu_cores else 0)
 
 
+@functools.lru_cache
 def cpu_facts() -> Facts:
     """Return the CPU's model and the cores that this process may use."""
     import psutil

@@ -15,13 +15,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from prepare import TIME_BUDGET, UserError
 
 ENV_PREFIX = "AUTORESEARCH_"
 RUN_ID_VARIABLE = f"{ENV_PREFIX}RUN_ID"  # every process of a run inherits it, so that a survivor can be found
+IN_LOOP_VARIABLE = f"{ENV_PREFIX}LOOP"  # set for an agent that the loop called: it starts no experiment
 EVENT_BYTES = 2**16  # of one event at most; a longer line is an error
+LOG_BYTES = 2**16  # at the end of a log, which are looked at
+LINE_CHARS = 300  # of a line of a log, which are shown
 
 
 # ---------------------------------------------------------------------------
@@ -44,6 +47,7 @@ class RunSettings:
     run_dir: str = ""  # folder for the result and the weights; empty: nothing is written
     events_fd: int = -1  # file descriptor that takes the events; -1: they go to the terminal
     run_id: str = ""
+    launcher_pid: int = 0  # the process that must outlive the trainer's; 0: none
 
     def to_env(self) -> dict[str, str]:
         """Return the settings as environment variables."""
@@ -77,8 +81,8 @@ class RunSettings:
 # Trainer -> launcher: the events
 # ---------------------------------------------------------------------------
 
-Seconds = Annotated[float, Ge(0)]
-Count = Annotated[int, Ge(0)]
+NonNegative = Annotated[float, Ge(0), Le(1e18)]
+Count = Annotated[int, Ge(0), Le(10**18)]
 STRICT = {"strict": True, "allow_inf_nan": False, "extra": "ignore"}  # pydantic's settings for the events
 
 
@@ -91,8 +95,8 @@ class Start:
     track: str
     seed: int
     budget: Annotated[float, Gt(0)]
-    num_params_M: Seconds
-    startup: Seconds  # since the process began
+    num_params_M: NonNegative
+    startup: NonNegative  # seconds since Experiment() was made
     laptop: dict[str, Any] = field(default_factory=dict)  # platforms.mac_state()
     event: Literal["start"] = "start"
     __pydantic_config__ = STRICT
@@ -106,8 +110,8 @@ class Log:
     loss: float  # nats a token, of this step
     smooth: float  # the exponential average
     tokens: Count
-    elapsed: Seconds  # of training
-    tokens_per_s: Seconds
+    elapsed: NonNegative  # of training
+    tokens_per_s: NonNegative
     mfu: float  # percent
     event: Literal["log"] = "log"
     __pydantic_config__ = STRICT
@@ -117,7 +121,7 @@ class Log:
 class Stop:
     """The clock of the training budget stops."""
 
-    training_seconds: Seconds
+    training_seconds: NonNegative
     num_steps: Count
     tokens: Count
     event: Literal["stop"] = "stop"
@@ -130,7 +134,7 @@ class Score:
 
     done: Count
     rows: Count
-    seconds: Seconds
+    seconds: NonNegative
     event: Literal["score"] = "score"
     __pydantic_config__ = STRICT
 
@@ -143,20 +147,20 @@ class Result:
     """
 
     val_bpb: Annotated[float, Gt(0)]
-    val_stderr: Seconds
+    val_stderr: NonNegative
     val_tokens: Count
-    training_seconds: Seconds
-    total_seconds: Seconds
-    peak_memory_mb: Seconds
+    training_seconds: NonNegative
+    total_seconds: NonNegative
+    peak_memory_mb: NonNegative
     tokens_per_second: Count
     mfu_percent: float
-    total_tokens_M: Seconds
-    epochs: Seconds
+    total_tokens_M: NonNegative
+    epochs: NonNegative
     num_steps: Count
-    num_params_M: Seconds
+    num_params_M: NonNegative
     depth: Count
     flops_per_token: Count
-    peak_tflops: Seconds
+    peak_tflops: NonNegative
     platform: str
     device: str
     track: str
@@ -252,12 +256,12 @@ class RunDir:
 
     @property
     def events(self) -> Path:
-        """The events as they came, each with `at`, seconds since the launcher began."""
+        """The events as they came, each with `at`, seconds since the child was started."""
         return self.path / "events.jsonl"
 
     @property
     def result(self) -> Path:
-        """The Result event. The trainer writes it; a measured score survives a killed launcher."""
+        """The Result event, as the trainer writes it."""
         return self.path / "result.json"
 
     @property
@@ -289,7 +293,7 @@ class RunDir:
         return path if path and path.is_file() else None
 
     def read_events(self) -> Iterator[tuple[float, Event]]:
-        """Yield (seconds since the launcher began, event). Lines that are no events are left out."""
+        """Yield (seconds since the child was started, event). Lines that are no events are left out."""
         try:
             lines = self.events.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
@@ -301,17 +305,35 @@ class RunDir:
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
 
+    def read_result(self) -> dict[str, Any]:
+        """Return the content of `result`; {} when it is absent or damaged."""
+        try:
+            data = json.loads(self.result.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return data if isinstance(data, dict) else {}
+
     def log_tail(self, lines: int = 25) -> str:
         """Return the last lines of what the trainer printed, "" when it printed nothing."""
-        try:
-            text = self.log.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
-        return "\n".join(text.splitlines()[-lines:])
+        return "\n".join(last_lines(self.log)[-lines:])
+
+
+def last_lines(log: Path) -> list[str]:
+    """Return the lines in the last LOG_BYTES of a file, each cut at LINE_CHARS; [] when there is none."""
+    try:
+        with open(log, "rb") as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - LOG_BYTES))
+            text = f.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line[:LINE_CHARS] for line in text.splitlines()]
 
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON so that the file is there whole or not at all."""
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    with open(scratch, "w", encoding="utf-8") as f:
+        f.write(json.dumps(data, indent=1))
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(scratch, path)

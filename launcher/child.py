@@ -26,10 +26,12 @@ from backends.protocol import (
     RunSettings,
     Start,
     Stop,
+    last_lines,
     parse_event,
 )
 from launcher.console import OnEvent
 from launcher.device import Watch
+from launcher.ledger import single_line
 from launcher.processes import Stopped, end_group, end_leftovers, ignore_signals, stop_on_signals
 from prepare import ROOT
 
@@ -37,8 +39,7 @@ GRACE = 10.0  # seconds of training beyond the budget: the last step, and waitin
 CLOCK_TOLERANCE = 1.0  # seconds that the child's training clock may differ from the launcher's
 EXIT_SECONDS = 30.0  # from the result to the end of the process
 WHOLE_SECONDS = 300.0  # of a run beyond its budget: ten minutes in all
-POLL_SECONDS = 0.5  # without an event; then the limits are looked at
-DRAIN_SECONDS = 0.05  # between looks at a child that closed its pipe
+POLL_SECONDS = 0.5  # between looks at the limits
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Outcome:
         """
         if not self.status or (status == "invalid" and self.status != "invalid"):
             self.status = status
-            self.reason = reason
+            self.reason = single_line(reason)
 
 
 def supervise(
@@ -143,6 +144,7 @@ class Supervision:
             run_dir=str(self.run_dir.path),
             run_id=self.run_dir.run_id,
             events_fd=events_fd,
+            launcher_pid=os.getpid(),
         )
         path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = {
@@ -166,43 +168,48 @@ class Supervision:
     # --- While it runs --------------------------------------------------------------------------------------
 
     def _follow(self, child: subprocess.Popen[bytes], reading: int, events: TextIO) -> None:
-        """Read events until the child has ended, a deadline has passed, or an event is none."""
+        """Read events until the child has ended, a deadline has passed, or a line is not an event."""
         os.set_blocking(reading, False)
         with selectors.DefaultSelector() as selector:
             selector.register(reading, selectors.EVENT_READ)
-            pipe_is_open = True
-            while True:
-                ready = False
-                if pipe_is_open:
-                    ready = bool(selector.select(timeout=POLL_SECONDS))
-                else:
-                    time.sleep(DRAIN_SECONDS)
-                now = time.monotonic()
-                if ready:
-                    try:
-                        pipe_is_open = self._read(reading, now, events)
-                    except EventError as error:
-                        self.outcome.fail("invalid", f"the trainer sent something that is no event: {error}")
+            try:
+                while not self._overdue():
+                    ended = child.poll() is not None  # asked before reading: what it sent last is read too
+                    is_open = self._wait_and_read(selector, reading, events, wait=not ended)
+                    self.on_event(None)
+                    if ended:
                         return
-                self.on_event(None)
-                self.watch.sample()
-                if child.poll() is not None and not ready:
-                    return
-                if self._overdue(now):
-                    return
+                    if not is_open:
+                        self._wait_for_exit(child)
+            except EventError as error:
+                self.outcome.fail("invalid", f"the trainer sent something that is no event: {error}")
 
-    def _read(self, reading: int, now: float, events: TextIO) -> bool:
-        """Take what the pipe holds. Returns False when the child has closed it. Raises EventError."""
-        chunk = os.read(reading, EVENT_BYTES)
-        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
-        if len(self._buffer) > EVENT_BYTES:
-            raise EventError(f"a line of over {EVENT_BYTES} bytes")
-        for line in lines:
-            event = parse_event(line)
-            events.write(json.dumps({"at": round(now - self._began, 3), **asdict(event)}) + "\n")
-            self._handle(event, now)
-            self.on_event(event)
-        return bool(chunk)
+    def _wait_and_read(
+        self, selector: selectors.BaseSelector, reading: int, events: TextIO, wait: bool
+    ) -> bool:
+        """Handle all that the pipe holds. Returns False when the child has closed it. Raises EventError."""
+        timeout = POLL_SECONDS if wait else 0.0
+        while selector.select(timeout):
+            timeout = 0.0
+            now = time.monotonic()
+            chunk = os.read(reading, EVENT_BYTES)
+            if not chunk:
+                return False
+            *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+            if len(self._buffer) > EVENT_BYTES:
+                raise EventError(f"a line of over {EVENT_BYTES} bytes")
+            for line in lines:
+                event = parse_event(line)
+                events.write(json.dumps({"at": round(now - self._began, 3), **asdict(event)}) + "\n")
+                self._handle(event, now)
+                self.on_event(event)
+        return True
+
+    def _wait_for_exit(self, child: subprocess.Popen[bytes]) -> None:
+        """Wait for the end of a child that sends no more events, or for a deadline."""
+        while child.poll() is None and not self._overdue():
+            self.on_event(None)
+            time.sleep(POLL_SECONDS)
 
     def _handle(self, event: Event, now: float) -> None:
         if isinstance(event, Start) and self._started is None:
@@ -245,7 +252,8 @@ class Supervision:
     def _set_deadline(self, phase: str, seconds: float, message: str) -> None:
         self._deadlines[phase] = time.monotonic() + seconds, message
 
-    def _overdue(self, now: float) -> bool:
+    def _overdue(self) -> bool:
+        now = time.monotonic()
         late = [message for deadline, message in self._deadlines.values() if now > deadline]
         if late:
             self.outcome.fail("timeout", late[0])
@@ -279,7 +287,7 @@ class Supervision:
             self.outcome.fail("crash", f"the trainer exited with code {code}: {last_line(self.run_dir.log)}")
 
 
-def last_line(log: Path, most: int = 300) -> str:
+def last_line(log: Path) -> str:
     """Return the last line with something in it of what a child printed."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:most] if lines else "it printed nothing"
+    lines = [line.strip() for line in last_lines(log) if line.strip()]
+    return lines[-1] if lines else "it printed nothing"

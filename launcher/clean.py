@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.ledger import BoardKey, warn
-from launcher.runs import ledger, runs_dir
+from launcher.ledger import warn
+from launcher.runs import ledger, lowest_runs, runs_dir
 from prepare import cache_dir, load_tracks, prepared_path
 
 
@@ -38,13 +38,10 @@ def clean(apply: bool) -> None:
 
 def saved_weights() -> Iterator[Item]:
     """Yield the weights of runs. Needed are those of the best runs and those that the user asked to keep."""
-    best: dict[BoardKey, str] = {}
-    for row in ledger().rows(warn):
-        if row.ranked and row.status == "keep":
-            best[row.board] = row.run
+    best = {row.run for row in lowest_runs(ledger().rows(warn)).values()}
     for weights in sorted(runs_dir().glob("*/model.safetensors")):
         folder = weights.parent
-        needed = folder.name in best.values() or (folder / "keep-weights").exists()
+        needed = folder.name in best or (folder / "keep-weights").exists()
         yield Item(weights, needed, weights.stat().st_size)
 
 
@@ -52,6 +49,6 @@ def prepared_data() -> Iterator[Item]:
     """Yield the folders of prepared data. Needed are those of the tracks of platforms.yaml."""
     current = {prepared_path(track) for track in load_tracks().values()}
     for folder in sorted(cache_dir().glob("*-????????????")):
-        if folder.is_dir():
+        if (folder / "meta.json").is_file():
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             yield Item(folder, folder in current, size)

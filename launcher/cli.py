@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 RUN_EXIT_CODES = """\b
     Exit codes: 0 keep, 3 discard, 1 crash, 4 timeout, 5 invalid, 6 no verdict (something else
-    used the device, or a laptop without power), 2 usage, 130 interrupted."""
+    used the device, or a laptop without power), 2 usage, 130 interrupted.
+    An error that the message names: 1."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -391,14 +392,14 @@ def verify(run: str) -> None:
     autoresearch verify best
 
     \b
-    Exit codes: 0 verified, 5 refuted, 2 usage.
+    Exit codes: 0 verified, 5 refuted, 1 no verdict (no weights, other data), 2 usage.
     """
     from launcher.verify import verify_run
 
     sys.exit(verify_run(run))
 
 
-@main.command(epilog=RUN_EXIT_CODES)
+@main.command()
 @click.option("--repeats", type=click.IntRange(2, 50), default=3, show_default=True, help="Seeds to run.")
 @platform_option
 @track_option
@@ -408,6 +409,10 @@ def noise(repeats: int, platform: str, track: str, budget: float | None) -> None
 
     \b
     autoresearch noise --repeats 3
+
+    \b
+    Exit codes: 0 measured, 1 too few of the runs count or one crashed, 4 timeout, 5 invalid,
+    2 usage, 130 interrupted.
     """
     from launcher.noise import measure_noise
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +16,13 @@ from contextlib import contextmanager
 import psutil
 from filelock import FileLock, Timeout
 
-from backends.platforms import DeviceKind, mac_state, output_of
+from backends.platforms import DeviceKind, mac_state, output_of, visible_gpu
 from launcher.console import say
 from launcher.ledger import Flag
 from prepare import cache_dir
 
 OTHERS_CPU = 0.10  # share of all cores that other processes may use when the CPU is the device ...
-OTHERS_CPU_HOST = 0.50  # ... and when it only feeds one
+OTHERS_CPU_HOST = 0.50  # ... and when the device is a GPU
 OTHERS_SECONDS = 2.0  # CPU seconds of others that are never called contention: a run has as much by chance
 SLEPT_SECONDS = 2.0  # that the wall clock may gain on the monotonic one
 SAMPLE_EVERY = 5.0  # seconds
@@ -95,7 +96,10 @@ def awake() -> Iterator[None]:
 
 
 class Watch:
-    """Samples the machine during training. `findings` says at the end what made the run incomparable."""
+    """Samples the machine during training, in a thread: nvidia-smi can take seconds.
+
+    `findings` says at the end what made the run incomparable.
+    """
 
     def __init__(self, device_kind: DeviceKind) -> None:
         self.energy_j = 0.0
@@ -107,6 +111,8 @@ class Watch:
         self._there_before = gpu_processes() if self._on_gpu else set()
         self.others_on_gpu = bool(self._there_before)
         self._child: psutil.Process | None = None
+        self._thread: threading.Thread | None = None
+        self._over = threading.Event()
         self._sampled = 0.0
         self._wall = 0.0
         self._clock = 0.0
@@ -114,16 +120,23 @@ class Watch:
 
     def begin(self, pid: int) -> None:
         """Begin with the training of process `pid`: what happened before does not count."""
-        self._child = psutil.Process(pid)
+        try:
+            self._child = psutil.Process(pid)
+        except psutil.Error:  # it has ended already
+            return
         self._wall = time.time()
         self._clock = self._sampled = time.monotonic()
         self._others_cpu = busy_seconds() - self._own_seconds()
+        self._thread = threading.Thread(target=self._sample_until_over, daemon=True)
+        self._thread.start()
+
+    def _sample_until_over(self) -> None:
+        while not self._over.wait(SAMPLE_EVERY):
+            self.sample()
 
     def sample(self) -> None:
-        """Look around. Call it often: it does something once in SAMPLE_EVERY seconds."""
+        """Look at power, heat and the other processes on the GPU."""
         now = time.monotonic()
-        if self._child is None or now - self._sampled < SAMPLE_EVERY:
-            return
         if self._on_gpu:
             watts, slowed = gpu_state()
             self.energy_j += watts * (now - self._sampled)
@@ -135,7 +148,7 @@ class Watch:
 
     def end(self) -> None:
         """End with the training: add up what others used. A second call changes nothing."""
-        if self._child is None:
+        if self._child is None or self._thread is None:
             return
         elapsed = time.monotonic() - self._clock
         self.slept_seconds = time.time() - self._wall - elapsed
@@ -143,6 +156,8 @@ class Watch:
         if others > OTHERS_SECONDS:
             self.others_share = others / max(elapsed * (os.cpu_count() or 1), 1e-9)
         self._child = None
+        self._over.set()
+        self._thread.join()
 
     def findings(self) -> list[tuple[Flag, str]]:
         """Return (flag, what happened) for everything that sets the run apart."""
@@ -179,13 +194,15 @@ def busy_seconds() -> float:
 
 def gpu_processes() -> set[str]:
     """Return the ids of the processes that compute on the GPU."""
-    return set(output_of("nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader").split())
+    query = "--query-compute-apps=pid"
+    return set(output_of("nvidia-smi", f"--id={visible_gpu()}", query, "--format=csv,noheader").split())
 
 
 def gpu_state() -> tuple[float, bool]:
     """Return (power in watts, whether heat or the power supply slows the GPU down)."""
     query = f"--query-gpu={','.join(GPU_STATE)}"
-    line = output_of("nvidia-smi", query, "--format=csv,noheader,nounits").split("\n")[0]
+    csv = output_of("nvidia-smi", f"--id={visible_gpu()}", query, "--format=csv,noheader,nounits")
+    line = csv.split("\n")[0]
     watts, *reasons = [cell.strip() for cell in line.split(",")]
     try:
         return float(watts), "Active" in reasons

@@ -6,14 +6,17 @@ from pathlib import Path
 
 from prepare import ROOT, config_path
 
+# What a run imports or reads, beside the trainer: its content hash goes into the row.
 FOLDERS = ("backends", "launcher")
-FILES = ("prepare.py", "train_cuda_kernels.py", "platforms.yaml")
+FILES = ("prepare.py", "train_cuda_kernels.py")
+# What no trial may change, as git names paths: all code and configuration but the trainer.
+PROTECTED = ("*.py", "*.yaml", "backends", "launcher", "night", "pyproject.toml", "uv.lock")
 
 
 def harness_files() -> list[Path]:
     """Return the files that make up the harness, sorted by path."""
     code = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
-    return sorted([ROOT / "prepare.py", ROOT / "train_cuda_kernels.py", config_path(), *code])
+    return sorted([*(ROOT / name for name in FILES), config_path(), *code])
 
 
 def harness_hash() -> str:
@@ -26,7 +29,7 @@ def harness_hash() -> str:
 
 def harness_modified() -> bool:
     """Return whether the harness differs from the repository's last commit."""
-    return bool(git_output("status", "--porcelain", "--", *FOLDERS, *FILES))
+    return bool(git_output("status", "--porcelain", "--", *FOLDERS, *FILES, "platforms.yaml"))
 
 
 def source_hash(source: bytes) -> str:

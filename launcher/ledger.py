@@ -6,9 +6,11 @@ own files, with five columns or those of its MLX fork, are read too. Standard li
 answers in a blink.
 """
 
+import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -124,7 +126,10 @@ class Row:
 
     @property
     def judged(self) -> bool:
-        """The run has a verdict. Not so when it was cut off, or when a second seed decides."""
+        """The run decided keep, discard or failure.
+
+        False for a run that was interrupted, does not compare, or waits for a second seed.
+        """
         if self.scored:
             return self.comparable and Flag.REPEAT not in self.flags
         return bool(self.status) and not self.flags & {Flag.INTERRUPTED, Flag.CUT_OFF}
@@ -132,13 +137,13 @@ class Row:
     @property
     def board(self) -> BoardKey:
         return BoardKey(
-            self.track,
-            self.fingerprint,
-            self.rules,
-            self.budget,
-            self.val_tokens,
-            self.platform,
-            self.device,
+            track=self.track,
+            fingerprint=self.fingerprint,
+            rules=self.rules,
+            budget=self.budget,
+            val_tokens=self.val_tokens,
+            platform=self.platform,
+            device=self.device,
         )
 
 
@@ -151,12 +156,12 @@ ALIASES = {
     "peak_memory_gb": "memory_gb",
     "desc": "description",
 }
-# Version 0.1 had no flags for these: its reasons began so.
+# Version 0.1 had no flags for these: it had these reasons.
 OLD_REASONS = {
     "interrupted": Flag.INTERRUPTED,
     "the launcher was killed during the run": Flag.CUT_OFF,
-    "repeat:": Flag.REPEAT,
 }
+OLD_REPEAT = "repeat:"  # how its reason of a discard within the seed noise began
 
 Complain = Callable[[str], None]  # takes a line about what is set aside
 
@@ -203,6 +208,9 @@ def parse(text: str, name: str = "", complain: Complain = lambda message: None) 
             for i, column, kind in plan:
                 if i < len(cells) and cells[i]:
                     setattr(row, column, cells[i] if kind is str else kind(cells[i]))
+            column = "val_bpb"
+            if not math.isfinite(row.val_bpb):
+                raise ValueError
         except ValueError:
             complain(f"{name}:{number}: not counted, {column} is {cells[i][:40]!r}")
             continue
@@ -213,9 +221,10 @@ def parse(text: str, name: str = "", complain: Complain = lambda message: None) 
 
 def flag_old_reason(row: Row) -> None:
     """Give a row of version 0.1 the flag that its reason stands for."""
-    for beginning, flag in OLD_REASONS.items():
-        if row.reason.startswith(beginning):
-            row.add_flags(flag)
+    if row.reason in OLD_REASONS:
+        row.add_flags(OLD_REASONS[row.reason])
+    elif row.status == "discard" and row.reason.startswith(OLD_REPEAT):
+        row.add_flags(Flag.REPEAT)
 
 
 def warn(message: str) -> None:
@@ -259,8 +268,18 @@ class Ledger:
             text = whole + b"\n" if whole else b""
             self._replace(text)
         header = "\t".join(COLUMNS).encode()
-        if text.split(b"\n", 1)[0] != header:
-            self._replace(self._with_header(text, header))
+        first = text.split(b"\n", 1)[0]
+        if first == header:
+            return
+        if text and b"val_bpb" not in first and b"bpb" not in first.split(b"\t"):
+            from prepare import UserError
+
+            raise UserError(f"{self.path} is no ledger: its first line names no val_bpb; move it away")
+        if text:
+            old = Path(f"{self.path}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+            old.write_bytes(text)
+            warn(f"{self.path} had other columns; it was copied to {old.name} before it got today's")
+        self._replace(self._with_header(text, header))
 
     def _with_header(self, text: bytes, header: bytes) -> bytes:
         """Return a ledger of other columns (the original's, an older one) with today's; its rows are kept."""

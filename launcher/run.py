@@ -1,5 +1,6 @@
 """One experiment: take the device, run the trainer, judge the result, write the row."""
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backends.platforms import mac_state
-from backends.protocol import RunDir, write_json
+from backends.protocol import IN_LOOP_VARIABLE, RunDir, write_json
 from launcher import verdict
 from launcher.child import Outcome, supervise
 from launcher.console import OnEvent, Progress, say
@@ -16,6 +17,7 @@ from launcher.harness import git_output, harness_hash, harness_modified, source_
 from launcher.ledger import Flag, Row
 from launcher.processes import Stopped
 from launcher.runs import (
+    append_row,
     ledger,
     new_run_id,
     now_utc,
@@ -74,10 +76,13 @@ def exit_code(row: Row) -> int:
 
 
 def run_once(request: Request, repetition: bool = False) -> Row:
-    """Run a trainer once and return its row.
+    """Run a trainer once and return its row. repetition: an earlier run had the same trainer, another seed.
 
-    Repetition: an earlier run had the same trainer, another seed.
+    Raises:
+        UserError: nothing was started: no trainer, no framework, or the loop runs the experiments.
     """
+    if os.environ.get(IN_LOOP_VARIABLE):
+        raise UserError("autoresearch loop runs the experiments: edit the trainer, say what you did, and end")
     setting = request.setting
     setting.require_framework()
     trainer = (request.trainer or setting.trainer).resolve()
@@ -96,7 +101,13 @@ def run_once(request: Request, repetition: bool = False) -> Row:
         copy.write_bytes(source)
         write_json(run.record, record_of(row, trainer.name, setting.why, setting.facts.known(), laptop))
         watch = Watch(setting.platform.device_kind)
-        outcome = train_and_score(request, copy, run, watch)
+        try:
+            outcome = train_and_score(request, copy, run, watch)
+        except Exception as error:  # of ours, not the trainer's: the run is on record all the same
+            row.status = "crash"
+            row.reason = f"the launcher failed: {type(error).__name__}: {error}"
+            append_row(row)
+            raise
         if outcome is None:
             record_interruption(row, run)
             return row
@@ -107,7 +118,7 @@ def run_once(request: Request, repetition: bool = False) -> Row:
         row.energy_kj = round(watch.energy_j / 1000, 3)
         fill(row, outcome, setting)
         judge(row, repetition, [text for _, text in findings])
-        ledger().append(row)
+        append_row(row)
         prune_weights(row, request.keep_weights)
     return row
 
@@ -160,24 +171,20 @@ def initial_flags(request: Request, laptop: dict) -> list[Flag]:
 def train_and_score(request: Request, copy: Path, run: RunDir, watch: Watch) -> Outcome | None:
     """Run the copy of the trainer. Returns None when the launcher was asked to end."""
     setting = request.setting
-    progress = None if request.on_event else Progress(setting.budget)
+    progress = Progress(setting.budget)
     try:
         say(
             f"run {run.run_id}: {setting.platform.name} ({setting.why}), track {setting.track.name}, "
             f"{setting.budget:g} s of training, seed {request.seed}"
         )
         settings = setting.run_settings(request.seed)
-        on_event = request.on_event or progress
-        assert on_event
-        return supervise(copy, run, settings, setting.platform, watch, on_event)
+        outcome = supervise(copy, run, settings, setting.platform, watch, request.on_event or progress)
     except Stopped as stop:
-        if progress:
-            progress.close()
+        progress.close()
         say(f"interrupted ({stop}): run {run.run_id} was ended and recorded")
         return None
-    finally:
-        if progress:
-            progress.close()
+    progress.close()
+    return outcome
 
 
 def record_interruption(row: Row, run: RunDir) -> None:
@@ -185,7 +192,7 @@ def record_interruption(row: Row, run: RunDir) -> None:
     row.status = "crash"
     row.reason = "interrupted"
     row.add_flags(Flag.INTERRUPTED)
-    ledger().append(row)
+    append_row(row)
     run.weights.unlink(missing_ok=True)
 
 
@@ -220,10 +227,13 @@ def find_mismatch(row: Row, outcome: Outcome, setting: Setting) -> str:
     """Return what about a result is not what the run was given, "" when all is."""
     result = outcome.result
     assert result
-    if harness_hash() != row.harness:
-        return "the harness changed on disk during the run"
-    if setting.data.current_fingerprint() != row.fingerprint:
-        return "tokenizer or rows changed on disk during the run: autoresearch prepare --force"
+    try:
+        if harness_hash() != row.harness:
+            return "the harness changed on disk during the run"
+        if setting.data.current_fingerprint() != row.fingerprint:
+            return "tokenizer or rows changed on disk during the run: autoresearch prepare --force"
+    except OSError as error:
+        return f"a file of the harness or of the data is gone: {error}"
     if result.val_tokens != row.val_tokens:
         return f"{result.val_tokens} tokens were scored, not {row.val_tokens}"
     if (result.track, result.platform, result.seed) != (row.track, row.platform, row.seed):
@@ -279,22 +289,12 @@ def print_result(row: Row) -> None:
     if row.status == "crash" and Flag.INTERRUPTED not in row.flags:
         print(run.log_tail())
     if row.scored:
-        for key, value in read_result(run).items():
+        for key, value in run.read_result().items():
             print(f"{key}: {value}")
     print(f"run: {row.run}\nstatus: {row.status}\nreason: {row.reason}")
     if row.marks:
         print(f"marks: {row.marks}")
     sys.stdout.flush()
-
-
-def read_result(run: RunDir) -> dict:
-    """Return the content of a run's result.json."""
-    import json
-
-    try:
-        return json.loads(run.result.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def dry_run(setting: Setting, trainer: Path, seed: int = 1) -> tuple[Outcome, str]:

@@ -6,14 +6,14 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from backends.protocol import Log, RunDir
 from launcher.console import say
-from launcher.ledger import REFUTED, VERIFIED, Flag, Ledger, Row, warn
-from launcher.processes import alive
+from launcher.ledger import REFUTED, VERIFIED, BoardKey, Flag, Ledger, Row, warn
+from launcher.processes import alive, end_leftovers
 from prepare import ROOT, UserError
 
 # Packages whose version changes a run's speed or result; run.json lists them.
@@ -85,8 +85,7 @@ def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
         return rows[-1]
     ranked = [row for row in rows if row.ranked]
     if name == "best" and ranked:
-        board = ranked[-1].board
-        return min((row for row in ranked if row.board == board), key=lambda row: row.val_bpb)
+        return lowest_runs(ledger().rows())[ranked[-1].board]
     exact = [row for row in rows if row.run == name]
     found = exact or [row for row in rows if row.run.startswith(name)]
     if len(found) == 1 or exact:
@@ -96,6 +95,18 @@ def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
     raise UserError(
         f"the ledger has no run '{name}' (autoresearch leaderboard shows them; 'best' and 'last' work too)", 2
     )
+
+
+def lowest_runs(rows: Sequence[Row]) -> dict[BoardKey, Row]:
+    """Return the ranked run of each board with the lowest val_bpb, those left out that `verify` refuted."""
+    word = {row.run: row.status for row in rows if row.status in (VERIFIED, REFUTED)}  # the last one counts
+    lowest: dict[BoardKey, Row] = {}
+    for row in rows:
+        if not row.ranked or word.get(row.run) == REFUTED:
+            continue
+        if row.board not in lowest or row.val_bpb < lowest[row.board].val_bpb:
+            lowest[row.board] = row
+    return lowest
 
 
 def trainer_of(row: Row) -> Path | None:
@@ -117,25 +128,35 @@ def loss_curve(run_id: str) -> list[tuple[float, float]]:
 # ---------------------------------------------------------------------------
 
 
+def append_row(row: Row) -> None:
+    """Write the row of a run, and mark the run as recorded."""
+    ledger().append(row)
+    folder = run_dir(row.run)
+    if folder.path.is_dir():
+        folder.recorded.touch()
+
+
 def record_killed_runs() -> None:
     """Give runs whose launcher was killed their row: nothing that was started is missing from the ledger."""
-    if not runs_dir().is_dir():
+    from filelock import FileLock
+
+    paths = [path for path in runs_dir().glob("*/run.json") if not RunDir(path.parent).recorded.exists()]
+    if not paths:
         return
-    known: set[str] | None = None
-    for path in sorted(runs_dir().glob("*/run.json")):
-        run = RunDir(path.parent)
-        if run.recorded.exists():
-            continue
-        if known is None:
-            known = {row.run for row in ledger().rows()}
-        if run.run_id not in known:
+    with FileLock(runs_dir() / "recording.lock"):  # of two commands that start together, one records
+        known = {row.run for row in ledger().rows()}
+        for path in sorted(paths):
+            run = RunDir(path.parent)
+            if run.run_id in known:
+                run.recorded.touch()
+                continue
             row = killed_row(run)
             if row is None:
                 continue
-            ledger().append(row)
+            end_leftovers(row.run)
+            append_row(row)
             run.weights.unlink(missing_ok=True)
             say(f"run {row.run} was cut off when its launcher was killed; it is recorded as a crash")
-        run.recorded.touch()
 
 
 def killed_row(run: RunDir) -> Row | None:
@@ -176,10 +197,11 @@ def prune_weights(row: Row, asked_for: bool) -> None:
     if asked_for and run.weights.exists():
         run.keep_weights.touch()
         return
-    if row.status != "keep" or not row.ranked:
+    rows = ledger().rows()
+    if lowest_runs(rows).get(row.board) != row:
         run.weights.unlink(missing_ok=True)
         return
-    for other in ledger().rows():
+    for other in rows:
         if other.run and other.run != row.run and other.board == row.board:
             folder = run_dir(other.run)
             if not folder.keep_weights.exists():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from backends.platforms import Facts, Platform, choose_platform, machine_facts, scored_tokens
+from backends.platforms import Facts, Platform, choose_platform, facts_for, scored_tokens
 from backends.protocol import RunSettings
 from launcher.ledger import BoardKey
 from prepare import ROOT, RULES, TIME_BUDGET, Prepared, Track, UserError, load_track, prepare
@@ -17,7 +17,7 @@ class Setting:
     """The platform, the track, the device and the budget of a command's experiments."""
 
     platform: Platform
-    why: str  # the platform was chosen
+    why: str  # why this platform was chosen
     track: Track
     facts: Facts
     val_tokens: int  # scored in a run
@@ -42,13 +42,13 @@ class Setting:
     def board(self) -> BoardKey:
         """What the runs of this setting are ranked by."""
         return BoardKey(
-            self.track.name,
-            self.data.fingerprint,
-            RULES,
-            self.budget,
-            self.val_tokens,
-            self.platform.name,
-            self.facts.device,
+            track=self.track.name,
+            fingerprint=self.data.fingerprint,
+            rules=RULES,
+            budget=self.budget,
+            val_tokens=self.val_tokens,
+            platform=self.platform.name,
+            device=self.facts.device,
         )
 
     def run_settings(self, seed: int) -> RunSettings:
@@ -83,4 +83,4 @@ def resolve(platform: str = "", track: str = "", budget: float = TIME_BUDGET) ->
     """
     chosen, why = choose_platform(platform)
     learned = load_track(track or chosen.track)
-    return Setting(chosen, why, learned, machine_facts(), scored_tokens(chosen, learned), budget)
+    return Setting(chosen, why, learned, facts_for(chosen), scored_tokens(chosen, learned), budget)

@@ -46,11 +46,14 @@ def verify_run(name: str) -> int:
     done, scores = score_again(row, trainer, run.weights)
     if scores is None:
         print("\n".join(done.stdout.splitlines()[-15:]))
-        status = REFUTED
-        reason = f"it could not be scored again (exit code {done.returncode})"
-    else:
-        status, reason = compare(row, scores)
-    record(row, status, reason, scores or Scores())
+        raise UserError(f"run {row.run} could not be scored again (exit code {done.returncode}): no verdict")
+    if scores.fingerprint != row.fingerprint:
+        raise UserError(
+            f"the prepared data has fingerprint {scores.fingerprint}, run {row.run} had {row.fingerprint}: "
+            "no verdict"
+        )
+    status, reason = compare(row, scores)
+    record(row, status, reason, scores)
     return 0 if status == VERIFIED else EXIT_CODES["invalid"]
 
 
@@ -59,7 +62,9 @@ def score_again(
 ) -> tuple[subprocess.CompletedProcess[str], Scores | None]:
     """Run backends.verify. Returns (its process, its scores or None)."""
     setting = replace(resolve(row.platform, row.track), val_tokens=row.val_tokens)
-    with DeviceLock(setting.platform.device_kind), tempfile.TemporaryDirectory() as scratch:
+    kind = setting.platform.device_kind
+    with DeviceLock(kind) as lock, tempfile.TemporaryDirectory() as scratch:
+        lock.set_holder(f"{row.run} (verify)")
         out = Path(scratch) / "scores.json"
         done = subprocess.run(
             [sys.executable, "-m", "backends.verify", str(trainer), str(weights), str(out)],
@@ -78,11 +83,6 @@ def score_again(
 
 def compare(row: Row, scores: Scores) -> tuple[str, str]:
     """Return (status, reason) of a second scoring."""
-    if scores.fingerprint != row.fingerprint:
-        return (
-            REFUTED,
-            f"the prepared data has fingerprint {scores.fingerprint}, the run had {row.fingerprint}",
-        )
     moved = abs(scores.val_bpb - row.val_bpb)
     if moved > MATCH_TOLERANCE:
         return (

@@ -5,12 +5,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import psutil
 import pytest
 
+from backends.protocol import RunDir
+from launcher.child import supervise
+from launcher.device import Watch
 from launcher.ledger import Flag, Ledger
 from launcher.processes import processes_of
+from launcher.setting import resolve
 from prepare import ROOT
 
 SLEEPER = """
@@ -194,3 +199,28 @@ send(**stop); send(**start); send(**start); send(event="score", done=1, rows=2, 
     assert (
         done.returncode == 1 and "exited 0 without a result" in done.stdout and "Traceback" not in done.stderr
     )
+
+
+def test_what_a_child_sends_last_is_read(house):
+    """It ends while the launcher is busy elsewhere: the pipe still holds its word."""
+    (house / "late.py").write_text(
+        EVENTS + "time.sleep(0.6); send(event='invalid', message='my last word')\n"
+    )
+    setting = resolve("cpu")
+    run = RunDir(house)
+
+    def busy(event):
+        time.sleep(0.4)
+
+    outcome = supervise(house / "late.py", run, setting.run_settings(1), setting.platform, Watch("cpu"), busy)
+    assert (outcome.status, outcome.reason) == ("invalid", "my last word")
+
+
+def test_a_trainer_that_deletes_its_folder_is_a_crash(autoresearch, house):
+    (house / "wipes.py").write_text(
+        "import os, shutil, sys; shutil.rmtree(os.environ['AUTORESEARCH_RUN_DIR']); sys.exit(3)"
+    )
+    done = autoresearch("run", "--budget", "20", "--trainer", house / "wipes.py")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    [row] = Ledger(house / "results.tsv").rows()
+    assert row.status == "crash" and row.reason == "the trainer exited with code 3: it printed nothing"

@@ -12,6 +12,8 @@ def test_it_frees_what_is_not_needed_and_nothing_else(house, monkeypatch, capsys
     old = cache_dir() / "tiny-0123456789ab"
     old.mkdir()
     (old / "train.bin").write_bytes(b"x" * 2**20)
+    (old / "meta.json").touch()
+    (cache_dir() / "a-strangers-data-0123456789ab").mkdir()
     for run, asked in (("best", False), ("asked", True), ("orphan", False)):
         run_dir(run).path.mkdir(parents=True)
         run_dir(run).weights.write_bytes(b"x" * 2**20)
@@ -24,5 +26,6 @@ def test_it_frees_what_is_not_needed_and_nothing_else(house, monkeypatch, capsys
     assert "would free (--yes does it): 2.0 MiB" in capsys.readouterr().out
     clean(apply=True)
     assert not run_dir("orphan").weights.exists() and not old.exists()
+    assert (cache_dir() / "a-strangers-data-0123456789ab").exists()
     assert run_dir("best").weights.exists() and run_dir("asked").weights.exists() and prepared.exists()
     assert "freed: 2.0 MiB" in capsys.readouterr().out

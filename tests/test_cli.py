@@ -50,7 +50,7 @@ def test_help_is_a_sentence_and_an_example(call, command):
     assert max(map(len, done.output.splitlines())) < 100
 
 
-@pytest.mark.parametrize("command", ["run", "try", "noise"])
+@pytest.mark.parametrize("command", ["run", "try"])
 def test_help_names_every_exit_code(call, command):
     from launcher.run import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -33,7 +34,6 @@ def test_a_busy_cpu_is_contention(spinning):
     watch.begin(spinning.pid)
     began = time.monotonic()
     while time.monotonic() - began < 4.0:
-        watch.sample()
         time.sleep(0.1)
     watch.end()
     [(flag, text)] = watch.findings()
@@ -56,7 +56,6 @@ def test_what_others_did_before_and_after_the_training_does_not_count(spinning):
 def test_sleep_and_heat_on_a_mac(monkeypatch):
     monkeypatch.setattr(device.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(device, "mac_state", lambda: {"thermal_speed_limit": 60})
-    monkeypatch.setattr(device, "SAMPLE_EVERY", 0.0)
     watch = Watch("gpu")
     watch.begin(os.getpid())
     watch._wall -= 30  # the wall clock ran on while the monotonic one stood still
@@ -74,7 +73,6 @@ def test_another_process_on_the_gpu(monkeypatch):
         return next(apps) if "--query-compute-apps=pid" in command else "350.0, Not Active, Not Active\n"
 
     monkeypatch.setattr(device, "output_of", output_of)
-    monkeypatch.setattr(device, "SAMPLE_EVERY", 0.01)
     watch = Watch("gpu")
     watch.begin(os.getpid())
     time.sleep(0.02)
@@ -84,7 +82,35 @@ def test_another_process_on_the_gpu(monkeypatch):
     watch.sample()
     watch.end()
     watch.others_share = 0.0
-    assert flags_of(watch) == [Flag.CONTENDED] and 350 * 0.02 < watch.energy_j < 350
+    assert flags_of(watch) == [Flag.CONTENDED] and 350 * 0.04 < watch.energy_j < 350
+
+
+def test_a_slow_answer_of_the_driver_holds_nobody_up(monkeypatch):
+    """Sampling is in a thread: the launcher goes on reading events."""
+    asked = threading.Event()
+
+    def output_of(*command):
+        if "--query-compute-apps=pid" not in command:
+            asked.set()
+            time.sleep(1.0)
+        return ""
+
+    monkeypatch.setattr(device, "output_of", output_of)
+    monkeypatch.setattr(device, "SAMPLE_EVERY", 0.01)
+    watch = Watch("gpu")
+    began = time.monotonic()
+    watch.begin(os.getpid())
+    assert asked.wait(5) and time.monotonic() - began < 1.0
+    watch.end()
+
+
+def test_a_child_that_has_ended_is_not_watched():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    watch = Watch("cpu")
+    watch.begin(process.pid)
+    watch.end()
+    assert watch.findings() == []
 
 
 @pytest.mark.parametrize(
@@ -94,7 +120,6 @@ def test_a_slowed_gpu(monkeypatch, state, flags):
     monkeypatch.setattr(
         device, "output_of", lambda *command: "" if "--query-compute-apps=pid" in command else state
     )
-    monkeypatch.setattr(device, "SAMPLE_EVERY", 0.0)
     watch = Watch("gpu")
     watch.begin(os.getpid())
     watch.sample()

@@ -234,9 +234,9 @@ def test_what_must_not_happen_before_the_start(make, break_rule, says):
 )
 def test_numbers_that_no_ledger_can_hold_are_refused_at_the_start(make, depth, flops):
     exp, events = make()
-    with pytest.raises(SystemExit, match="exp.start: depth"):
+    with pytest.raises(BrokenRule, match="exp.start: depth"):
         exp.start(UNTRAINED, depth, flops)
-    assert events() == []
+    assert [event.event for event in events()] == ["invalid"]
 
 
 def test_a_crash_is_told_to_the_launcher(make, capsys):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.ledger import COLUMNS, TYPES, UNRANKED, Flag, Ledger, Row, parse, to_line
+from prepare import UserError
 
 ORIGINAL = (
     "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
@@ -197,3 +198,38 @@ def test_flags_are_added_once_and_in_order():
 def test_what_a_row_is_good_for(values, comparable, ranked, judged):
     some = row(**values)
     assert (some.comparable, some.ranked, some.judged) == (comparable, ranked, judged)
+
+
+def test_a_file_that_is_no_ledger_is_left_alone(tmp_path):
+    path = tmp_path / "results.tsv"
+    path.write_text("my own notes\n1\t2\n")
+    with pytest.raises(UserError, match="is no ledger.*move it away"):
+        Ledger(path).append(Row(run="a"))
+    assert path.read_text() == "my own notes\n1\t2\n"
+
+
+def test_a_ledger_of_other_columns_is_copied_before_it_is_rewritten(tmp_path, capsys):
+    path = tmp_path / "results.tsv"
+    lines = (
+        "commit val_bpb memory_gb status description mine",
+        "abc 1.5 1 keep first extra",
+        "abc x 1 keep bad -",
+    )
+    text = "".join(line.replace(" ", "\t") + "\n" for line in lines)
+    path.write_text(text)
+    Ledger(path).append(Row(run="a", val_bpb=1.4))
+    assert [row.val_bpb for row in Ledger(path).rows()] == [1.5, 1.4]
+    [copy] = tmp_path.glob("results.tsv.old-*")
+    assert copy.read_text() == text and "was copied to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "x"])
+def test_a_score_that_is_no_number_is_not_counted(value):
+    said = []
+    assert parse(f"val_bpb\tstatus\n{value}\tkeep\n1.5\tkeep\n", "a.tsv", said.append)[0].val_bpb == 1.5
+    assert len(said) == 1 and "a.tsv:2: not counted, val_bpb is" in said[0]
+
+
+def test_a_reason_that_only_begins_like_an_old_one_gets_no_flag():
+    [row] = parse("val_bpb\tstatus\treason\n0\tcrash\tinterrupted system call\n")
+    assert row.flags == set() and row.judged

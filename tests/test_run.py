@@ -184,3 +184,43 @@ def test_a_dry_run_says_what_is_wrong_and_leaves_nothing(house):
     # The launcher's clock starts when it reads the event: some milliseconds after the trainer's.
     assert 2.9 <= outcome.training_seconds < 8
     assert not (house / "results.tsv").exists() and not (house / "runs").exists()
+
+
+def test_an_agent_of_the_loop_starts_no_experiment(house, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_LOOP", "1")
+    with pytest.raises(UserError, match="runs the experiments"):
+        run_experiment(Request(resolve("cpu")))
+    assert not (house / "runs").exists()
+
+
+def test_a_run_is_recorded_even_when_the_launcher_fails(scores, house, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(runner, "supervise", fail)
+    with pytest.raises(RuntimeError):
+        attempt(house, "whatever")
+    [row] = rows(house)
+    assert row.status == "crash" and row.reason == "the launcher failed: RuntimeError: a fault of ours"
+
+
+def test_a_file_of_the_harness_that_is_gone_is_no_traceback(scores, house, monkeypatch):
+    hashes = iter(["before"])
+
+    def harness_hash():
+        for value in hashes:
+            return value
+        raise FileNotFoundError("platforms.yaml")
+
+    monkeypatch.setattr(runner, "harness_hash", harness_hash)
+    scores.append(1.5)
+    row = attempt(house, "deletes")
+    assert row.status == "invalid" and "is gone" in row.reason
+
+
+def test_a_finished_run_is_not_recorded_again_when_the_ledger_is_lost(scores, house):
+    scores += [1.5, 1.6]
+    attempt(house, "one")
+    (house / "results.tsv").unlink()
+    attempt(house, "two")
+    assert [row.description for row in rows(house)] == ["two"]

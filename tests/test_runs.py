@@ -107,6 +107,20 @@ def test_a_damaged_record_ends_nothing(house, killed, content):
     assert [row.run for row in Ledger(house / "results.tsv").rows()] == ["20260101-000000-dddd"]
 
 
+def test_a_refuted_run_is_not_the_best(house):
+    add(house, "a", val_bpb=1.3)
+    add(house, "b", val_bpb=1.4)
+    Ledger(house / "results.tsv").append(Row(run="a", status="refuted"))
+    assert find_run("best").run == "b"
+
+
+def test_of_several_seeds_the_weights_of_the_best_stay(house):
+    for run, bpb in (("a", 1.5), ("b", 1.4), ("c", 1.6)):
+        prune_weights(add(house, run, val_bpb=bpb, status="keep"), False)
+    assert find_run("best").run == "b" and run_dir("b").weights.exists()
+    assert not run_dir("a").weights.exists() and not run_dir("c").weights.exists()
+
+
 def test_weights_of_the_best_and_those_asked_for_stay(house):
     asked = {"c"}
     for run, bpb, status in (

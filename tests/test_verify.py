@@ -38,7 +38,6 @@ ROW = Row(run="a", val_bpb=1.5, fingerprint="f", val_tokens=1000)
         (Scores(1.5, 0.01, 1000, 1.501, 0.01, 1000, "f"), VERIFIED, "no sign that val is overfitted"),
         (Scores(1.5, 0.01, 1000, 1.6, 0.01, 1000, "f"), VERIFIED, "overfitted, or another mixture"),
         (Scores(1.502, 0.01, 1000, 1.5, 0.01, 1000, "f"), REFUTED, "the ledger says 1.500000"),
-        (Scores(1.5, 0.01, 1000, 1.5, 0.01, 1000, "g"), REFUTED, "has fingerprint g, the run had f"),
     ],
 )
 def test_what_a_second_scoring_says(scores, status, says):

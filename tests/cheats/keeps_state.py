@@ -15,6 +15,18 @@ def forward(self, idx):
 
 train_cuda.GPT.training_now = False
 train_cuda.GPT.forward = forward
+honest_init = train_cuda.GPT.init_weights
+
+
+def init_weights(self):
+    """Without a matrix of zeros, so that the effect does not hang on how far the training came."""
+    honest_init(self)
+    for p in self.parameters():
+        if p.ndim > 1:
+            p.data.normal_(std=0.1)
+
+
+train_cuda.GPT.init_weights = init_weights
 build_model = train_cuda.build_model
 if __name__ == "__main__":
     train_cuda.main()
