@@ -842,7 +842,7 @@ def prepared_path(track: Track) -> Path:
     return cache_dir() / f"{track.name}-{digest[:12]}"
 
 
-def prepare(track: Track, force: bool = False, threads: int | None = None) -> "Prepared":
+def prepare_track(track: Track, force: bool = False, threads: int | None = None) -> "Prepared":
     """Prepare the track unless it is prepared, and return it opened.
 
     Args:
@@ -1212,7 +1212,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         track = load_track(options.track) if options.track else next(iter(load_tracks().values()))
-        print(prepare(track, force=options.force).path)
+        print(prepare_track(track, force=options.force).path)
     except UserError as e:
         note(f"prepare: {e}")
         sys.exit(e.code)

@@ -44,7 +44,7 @@ from backends.protocol import (
     format_event,
     write_json,
 )
-from prepare import UserError, bits_per_byte, load_track, prepare, row_totals
+from prepare import UserError, bits_per_byte, load_track, prepare_track, row_totals
 
 LOG_EVERY = 0.2  # seconds between points of the loss curve
 LINE_EVERY = 10.0  # seconds between progress lines when a trainer runs alone and not on a terminal
@@ -105,7 +105,7 @@ class Experiment(ABC):
             settings = RunSettings.from_env()
             self.platform, _ = choose_platform(settings.platform)
             track = load_track(settings.track or self.platform.track)
-            self.track = prepare(track)
+            self.track = prepare_track(track)
         except UserError as error:
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
         self._run_dir = RunDir(Path(settings.run_dir)) if settings.run_dir else None

@@ -614,7 +614,7 @@ def main() -> None:
     os.environ["AUTORESEARCH_PLATFORM"] = "bench"
     import prepare
 
-    prepared = prepare.prepare(prepare.load_track("local"))
+    prepared = prepare.prepare_track(prepare.load_track("local"))
     name = torch.cuda.get_device_name() if gpu else "cpu"
     tokens = prepared.num_train_rows * prepared.seq_len
     print(f"device: {name}, torch {torch.__version__}; corpus: {tokens / 1e6:.0f}M tokens")

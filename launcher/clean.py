@@ -18,7 +18,7 @@ class Item(NamedTuple):
     num_bytes: int
 
 
-def clean(apply: bool) -> None:
+def free_disk(apply: bool) -> None:
     """Show what runs/ and the cache hold. apply: free what is not needed."""
     freed = 0
     for item in [*saved_weights(), *prepared_data()]:

@@ -256,7 +256,7 @@ def prepare(track: str, platform: str, force: bool) -> None:
     from backends.platforms import choose_platform
 
     name = track or choose_platform(platform)[0].track
-    click.echo(corpus.prepare(corpus.load_track(name), force=force).path)
+    click.echo(corpus.prepare_track(corpus.load_track(name), force=force).path)
 
 
 @main.command()
@@ -427,7 +427,7 @@ def clean(yes: bool) -> None:
     \b
     autoresearch clean --yes
     """
-    from launcher.clean import clean as free_disk
+    from launcher.clean import free_disk
 
     free_disk(yes)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from backends.platforms import Facts, Platform, choose_platform, facts_for, scored_tokens
 from backends.protocol import RunSettings
 from launcher.ledger import BoardKey
-from prepare import ROOT, RULES, TIME_BUDGET, Prepared, Track, UserError, load_track, prepare
+from prepare import ROOT, RULES, TIME_BUDGET, Prepared, Track, UserError, load_track, prepare_track
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Setting:
     @cached_property
     def data(self) -> Prepared:
         """The track's prepared data. The first use prepares it, which can take minutes."""
-        return prepare(self.track)
+        return prepare_track(self.track)
 
     @property
     def trainer(self) -> Path:

@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import psutil
 import pytest
+from conftest import wait_for_line
 
 from backends.protocol import RunDir
 from launcher.child import supervise
@@ -62,23 +62,6 @@ def sleeper(house):
     path = house / "sleeper.py"
     path.write_text(SLEEPER)
     return path
-
-
-def wait_for_line(process, text, seconds=120):
-    """Read the command's progress until a line with `text`; everything read so far.
-
-    A process that never says it is killed.
-    """
-    seen, alarm = "", threading.Timer(seconds, process.kill)
-    alarm.start()
-    try:
-        for line in process.stderr:
-            seen += line
-            if text in line:
-                return seen
-    finally:
-        alarm.cancel()
-    raise AssertionError(f"ended without {text!r}: {seen}")
 
 
 @pytest.mark.slow

@@ -1,14 +1,14 @@
 """`autoresearch clean`: it shows what goes, and frees it only when asked."""
 
-from launcher.clean import clean
+from launcher.clean import free_disk
 from launcher.ledger import Ledger, Row
 from launcher.runs import run_dir
-from prepare import cache_dir, load_track, prepare
+from prepare import cache_dir, load_track, prepare_track
 
 
 def test_it_frees_what_is_not_needed_and_nothing_else(house, monkeypatch, capsys):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(house / "cache"))
-    prepared = prepare(load_track("tiny")).path
+    prepared = prepare_track(load_track("tiny")).path
     old = cache_dir() / "tiny-0123456789ab"
     old.mkdir()
     (old / "train.bin").write_bytes(b"x" * 2**20)
@@ -21,10 +21,10 @@ def test_it_frees_what_is_not_needed_and_nothing_else(house, monkeypatch, capsys
             run_dir(run).keep_weights.touch()
     Ledger(house / "results.tsv").append(Row(run="best", status="keep", rules=1, val_bpb=1.5))
 
-    clean(apply=False)
+    free_disk(apply=False)
     assert run_dir("orphan").weights.exists() and old.exists()
     assert "would free (--yes does it): 2.0 MiB" in capsys.readouterr().out
-    clean(apply=True)
+    free_disk(apply=True)
     assert not run_dir("orphan").weights.exists() and not old.exists()
     assert (cache_dir() / "a-strangers-data-0123456789ab").exists()
     assert run_dir("best").weights.exists() and run_dir("asked").weights.exists() and prepared.exists()

@@ -12,7 +12,7 @@ import pytest
 from backends import experiment
 from backends.experiment import LOSS_LAG, BrokenRule, RowOrder
 from backends.protocol import RunSettings, parse_event
-from prepare import load_track, prepare
+from prepare import load_track, prepare_track
 
 
 class Toy(experiment.Experiment):
@@ -64,7 +64,7 @@ UNTRAINED = math.log(512)  # the tiny track has 512 tokens
 @pytest.fixture
 def make(house, monkeypatch):
     """make(seed=..., budget=...) -> (experiment, a function that returns its events so far)."""
-    prepare(load_track("tiny"))
+    prepare_track(load_track("tiny"))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(Toy, "_watch_held_out_rows", lambda self: None)  # audit hooks would pile up
     monkeypatch.setattr(Toy, "_end_with_the_launcher", lambda self: None)

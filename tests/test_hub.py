@@ -171,7 +171,7 @@ def text_of(prepared, split):
 
 @pytest.mark.parametrize("pack", ["split", "crop"])
 def test_shards_and_the_pinned_validation_shard(hub, tmp_path, pack):
-    prepared = prepare.prepare(track(tmp_path, pack=pack))
+    prepared = prepare.prepare_track(track(tmp_path, pack=pack))
     train, val, sealed = (text_of(prepared, split) for split in ("train", "val", "sealed"))
     assert "s0d" in train and "s1d" in train and "s2d" not in train
     for held_out in (val, sealed):
@@ -179,18 +179,18 @@ def test_shards_and_the_pinned_validation_shard(hub, tmp_path, pack):
     assert not set(re.findall(r"s2d\d+ ", val)) & set(re.findall(r"s2d\d+ ", sealed))
     assert len(prepared.rows("val")) == len(prepared.rows("sealed")) == 20
     hub.log.clear()
-    prepare.prepare(track(tmp_path, pack=pack))
+    prepare.prepare_track(track(tmp_path, pack=pack))
     assert hub.log == []  # what is prepared needs no network
 
 
 def test_a_training_shard_that_repeats_held_out_documents(hub, tmp_path):
     hub.parquet("shard_00001.parquet", numbered(2)[::2] + numbered(1, 1000))
-    text = text_of(prepare.prepare(track(tmp_path)), "train")
+    text = text_of(prepare.prepare_track(track(tmp_path)), "train")
     assert "s1d" in text and "s2d" not in text
 
 
 def test_a_dataset_without_a_validation_shard_is_split_by_document(hub, tmp_path):
-    prepared = prepare.prepare(track(tmp_path, train_shards=0, val_shard=-1))
+    prepared = prepare.prepare_track(track(tmp_path, train_shards=0, val_shard=-1))
     assert len(prepared.rows("sealed")) == 20
 
 
@@ -199,11 +199,11 @@ def test_a_cut_download_is_resumed(hub, tmp_path):
     hub.parquet(name, numbered(1, 300), ballast=24_000_000)  # the client keeps whole chunks of 10 MB
     hub.cut_once.add(name)
     try:
-        prepared = prepare.prepare(track(tmp_path))
+        prepared = prepare.prepare_track(track(tmp_path))
     except UserError as error:
         assert "run again to resume" in str(error)
         assert not list((tmp_path / "cache").glob("remote-*[!k]"))
-        prepared = prepare.prepare(track(tmp_path))
+        prepared = prepare.prepare_track(track(tmp_path))
     assert "s1d" in text_of(prepared, "train")
     assert hub.cut_once == set()
     ranges = [asked for method, path, asked in hub.log if method == "GET" and path.endswith(name)]
@@ -216,31 +216,31 @@ def test_a_file_that_vanished(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "list_hub_files", lambda t: listing)
     del hub.files["shard_00000.parquet"]
     with pytest.raises(UserError, match="hub has no file acme/corpus/shard_00000.parquet"):
-        prepare.prepare(wanted)
+        prepare.prepare_track(wanted)
 
 
 def test_an_unknown_dataset(hub, tmp_path):
     with pytest.raises(UserError, match="hub has no dataset acme/nothing"):
-        prepare.prepare(track(tmp_path, hub="acme/nothing"))
+        prepare.prepare_track(track(tmp_path, hub="acme/nothing"))
 
 
 @pytest.mark.slow  # the hub's client tries several times
 def test_a_server_that_is_down(hub, tmp_path):
     hub.stop()
     with pytest.raises(UserError, match="cannot reach the hub.*pysource"):
-        prepare.prepare(track(tmp_path))
+        prepare.prepare_track(track(tmp_path))
     assert not [p for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")]
 
 
 def test_a_missing_text_column(hub, tmp_path):
     hub.parquet("shard_00000.parquet", ["x"], column="body")
     with pytest.raises(UserError, match="no column 'text'"):
-        prepare.prepare(track(tmp_path))
+        prepare.prepare_track(track(tmp_path))
 
 
 def test_a_validation_shard_that_does_not_exist(hub, tmp_path):
     with pytest.raises(UserError, match="val_shard 7, but acme/corpus has 3"):
-        prepare.prepare(track(tmp_path, val_shard=7))
+        prepare.prepare_track(track(tmp_path, val_shard=7))
 
 
 def test_a_full_disk_while_downloading(hub, tmp_path):

@@ -145,7 +145,7 @@ def write_corpus(folder, kind="txt", count=40):
 @pytest.mark.parametrize("kind", ["txt", "md", "jsonl", "parquet"])
 def test_own_files(config, tmp_path, kind):
     texts = write_corpus(tmp_path / "docs", kind)
-    prepared = prepare.prepare(config(files=f"docs/*.{kind}"))
+    prepared = prepare.prepare_track(config(files=f"docs/*.{kind}"))
     encoding = prepared.encoding()
     for split in ("train", "val", "sealed"):
         rows = prepared.rows(split)
@@ -171,13 +171,13 @@ def test_result_does_not_depend_on_the_number_of_threads(config, tmp_path, monke
     fingerprints = set()
     for threads in (1, 2, 5):
         monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / f"cache{threads}"))
-        fingerprints.add(prepare.prepare(track, threads=threads).fingerprint)
+        fingerprints.add(prepare.prepare_track(track, threads=threads).fingerprint)
     assert len(fingerprints) == 1
 
 
 def test_token_bytes_are_raw_bytes_and_text_survives(config, tmp_path):
     write_corpus(tmp_path / "docs")
-    prepared = prepare.prepare(config(files="docs/*.txt"))
+    prepared = prepare.prepare_track(config(files="docs/*.txt"))
     encoding, lengths = prepared.encoding(), prepared.token_bytes()
     for text in (words(77), "🙂🙃 日本語テキスト naïve café", "<|reserved_0|> is text here", "\t\n  12345"):
         tokens = encoding.encode_ordinary(text)
@@ -188,7 +188,7 @@ def test_token_bytes_are_raw_bytes_and_text_survives(config, tmp_path):
 def test_a_changed_or_cut_cache_is_noticed(config, tmp_path):
     write_corpus(tmp_path / "docs")
     track = config(files="docs/*.txt")
-    prepared = prepare.prepare(track)
+    prepared = prepare.prepare_track(track)
     path = prepared.path / "val.bin"
     data = bytearray(path.read_bytes())
     data[100] ^= 1
@@ -196,8 +196,8 @@ def test_a_changed_or_cut_cache_is_noticed(config, tmp_path):
     assert prepared.current_fingerprint() != prepared.fingerprint
     path.write_bytes(data[:-2])
     with pytest.raises(UserError, match="damaged.*--force"):
-        prepare.prepare(track)
-    assert prepare.prepare(track, force=True).current_fingerprint() == prepared.fingerprint
+        prepare.prepare_track(track)
+    assert prepare.prepare_track(track, force=True).current_fingerprint() == prepared.fingerprint
 
 
 def truncate(name):
@@ -235,19 +235,19 @@ DAMAGE = {
 def test_damaged_data_is_an_error_that_names_the_remedy(config, tmp_path):
     write_corpus(tmp_path / "docs")
     track = config(files="docs/*.txt")
-    path = prepare.prepare(track).path
+    path = prepare.prepare_track(track).path
     whole = tmp_path / "whole"
     shutil.copytree(path, whole)
     for what, damage in DAMAGE.items():
         damage(path)
         with pytest.raises(UserError) as error:
-            prepare.prepare(track)
+            prepare.prepare_track(track)
         message = str(error.value)
         assert "damaged" in message and "--track mine --force" in message and "\n" not in message, what
         assert what.split()[0] not in prepare.DATA_FILES or what.split()[0] in message
         shutil.rmtree(path)
         shutil.copytree(whole, path)
-    prepare.prepare(track)
+    prepare.prepare_track(track)
 
 
 @pytest.mark.parametrize(
@@ -443,21 +443,21 @@ def test_unusable_corpora_leave_nothing_behind(config, tmp_path, setup, settings
     (tmp_path / "docs").mkdir()
     setup(tmp_path / "docs")
     with pytest.raises(UserError, match=says):
-        prepare.prepare(config(files="docs/*.txt", **settings))
+        prepare.prepare_track(config(files="docs/*.txt", **settings))
     assert leftovers(tmp_path / "cache") == []
 
 
 def test_missing_text_column(config, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": "hello"}) + "\n")
     with pytest.raises(UserError, match="no column 'text' .it has body.*text_column"):
-        prepare.prepare(config(files="a.jsonl"))
+        prepare.prepare_track(config(files="a.jsonl"))
 
 
 def test_full_disk(config, tmp_path, monkeypatch):
     write_corpus(tmp_path / "docs")
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: prepare.shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(UserError, match="AUTORESEARCH_CACHE"):
-        prepare.prepare(config(files="docs/*.txt"))
+        prepare.prepare_track(config(files="docs/*.txt"))
 
 
 @pytest.mark.parametrize(
@@ -471,7 +471,7 @@ def test_a_disk_that_fails_while_rows_are_written(config, tmp_path, monkeypatch,
 
     monkeypatch.setattr(prepare.os, "fsync", fail)
     with pytest.raises(UserError, match=says):
-        prepare.prepare(config(files="docs/*.txt"))
+        prepare.prepare_track(config(files="docs/*.txt"))
     assert leftovers(tmp_path / "cache") == []
 
 
@@ -479,7 +479,7 @@ def test_a_cache_that_cannot_be_written(config, tmp_path):
     write_corpus(tmp_path / "docs")
     (tmp_path / "cache").write_text("a file where the directory should be")
     with pytest.raises(UserError, match="cannot write .*cache: .*AUTORESEARCH_CACHE"):
-        prepare.prepare(config(files="docs/*.txt"))
+        prepare.prepare_track(config(files="docs/*.txt"))
 
 
 def test_two_at_once_and_the_second_call_is_quick(config, tmp_path):
@@ -517,7 +517,7 @@ def test_an_interrupt_leaves_nothing_half_made(config, tmp_path):
 def test_an_interrupt_keeps_the_old_data(config, tmp_path, monkeypatch, interrupted):
     write_corpus(tmp_path / "docs")
     track = config(files="docs/*.txt")
-    old = prepare.prepare(track)
+    old = prepare.prepare_track(track)
     left_by_a_killed_process = old.path.with_name(old.path.name + ".tmp")
     left_by_a_killed_process.mkdir()
 
@@ -526,16 +526,16 @@ def test_an_interrupt_keeps_the_old_data(config, tmp_path, monkeypatch, interrup
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare, interrupted, interrupt)
-        prepare.prepare(track, force=True)
+        prepare.prepare_track(track, force=True)
     assert leftovers(tmp_path / "cache") == [old.path.name]
-    assert prepare.prepare(track).current_fingerprint() == old.fingerprint
+    assert prepare.prepare_track(track).current_fingerprint() == old.fingerprint
 
 
 def test_the_lock_is_free_after_preparing(config, tmp_path):
     from filelock import FileLock
 
     write_corpus(tmp_path / "docs")
-    prepared = prepare.prepare(config(files="docs/*.txt"))
+    prepared = prepare.prepare_track(config(files="docs/*.txt"))
     with FileLock(f"{prepared.path}.lock", timeout=0):
         pass
 

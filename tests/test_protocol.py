@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 
 import pytest
+from conftest import RESULT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from backends.protocol import (
     Failure,
     Invalid,
     Log,
-    Result,
     RunDir,
     RunSettings,
     Score,
@@ -26,27 +26,6 @@ from backends.protocol import (
 )
 from prepare import UserError
 
-RESULT = Result(
-    val_bpb=1.25,
-    val_stderr=0.01,
-    val_tokens=16384,
-    training_seconds=300.0,
-    total_seconds=330.5,
-    peak_memory_mb=100.0,
-    tokens_per_second=1000,
-    mfu_percent=40.0,
-    total_tokens_M=1.0,
-    epochs=0.5,
-    num_steps=10,
-    num_params_M=1.0,
-    depth=2,
-    flops_per_token=1000,
-    peak_tflops=0.5,
-    platform="cpu",
-    device="a CPU",
-    track="tiny",
-    seed=1,
-)
 EVENTS = [
     Start("a CPU", "cpu", "tiny", 1, 300.0, 2.5, 12.0, {"on_battery": False}),
     Log(7, 3.5, 3.6, 8192, 1.5, 5461.0, 33.3),
