@@ -106,12 +106,16 @@ def draw(kind: Kind, sigma: float, tails: bool, nights: int, seed: int = 1) -> N
 
 def greedy(nights: Nights) -> Outcome:
     """Keep whatever is below the lowest score so far."""
-    true, lowest, kept = np.zeros(len(nights)), nights.noise[:, 0].copy(), 0
+    true = np.zeros(len(nights))
+    lowest = nights.noise[:, 0].copy()
+    kept = 0
     for run in range(RUNS):
         new = true + nights.effect[:, run]
         score = new + nights.noise[:, run + 1]
         keep = (score < lowest) & ~nights.failed[:, run]
-        true, lowest, kept = np.where(keep, new, true), np.where(keep, score, lowest), kept + keep.sum()
+        true = np.where(keep, new, true)
+        lowest = np.where(keep, score, lowest)
+        kept += keep.sum()
     return Outcome(-true, kept=kept / len(nights))
 
 
@@ -123,7 +127,10 @@ def old_rule(nights: Nights, repeats: int) -> Outcome:
     seen = nights.noise[:, :repeats]
     margin = stdtrit(repeats - 1, 0.99) * seen.std(axis=1, ddof=1)
     best, best_runs = seen.mean(axis=1), np.full(n, float(repeats))
-    true, proposal, waiting, total = np.zeros(n), np.zeros(n, int), np.zeros(n), np.zeros(n, int)
+    true = np.zeros(n)
+    proposal = np.zeros(n, int)
+    waiting = np.zeros(n)
+    total = np.zeros(n, int)
     for run in range(repeats - 1, RUNS):
         new = true + nights.effect[every, proposal]
         score = new + nights.noise[:, run + 1]
@@ -157,7 +164,9 @@ def new_rule(nights: Nights) -> Outcome:
     current = forest.add(every, np.full(n, -1))
     forest.observe(current, nights.noise[:, 0] / 1000 / PRIOR.gain)
     forest.fit()
-    proposal, again, node = np.zeros(n, int), np.zeros(n, bool), current.copy()
+    proposal = np.zeros(n, int)
+    again = np.zeros(n, bool)
+    node = current.copy()
     kept = right = back = repeats = 0
     for run in range(RUNS):
         ok = ~nights.failed[:, run]

@@ -178,7 +178,9 @@ class Forest:
         """Add a trainer to each of `board`, made from the node `parent` (-1: none). Return the new nodes."""
         new = np.arange(self.nodes, self.nodes + len(board))
         self.nodes += len(board)
-        self._parent[new], self._board[new], self._removes[new] = parent, board, removes_code
+        self._parent[new] = parent
+        self._board[new] = board
+        self._removes[new] = removes_code
         self._depth[new] = np.where(parent >= 0, self._depth[parent] + 1, 0)
         mean, var = _prior_moments(self.prior, self.scale[board])
         self._tau[new], self._nu[new] = 1 / var, mean / var
@@ -221,7 +223,10 @@ class Forest:
 
     def _propagate(self) -> None:
         """Pass normal messages up and down the tree: marginals of trainers, and cavities of edits."""
-        n, tau, nu, node = self.nodes, self._tau, self._nu, self._node[: self.runs]
+        n = self.nodes
+        tau = self._tau
+        nu = self._nu
+        node = self._node[: self.runs]
         precision = self._weight[: self.runs] / self.sigma[self._board[node]] ** 2
         below = np.bincount(node, precision, n)  # from the trainer's own runs and its descendants'
         below_nu = np.bincount(node, precision * self._value[: self.runs], n)
@@ -240,7 +245,10 @@ class Forest:
             share = tau[at] / (above[at] + tau[at])
             total[at] = below[at] + above[at] * share
             total_nu[at] = below_nu[at] + share * above_nu[at] + (1 - share) * nu[at]
-        self._below, self._below_nu, self._above, self._above_nu = below, below_nu, above, above_nu
+        self._below = below
+        self._below_nu = below_nu
+        self._above = above
+        self._above_nu = above_nu
         self.mean, self.var = total_nu / total, 1 / total
 
     def _cavity(self, node: Nodes) -> tuple[Floats, Floats]:
@@ -269,8 +277,12 @@ class Forest:
 
     def _weigh(self) -> None:
         """Give a run less weight where it is far worse than its trainer's other runs and children suggest."""
-        n, node, weight = self.nodes, self._node[: self.runs], self._weight[: self.runs]
-        value, board, edit = self._value[: self.runs], self._board[:n], self._edits()
+        n = self.nodes
+        node = self._node[: self.runs]
+        weight = self._weight[: self.runs]
+        value = self._value[: self.runs]
+        board = self._board[:n]
+        edit = self._edits()
         own = np.bincount(node, weight, n)
         own_sum = np.bincount(node, weight * value, n)
         mean, var = _prior_moments(self.prior, self.scale[board[edit]])
@@ -285,7 +297,9 @@ class Forest:
 
     def _estimate(self, seen: Effects) -> None:
         """Estimate each board's seed noise and size of effects: one step of expectation maximization."""
-        node, boards, prior = self._node[: self.runs], self.boards, self.prior
+        node = self._node[: self.runs]
+        boards = self.boards
+        prior = self.prior
         board, weight = self._board[node], self._weight[: self.runs]
         square = (self._value[: self.runs] - self.mean[node]) ** 2 + self.var[node]
         square = weight * np.minimum(square, (CLIP * self.sigma[board]) ** 2)
@@ -511,7 +525,9 @@ def claim(baseline_values: Sequence[float], best_values: Sequence[float], alpha:
     that seeds are exchangeable; before, it is that of Student's t, as ranks of so few cannot reach the
     level. Runs that went wrong make both less sure, not more.
     """
-    level, runs, p = alpha / len(LOOKS), min(len(baseline_values), len(best_values)), 1.0
+    level = alpha / len(LOOKS)
+    runs = min(len(baseline_values), len(best_values))
+    p = 1.0
     here = 0.0
     for look in (n for n in LOOKS if n <= runs):
         here = _p_better(baseline_values[:look], best_values[:look])
@@ -566,7 +582,9 @@ def _interval(baseline: Sequence[float], best: Sequence[float], level: float) ->
         half = float(stdtrit(2 * n - 2, 1 - level)) * math.sqrt((variance(baseline) + variance(best)) / n)
         return gain, gain - half, gain + half
     differences = sorted(x - y for x in baseline for y in best)  # Hodges and Lehmann, 1963
-    ways, k, beyond = _rank_sums(n), 0, 0
+    ways = _rank_sums(n)
+    k = 0
+    beyond = 0
     while (beyond + ways[k]) / sum(ways) <= level:
         beyond, k = beyond + ways[k], k + 1
     if k == 0:

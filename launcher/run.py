@@ -100,27 +100,32 @@ def run_once(request: Request, repetition: bool = False) -> Row:
         copy = run.path / trainer.name
         copy.write_bytes(source)
         write_json(run.record, record_of(row, trainer.name, setting.why, setting.facts.known(), laptop))
-        watch = Watch(setting.platform.device_kind)
         try:
-            outcome = train_and_score(request, copy, run, watch)
+            run_copy(request, row, run, copy, repetition)
         except Exception as error:  # of ours, not the trainer's: the run is on record all the same
             row.status = "crash"
             row.reason = f"the launcher failed: {type(error).__name__}: {error}"
             append_row(row)
             raise
-        if outcome is None:
-            record_interruption(row, run)
-            return row
-        findings = watch.findings()
-        for flag, text in findings:
-            say(f"warning: {flag}: {text}; the row does not rank")
-        row.add_flags(*[flag for flag, _ in findings])
-        row.energy_kj = round(watch.energy_j / 1000, 3)
-        fill(row, outcome, setting)
-        judge(row, repetition, [text for _, text in findings])
-        append_row(row)
-        prune_weights(row, request.keep_weights)
     return row
+
+
+def run_copy(request: Request, row: Row, run: RunDir, copy: Path, repetition: bool) -> None:
+    """Run the copy of the trainer, judge it, and write the row."""
+    watch = Watch(request.setting.platform.device_kind)
+    outcome = train_and_score(request, copy, run, watch)
+    if outcome is None:
+        record_interruption(row, run)
+        return
+    findings = watch.findings()
+    for flag, text in findings:
+        say(f"warning: {flag}: {text}; the row does not rank")
+    row.add_flags(*[flag for flag, _ in findings])
+    row.energy_kj = round(watch.energy_j / 1000, 3)
+    fill(row, outcome, request.setting)
+    judge(row, repetition, [text for _, text in findings])
+    append_row(row)
+    prune_weights(row, request.keep_weights)
 
 
 def read_trainer(trainer: Path) -> bytes:

@@ -54,7 +54,9 @@ def test_without_noise_on_record_a_night_can_begin():
 
 def test_effects_are_symmetric_where_the_prior_is():
     prior = Prior(better=0.35, equal=0.3, gain=0.001, harm=0.001)
-    seen, var, scale = np.linspace(-5, 5, 21), np.full(21, 0.7), np.ones(21)
+    seen = np.linspace(-5, 5, 21)
+    var = np.full(21, 0.7)
+    scale = np.ones(21)
     there, back = effects(seen, var, prior, scale), effects(-seen, var, prior, scale)
     assert there.mean == pytest.approx(-back.mean) and there.var == pytest.approx(back.var)
     assert there.p_gain == pytest.approx(back.p_harm) and there.mean[10] == pytest.approx(0, abs=1e-12)

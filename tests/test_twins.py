@@ -409,7 +409,9 @@ def test_warm_up_leaves_weights_and_optimizer_as_they_were(trainers, monkeypatch
     two_micro_steps(trainers, monkeypatch)
     module = trainers[which]
     fresh, warm = pair(trainers)[which], pair(trainers)[which]
-    seen, optimizers, honest = [], [], module.Optimizer
+    seen = []
+    optimizers = []
+    honest = module.Optimizer
 
     def dummy_batch(rows):
         seen.append(rows)
