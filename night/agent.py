@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from backends.protocol import RUN_ID_VARIABLE
+from backends.protocol import IN_LOOP_VARIABLE, RUN_ID_VARIABLE
 from launcher.console import say
 from launcher.ledger import single_line
 from launcher.processes import end_group, end_leftovers, ignore_signals
 from launcher.runs import new_run_id
 from night import repo
-from night.trial import IN_LOOP
 from prepare import ROOT
 
 PROMPT = "{prompt}"  # in an argument of the agent's command, it stands for the prompt
@@ -82,7 +81,7 @@ def call_agent(command: Sequence[str], prompt: str, seconds: float, files: TurnF
             child = subprocess.Popen(
                 arguments,
                 cwd=ROOT,
-                env={**os.environ, IN_LOOP: "1", RUN_ID_VARIABLE: files.stamp},
+                env={**os.environ, IN_LOOP_VARIABLE: "1", RUN_ID_VARIABLE: files.stamp},
                 stdin=given,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -136,20 +135,22 @@ def begin_turn() -> Turn:
 def undo_turn(turn: Turn, keep: str = "") -> None:
     """Undo what an agent did in the repository. Nothing is lost: all of it stays reachable under a ref.
 
+    Processes of the turn are ended first: an agent outlives a loop that was killed, and would go on editing.
+
     keep: the file whose edit stays, "" when none does.
     """
+    with ignore_signals():
+        ended = end_leftovers(turn.stamp)
+    if ended:
+        say(f"ended what the agent's turn left running: {single_line(', '.join(ended))}")
     if (repo.head(), repo.branch()) != (turn.head, turn.branch):
-        ref = f"stray/{turn.stamp}-head"
-        repo.save_ref(ref, repo.head())
+        ref = repo.save_ref(f"stray/{turn.stamp}-head", repo.head())
         repo.move_branch_back(turn.branch, turn.head)
-        say(f"the agent moved the branch; it is back, and what it committed is {repo.REFS}/{ref}")
+        say(f"the agent moved the branch; it is back, and what it committed is {ref}")
     after = repo.snapshot()
     leftover = [path for path in repo.differing_paths(turn.tree, after) if path != keep]
     if leftover:
-        ref = f"stray/{turn.stamp}"
-        repo.save_ref(ref, repo.commit_tree(after, turn.head, "what an agent left"))
+        commit = repo.commit_tree(after, turn.head, "what an agent left")
+        ref = repo.save_ref(f"stray/{turn.stamp}", commit)
         repo.restore_paths(leftover, turn.tree)
-        say(
-            f"reverted what the agent left in {repo.list_paths(leftover)}; "
-            f"it stays reachable as {repo.REFS}/{ref}"
-        )
+        say(f"reverted what the agent left in {repo.list_paths(leftover)}; it stays reachable as {ref}")

@@ -11,25 +11,26 @@ import math
 import shlex
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from backends.platforms import mac_state
 from launcher.child import last_line
 from launcher.console import say
 from launcher.device import awake
-from launcher.ledger import Flag, Row
+from launcher.ledger import STATUSES, Flag, Row
 from launcher.processes import Stopped, ignore_signals, stop_on_signals
-from launcher.run import EXIT_INTERRUPTED, Request, dry_run
+from launcher.run import EXIT_INTERRUPTED, POWER_FLAGS, Request, dry_run
 from launcher.runs import ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
+from launcher.verdict import best_runs
 from night import repo
 from night.agent import Turn, TurnFailed, TurnFiles, begin_turn, call_agent, read_answer, undo_turn
 from night.panel import Panel, RunDetail
 from night.program import write_program
 from night.state import Edit, LoopState, loop_folder, read_state, record, state_path, write_state
 from night.trial import check_edit, finish_trial, hold_repository, run_trial, scored_before
-from prepare import UserError
+from prepare import UserError, first_line
 
 GIVE_UP = 20  # failed turns in a row after which the loop ends
 LONGEST_PAUSE = 1800.0  # seconds; the pause after a failed turn doubles up to this
@@ -37,7 +38,6 @@ FREE_EDITS = 3  # bad edits in a row that go back to the agent without a pause
 NO_VERDICT_TRIES = 3  # runs of an edit without a verdict (another process on the device), then it is stashed
 LISTED = 60  # experiments that the prompt lists
 RUN_SECONDS = 1.3  # of a whole run, for each second of training, before one was seen
-POWER = {"on_battery": "on battery", "low_power_mode": "in low-power mode"}  # by the keys of mac_state()
 BASELINE = "baseline: the trainer as committed"
 UNCOMMITTED = "what lay in the trainer, uncommitted"
 TURN = """
@@ -118,16 +118,20 @@ def run_night(night: Night) -> int:
 def require_power() -> None:
     """Raise UserError on a Mac whose results would not count."""
     laptop = mac_state()
-    for key, what in POWER.items():
+    for key, flag in POWER_FLAGS.items():
         if laptop.get(key):
             raise UserError(
-                f"this Mac is {what}: no result of the night would count; plug it in and leave low-power mode"
+                f"no result of the night would count ({flag}): plug this Mac in and leave low-power mode"
             )
 
 
 # ---------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------
+
+
+class NightOver(Exception):
+    """The night ends in the middle of a turn. The message says why."""
 
 
 class Loop:
@@ -138,7 +142,7 @@ class Loop:
         self.panel = panel
         self.setting = night.setting
         self.trainer = night.setting.trainer
-        self.edit: Edit | None = None  # that an earlier loop left without a verdict
+        self.edit: Edit | None = None  # without a verdict: of this loop, or left by an earlier one
         self.result = ""  # of the last experiment, for the agent
         self.complaint = ""  # about the last turn, for the agent
         self.failures = 0  # failed turns in a row
@@ -169,11 +173,10 @@ class Loop:
             self.panel.done = state.done
             self.panel.note(f"going on with a loop that was cut off after {state.done} experiments")
         rows = ledger().rows()
-        kept = [
-            row for row in rows if row.comparable and row.status == "keep" and row.board == self.setting.board
-        ]
-        self.panel.best = min(kept, key=lambda row: row.val_bpb, default=None)
-        self.result = describe_result(rows[-1]) if rows else "none: the ledger is empty"
+        best = best_runs(rows, self.setting.board)
+        self.panel.best = min(best, key=lambda row: row.val_bpb, default=None)
+        runs = [row for row in rows if row.status in STATUSES]
+        self.result = describe_result(runs[-1]) if runs else "none: the ledger is empty"
 
     def record_begin(self) -> None:
         record(
@@ -187,12 +190,13 @@ class Loop:
     def take_turns(self) -> tuple[str, int]:
         """Take turns until there is a reason to end. Returns (the reason, exit code)."""
         while True:
-            self.save_state(edit=self.edit)
             enough = self.find_end()
             if enough:
                 return enough, 0
             try:
-                row = self.take_turn()
+                row = self.finish_last_turn() or self.take_turn()
+            except NightOver as over:
+                return str(over), 0
             except (TurnFailed, UserError, OSError) as error:
                 pause = self.record_failure(error)
                 if self.failures >= GIVE_UP:
@@ -252,12 +256,16 @@ class Loop:
             self.panel.enter(f"pausing {seconds:.0f} s")
             time.sleep(min(seconds, self.night.seconds_left()))
 
-    def save_state(self, turn: Turn | None = None, edit: Edit | None = None) -> None:
-        write_state(LoopState(self.night.experiments, self.panel.done, turn, edit))
+    def save_state(self, turn: Turn | None = None) -> None:
+        write_state(LoopState(self.night.experiments, self.panel.done, turn, self.edit))
 
     def leave_state(self) -> None:
-        """Leave an edit without a verdict to the next loop; nothing when there is none."""
-        edit = read_state().edit
+        """Leave to the next loop a turn that could not be undone, or an edit without a verdict."""
+        state = read_state()
+        if state.turn:
+            say("what the agent did could not be undone: the next loop tries it again")
+            return
+        edit = state.edit
         name = self.trainer.name
         if edit and repo.is_edited(name) and edit.blob == repo.blob(name):
             write_state(LoopState(edit=edit))
@@ -270,6 +278,13 @@ class Loop:
 
     # --- A turn ---------------------------------------------------------------------------------------------
 
+    def finish_last_turn(self) -> Row | None:
+        """Finish what an error left unfinished: the undo of a turn, a trial. Returns the trial's verdict."""
+        undo_unfinished_turn()
+        row = finish_trial()
+        self.save_state()
+        return row if row and row.judged else None
+
     def take_turn(self) -> Row:
         """Make one experiment: of what lies in the trainer already, the baseline, or the agent's idea.
 
@@ -277,6 +292,7 @@ class Loop:
 
         Raises:
             TurnFailed, UserError: no experiment came of it.
+            NightOver: there is no time left to train.
             Stopped: the launcher was asked to end.
         """
         edited = repo.is_edited(self.trainer.name)
@@ -285,9 +301,8 @@ class Loop:
         elif scored_before(self.trainer.read_bytes(), self.setting) is None:
             description = BASELINE
         else:
-            check_edit(
-                self.trainer
-            )  # before an agent is called in vain: did a person change what a run reads?
+            # Before an agent is called in vain: did a person change what a run reads?
+            check_edit(self.trainer)
             description = self.ask_agent()
             edited = True
         if edited:
@@ -306,31 +321,43 @@ class Loop:
         Raises:
             TurnFailed: it made no edit. The working tree is then as before.
         """
-        night = self.night
         name = self.trainer.name
-        result = self.complaint + self.result
-        prompt = write_program(self.setting, LISTED) + TURN.format(trainer=name, result=result)
         turn = begin_turn()
-        self.save_state(turn=turn)
+        self.save_state(turn)
         self.panel.enter("the agent thinks")
-        files = TurnFiles(loop_folder(), turn.stamp)
-        seconds = min(night.agent_seconds, max(1.0, night.seconds_left()))
-        code = call_agent(night.agent, prompt, seconds, files)
-        if code is None:
-            undo_turn(turn)
-            raise TurnFailed("agent", f"the agent did not end within {seconds:.0f} s")
-        if code != 0:
-            undo_turn(turn)
-            raise TurnFailed("agent", f"the agent ended with exit code {code}: {last_line(files.log)}")
+        try:
+            description = self.call_agent(turn.stamp)
+        except (TurnFailed, UserError, OSError):
+            undo_unfinished_turn()
+            raise
         undo_turn(turn, keep=name)
-        if not self.trainer.is_file():
-            repo.revert(name)
-            raise TurnFailed("agent", f"the agent deleted {name}")
+        if not self.trainer.is_file() or self.trainer.is_symlink():
+            undo_unfinished_turn()
+            raise TurnFailed("agent", f"the agent left no plain file {name}")
+        self.edit = Edit(repo.blob(name), description)
+        self.save_state()
         if not repo.is_edited(name):
             raise TurnFailed("agent", f"the agent changed nothing in {name}")
-        description = read_answer(files.log)
-        self.save_state(edit=Edit(repo.blob(name), description))
         return description
+
+    def call_agent(self, stamp: str) -> str:
+        """Call the agent and wait for it. Returns its description of what it did.
+
+        Raises:
+            TurnFailed: it cannot be started, takes too long, or fails.
+        """
+        night = self.night
+        result = self.complaint + self.result
+        prompt = write_program(self.setting, LISTED) + TURN.format(trainer=self.trainer.name, result=result)
+        files = TurnFiles(loop_folder(), stamp)
+        # What it thinks of must still be trained in the time that is left.
+        seconds = min(night.agent_seconds, max(1.0, night.seconds_left() - self.longest_run))
+        code = call_agent(night.agent, prompt, seconds, files)
+        if code is None:
+            raise TurnFailed("agent", f"the agent did not end within {seconds:.0f} s")
+        if code != 0:
+            raise TurnFailed("agent", f"the agent ended with exit code {code}: {last_line(files.log)}")
+        return read_answer(files.log)
 
     def check(self, description: str) -> None:
         """Check an edit before minutes are spent on it: it compiles, is new, and survives a dry run.
@@ -338,15 +365,14 @@ class Loop:
         Raises:
             TurnFailed: it does not. The edit is then stashed.
         """
-        name = self.trainer.name
         try:
             check_edit(self.trainer)
         except UserError as error:
-            repo.stash_edit(name, f"stray/{new_run_id()}", description)
+            self.stash(f"stray/{new_run_id()}", description)
             raise TurnFailed("edit", f"«{description}»: {error}") from None
         earlier = scored_before(self.trainer.read_bytes(), self.setting)
         if earlier:
-            repo.stash_edit(name, f"stray/{new_run_id()}", description)
+            self.stash(f"stray/{new_run_id()}", description)
             raise TurnFailed(
                 "edit",
                 f"«{description}»: the same source was scored by run {earlier.run}: "
@@ -360,12 +386,19 @@ class Loop:
         row.status = outcome.status
         row.reason = f"dry run: {outcome.reason}"
         row.total_seconds = outcome.total_seconds
-        row.commit = repo.stash_edit(name, row.run, description)[:7]
+        row.commit = self.stash(row.run, description)[:7]
         ledger().append(row)
         raise TurnFailed(
             "edit",
             f"«{description}» failed its dry run ({outcome.status}): {outcome.reason}\n{log_tail}",
         )
+
+    def stash(self, name: str, description: str) -> str:
+        """Revert the trainer's edit, keep it under a ref, and say which. Returns its commit."""
+        stashed = repo.stash_edit(self.trainer.name, name, description)
+        self.edit = None
+        self.panel.note(f"stashed «{description}»: it stays reachable as {stashed.ref}")
+        return stashed.commit
 
     def dry_row(self, description: str) -> Row:
         """Return the row of an edit that failed its dry run, without what went wrong."""
@@ -384,21 +417,26 @@ class Loop:
 
         Raises:
             TurnFailed: there was no verdict. An edit is then stashed.
+            NightOver: there is no time left for it. An edit stays, and the next loop tries it first.
             Stopped: the run was interrupted.
         """
         detail = RunDetail(self.setting.budget, self.panel)
         request = Request(self.setting, description, self.night.seed, on_event=detail)
-        for _ in range(NO_VERDICT_TRIES):
+        for number in range(1, NO_VERDICT_TRIES + 1):
+            enough = self.find_end()
+            if enough:
+                raise NightOver(enough)
             self.panel.enter(f"training: {description}")
             row = run_trial(request)
             if Flag.INTERRUPTED in row.flags:
                 raise Stopped("during a run")
             if row.judged:
                 return row
-            self.panel.note(f"no verdict ({row.reason}): again in {self.night.pause:.0f} s")
-            time.sleep(self.night.pause)
+            if number < NO_VERDICT_TRIES:
+                self.panel.note(f"no verdict ({row.reason}): again in {self.night.pause:.0f} s")
+                self.wait(self.night.pause)
         if edited:
-            repo.stash_edit(self.trainer.name, row.run, description)
+            self.stash(row.run, description)
         raise TurnFailed(
             "repository",
             f"«{description}» was run {NO_VERDICT_TRIES} times without a verdict: {row.reason}",
@@ -407,13 +445,10 @@ class Loop:
 
 def undo_unfinished_turn() -> None:
     """Undo what an agent wrote that was cut off in the middle of its turn. It stays reachable under a ref."""
-    turn = read_state().turn
-    if turn:
-        undo_turn(turn)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    state = read_state()
+    if state.turn:
+        undo_turn(state.turn)
+        write_state(replace(state, turn=None))
 
 
 def describe_result(row: Row) -> str:

@@ -2,12 +2,11 @@
 
 import re
 
-from launcher.board import gather
 from launcher.ledger import STATUSES, Row, warn
-from launcher.runs import home, ledger
+from launcher.runs import ledger
 from launcher.setting import Setting
-from launcher.verdict import noise_on_record
-from prepare import ROOT, RULES, UserError
+from launcher.verdict import best_runs, noise_on_record
+from prepare import ROOT, UserError
 
 # The section of program.md for each kind of machine, by framework and kind of device.
 SECTIONS = {
@@ -16,6 +15,7 @@ SECTIONS = {
     ("mlx", "gpu"): "MLX",
     ("mlx", "cpu"): "MLX",
 }
+NO_BEST = "best: none yet: run the trainer unchanged, that is the baseline"
 RECENT = 15  # experiments that are listed unless told otherwise
 REASON_LENGTH = 80  # characters of a failure's reason in that list
 
@@ -73,21 +73,17 @@ def facts(setting: Setting, recent: int) -> list[str]:
 
 
 def standing(setting: Setting) -> list[str]:
-    """Return the lines about the best run, the baseline and the seed noise of this device."""
-    found = gather([home() / "results.tsv"], setting.track.name, setting.platform.name, warn)
-    boards = [
-        board
-        for board in found.boards
-        if board.key.device == setting.facts.device and board.key.rules == RULES
-    ]
-    if not boards:
-        return ["best: none yet: run the trainer unchanged, that is the baseline"]
-    board = boards[0]
-    best = board.best
-    noise = noise_on_record(board.rows, board.key)
-    lines = [
-        f"best: {best.val_bpb:.6f} by {best.run} ({best.description}); baseline {board.baseline.val_bpb:.6f}"
-    ]
+    """Return the lines about the trainer to beat, the baseline and the seed noise, of the setting's board."""
+    rows = ledger().rows(warn)
+    if not any(row.comparable for row in rows):
+        return [NO_BEST]  # and no data are prepared, as the board would need
+    board = setting.board
+    best = min(best_runs(rows, board), key=lambda row: row.val_bpb, default=None)
+    if best is None:
+        return [NO_BEST]
+    baseline = next(row for row in rows if row.comparable and row.board == board)
+    noise = noise_on_record(rows, board)
+    lines = [f"best: {best.val_bpb:.6f} by {best.run} ({best.description}); baseline {baseline.val_bpb:.6f}"]
     if noise:
         lines.append(f"noise: sigma {noise.sigma:.6f}, an improvement counts from {noise.margin():.6f}")
     else:

@@ -6,14 +6,16 @@ left uncommitted elsewhere stays as it is. A file is named by its path below ROO
 """
 
 import os
+import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
-from launcher.harness import git_output
+from launcher.harness import PROTECTED, git_output
 from prepare import ROOT, UserError
 
 # REFS/<run>: a trial that was reverted, or an edit that was stashed before a run of it counted.
@@ -24,16 +26,6 @@ LOCK_POLL_SECONDS = 0.2
 LARGE_FILE = 2**24  # bytes; a larger untracked file is data, and is not copied into the repository
 PATHS_A_CALL = 500  # of git update-index: a command line has a limit
 NAMED_PATHS = 5  # that a message lists
-# What a run imports or reads: a trial changes none of it but the trainer. Anything else may change any time.
-PROTECTED = (
-    ":(glob)*.py",
-    ":(glob)*.yaml",
-    "backends",
-    "launcher",
-    "night",
-    "pyproject.toml",
-    "uv.lock",
-)
 UNFINISHED = {
     "MERGE_HEAD": "merge",
     "rebase-merge": "rebase",
@@ -43,6 +35,7 @@ UNFINISHED = {
 SYMLINK_MODE = "120000"
 EXECUTABLE_MODE = "100755"
 FILE_MODE = "100644"
+FOLDER_MODE = "040000"
 
 
 # ---------------------------------------------------------------------------
@@ -147,7 +140,9 @@ def path_prefix() -> str:
 
 def changed_besides(trainer: str) -> list[str]:
     """Return the PROTECTED files that differ from the last commit, but for the trainer."""
-    lines = git_paths("status", "--porcelain", "--no-renames", "-z", "--", *PROTECTED)
+    # Without `glob`, git's * crosses slashes: *.py would be any Python file in any folder.
+    protected = [f":(glob){path}" for path in PROTECTED]
+    lines = git_paths("status", "--porcelain", "--no-renames", "-z", "--", *protected)
     prefix = path_prefix()
     paths = {line[3:].removeprefix(prefix) for line in lines}  # after two letters of status and a space
     return sorted(paths - {trainer})
@@ -174,8 +169,9 @@ def content(tree: str, path: str) -> bytes:
 
 
 def mode_of(tree: str, path: str) -> str:
-    """Return the mode of a file of a commit or tree, "" where there is none."""
-    return git_checked("ls-tree", tree, "--", path).partition(" ")[0]
+    """Return the mode of a file of a commit or tree, "" where there is none or a folder."""
+    mode = git_checked("ls-tree", tree, "--", path).partition(" ")[0]
+    return "" if mode == FOLDER_MODE else mode
 
 
 # ---------------------------------------------------------------------------
@@ -216,17 +212,33 @@ def revert(trainer: str) -> None:
     git_checked("checkout", "-q", "HEAD", "--", trainer)
 
 
-def stash_edit(trainer: str, name: str, message: str) -> str:
-    """Revert the trainer's edit and keep it as the ref REFS/<name>. Returns its commit."""
+class Stashed(NamedTuple):
+    """An edit that was reverted, and is still reachable."""
+
+    commit: str
+    ref: str
+
+
+def stash_edit(trainer: str, name: str, message: str) -> Stashed:
+    """Revert the trainer's edit and keep it as save_ref does."""
     commit = commit_alone(trainer, message)
-    save_ref(name, commit)
+    ref = save_ref(name, commit)
     revert(trainer)
-    return commit
+    return Stashed(commit, ref)
 
 
-def save_ref(name: str, commit: str) -> None:
-    """Keep a commit reachable as REFS/<name>."""
-    git_checked("update-ref", f"{REFS}/{name}", commit)
+def save_ref(name: str, commit: str) -> str:
+    """Keep a commit reachable as REFS/<name>, or REFS/<name>-2 when another commit has that name, and so on.
+
+    Returns the ref.
+    """
+    ref = f"{REFS}/{name}"
+    number = 1
+    while git_output("rev-parse", "--verify", "-q", ref) not in ("", commit):
+        number += 1
+        ref = f"{REFS}/{name}-{number}"
+    git_checked("update-ref", ref, commit)
+    return ref
 
 
 # ---------------------------------------------------------------------------
@@ -254,25 +266,46 @@ def is_small_file(path: str) -> bool:
 
 
 def differing_paths(before: str, after: str) -> list[str]:
-    """Return the paths below ROOT at which two trees differ."""
-    return git_paths("diff-tree", "-r", "-z", "--no-renames", "--name-only", "--relative", before, after)
+    """Return the paths below ROOT at which two trees differ. Submodules are left alone."""
+    how = ("-r", "-z", "--no-renames", "--name-only", "--relative", "--ignore-submodules")
+    return git_paths("diff-tree", *how, before, after)
 
 
 def restore_paths(paths: Iterable[str], tree: str) -> None:
-    """Make the paths in the working tree what they are in the tree. Those that it lacks are removed."""
-    for path in paths:
-        restore_path(path, tree)
+    """Make the paths in the working tree what they are in the tree. Those that it lacks are removed.
+
+    A file may have become a folder, a folder a file or a link. All that the tree lacks goes first, so that
+    nothing is written through a link.
+    """
+    modes = {path: mode_of(tree, path) for path in paths}
+    for path, mode in modes.items():
+        if not mode:
+            remove_added(ROOT / path)
+    for path, mode in modes.items():
+        if mode:
+            write_path(ROOT / path, content(tree, path), mode)
 
 
-def restore_path(path: str, tree: str) -> None:
-    """Make one path in the working tree what it is in the tree."""
-    target = ROOT / path
-    mode = mode_of(tree, path)
-    if not mode:
-        target.unlink(missing_ok=True)
-        return
+def remove_added(target: Path) -> None:
+    """Remove a file or link from the working tree, and the folders above it that are empty then."""
+    if target.is_symlink() or target.is_file():
+        target.unlink()
+    for folder in target.parents:
+        if folder == ROOT:
+            break
+        with suppress(OSError):  # it holds something else, or is gone
+            folder.rmdir()
+
+
+def write_path(target: Path, data: bytes, mode: str) -> None:
+    """Write a file or link of the working tree. What is in its way is removed. mode: as git has it."""
+    for path in reversed(target.relative_to(ROOT).parents):  # the uppermost first: it may be a link
+        folder = ROOT / path
+        if folder != ROOT and (folder.is_symlink() or folder.is_file()):
+            folder.unlink()
     target.parent.mkdir(parents=True, exist_ok=True)
-    data = content(tree, path)
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
     if mode == SYMLINK_MODE:
         target.unlink(missing_ok=True)
         target.symlink_to(os.fsdecode(data))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from backends.protocol import write_json
+from backends.protocol import IN_LOOP_VARIABLE, write_json
 from launcher.console import say
 from launcher.device import acquire
 from launcher.harness import source_hash
@@ -25,11 +25,9 @@ from launcher.ledger import STATUSES, Row
 from launcher.run import Request, exit_code, print_result, run_experiment
 from launcher.runs import id_time, ledger, record_killed_runs
 from launcher.setting import Setting
+from launcher.verdict import best_runs
 from night import repo
 from prepare import UserError
-
-# Set for the agent that the loop calls: it must not start experiments of its own.
-IN_LOOP = "AUTORESEARCH_LOOP"
 
 
 def try_edit(request: Request) -> int:
@@ -49,17 +47,19 @@ def hold_repository() -> Iterator[None]:
     Raises:
         UserError: there is no repository to commit to, or the agent of a loop asks.
     """
-    if os.environ.get(IN_LOOP):
+    if os.environ.get(IN_LOOP_VARIABLE):
         raise UserError(
             "`autoresearch loop` runs the experiments: edit the trainer, say what you did, and end"
         )
     repo.require_repository()
     lock = FileLock(repo.git_path("autoresearch.lock"))
     acquire(lock, lambda: "another try or loop works in this repository")
-    with lock:
+    try:
         record_killed_runs()
         finish_trial()
         yield
+    finally:
+        lock.release()
 
 
 # ---------------------------------------------------------------------------
@@ -70,7 +70,8 @@ def hold_repository() -> Iterator[None]:
 def run_trial(request: Request, on_row: Callable[[Row], None] = lambda row: None) -> Row:
     """Commit the trainer as it lies there, run it, keep or revert it. Returns the row that decides.
 
-    The repository must be held. `on_row` gets the row of a run before git is touched.
+    A source that was scored before is not run again. The repository must be held. `on_row` gets the row
+    before git is touched.
 
     Raises:
         UserError: there is nothing to try, or more than the trainer changed.
@@ -91,17 +92,14 @@ def run_trial(request: Request, on_row: Callable[[Row], None] = lambda row: None
     trial = Trial(trainer, commit, base, repo.branch(), request.description, id_time())
     write_json(journal(), asdict(trial))
     if earlier:
-        say(
-            f"not run again: run {earlier.run} scored the identical {trainer}: "
-            f"{earlier.val_bpb:.6f}, {earlier.status}"
-        )
-        finish_trial(earlier)
-        return earlier
-    try:
-        row = run_source(request, source, commit)
-    except UserError:  # the run could not even begin: there is nothing to finish
-        journal().unlink()
-        raise
+        say(f"not run again: run {earlier.run} scored the identical {trainer}")
+        row = judge_again(earlier)
+    else:
+        try:
+            row = run_source(request, source, commit)
+        except UserError:  # the run could not even begin: there is nothing to finish
+            journal().unlink()
+            raise
     on_row(row)
     finish_trial(row)
     return row
@@ -146,6 +144,15 @@ def scored_before(source: bytes, setting: Setting) -> Row | None:
     return rows[-1] if rows else None
 
 
+def judge_again(earlier: Row) -> Row:
+    """Return a scored row with the verdict of today: "keep" only for the trainer that is the best one now."""
+    best = best_runs(ledger().rows(), earlier.board)
+    if any(row.source == earlier.source for row in best):
+        return replace(earlier, status="keep", reason=f"run {earlier.run} scored it: the best trainer so far")
+    reason = f"run {earlier.run} scored it ({earlier.status}), and it is not the best trainer now"
+    return replace(earlier, status="discard", reason=reason)
+
+
 # ---------------------------------------------------------------------------
 # The journal
 # ---------------------------------------------------------------------------
@@ -176,17 +183,19 @@ def read_journal() -> Trial | None:
         return None
 
 
-def finish_trial(row: Row | None = None) -> None:
+def finish_trial(row: Row | None = None) -> Row | None:
     """Finish the trial that the journal holds: keep it, revert it, or leave an edit without a verdict alone.
 
     Every step may be repeated, and the journal goes last: if this is cut off, the next command completes it.
 
     row: the verdict. None: the trial was cut off, and the ledger may have its verdict.
+
+    Returns the row of the trial, None when there was no trial or it was not run.
     """
     trial = read_journal()
     if trial is None:
         journal().unlink(missing_ok=True)
-        return
+        return None
     if row is None:
         row = find_verdict(trial)
         found = f"run {row.run}: {row.status}" if row else "it was not run"
@@ -194,6 +203,7 @@ def finish_trial(row: Row | None = None) -> None:
     if trial.commit != trial.base:
         keep_or_revert(trial, row)
     journal().unlink(missing_ok=True)
+    return row
 
 
 def find_verdict(trial: Trial) -> Row | None:
@@ -215,9 +225,8 @@ def keep_or_revert(trial: Trial, row: Row | None) -> None:
         repo.advance_branch(trial.commit, trial.base, trial.trainer)
         say(f"kept: {trial.commit[:7]} {trial.description}")
         return
-    ref = row.run if row else f"cut-off-{trial.began}"
-    repo.save_ref(ref, trial.commit)
-    where = f"it stays reachable as {repo.REFS}/{ref}"
+    ref = repo.save_ref(row.run if row else f"cut-off-{trial.began}", trial.commit)
+    where = f"it stays reachable as {ref}"
     if not (row and judged):
         say(f"no verdict: the edit is still in {trial.trainer}, uncommitted; {where}")
     elif not branch_stayed:

@@ -1,11 +1,13 @@
 """An agent for one turn: its command, its answer, and what it leaves behind."""
 
 import os
+import subprocess
 import sys
 
 import psutil
 import pytest
 
+from backends.protocol import RUN_ID_VARIABLE
 from launcher.harness import git_output
 from night import agent, repo
 from night.agent import TurnFailed, TurnFiles, begin_turn, call_agent, read_answer, undo_turn
@@ -18,6 +20,10 @@ def files(house):
 
 def python(code, *arguments):
     return [sys.executable, "-c", code, *arguments]
+
+
+def runs(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 # --- The call -----------------------------------------------------------------------------------------------
@@ -59,8 +65,7 @@ sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
 print(subprocess.Popen(sleeper, start_new_session=True, stdout=subprocess.DEVNULL).pid)
 """
     assert call_agent(python(code), "", 60.0, files) == 0
-    pid = int(files.log.read_text())
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not runs(int(files.log.read_text()))
 
 
 # --- The answer ---------------------------------------------------------------------------------------------
@@ -123,6 +128,57 @@ def test_a_moved_branch_is_moved_back(repository, detached, capsys):
     assert git_output("rev-parse", "agents") == committed
     assert git_output("rev-parse", f"refs/autoresearch/stray/{turn.stamp}-head") == committed
     assert repo.is_edited("train_cuda.py") and "the agent moved the branch" in capsys.readouterr().err
+
+
+def test_an_agent_that_still_edits_is_ended_before_its_edits_are_undone(repository, capsys):
+    """The loop that called it was killed."""
+    turn = begin_turn()
+    code = """
+import time
+from pathlib import Path
+print("up", flush=True)
+while True:
+    Path("README.md").write_text("by the agent " + str(time.time()))
+    time.sleep(0.01)
+"""
+    process = subprocess.Popen(
+        python(code),
+        cwd=repository,
+        env={**os.environ, RUN_ID_VARIABLE: turn.stamp},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout and process.stdout.readline() == b"up\n"
+        undo_turn(turn)
+        assert not runs(process.pid)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (repository / "README.md").read_text() == "read me\n"
+    assert f"ended what the agent's turn left running: {process.pid} " in capsys.readouterr().err
+
+
+def test_an_undo_that_failed_half_way_is_repeated_and_nothing_is_lost(repository, monkeypatch):
+    turn = begin_turn()
+    (repository / "README.md").write_text("by the agent\n")
+    (repository / "train_cuda.py").write_text("SCORE = 1.3\n")
+    write_path = repo.write_path
+
+    def fail_at_the_trainer(target, data, mode):
+        if target.name == "train_cuda.py":
+            raise PermissionError
+        write_path(target, data, mode)
+
+    monkeypatch.setattr(repo, "write_path", fail_at_the_trainer)
+    with pytest.raises(PermissionError):
+        undo_turn(turn)
+    monkeypatch.setattr(repo, "write_path", write_path)
+    undo_turn(turn)
+    assert repo.changed_besides("") == [] and (repository / "README.md").read_text() == "read me\n"
+    ref = f"refs/autoresearch/stray/{turn.stamp}"
+    assert git_output("show", f"{ref}:inner/README.md") == "by the agent"
+    assert git_output("show", f"{ref}-2:inner/train_cuda.py") == "SCORE = 1.3"
 
 
 def test_a_turn_that_changed_nothing_leaves_no_ref(repository):

@@ -1,5 +1,6 @@
 """The night: real agents that are scripts, in a real repository; only the training is made up."""
 
+import contextlib
 import json
 import os
 import pty
@@ -9,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 import psutil
 import pytest
 from conftest import edit, wait_for_line
 
+from backends.protocol import IN_LOOP_VARIABLE
 from launcher.harness import git_output
 from launcher.ledger import Flag, Ledger
 from launcher.runs import home
@@ -166,7 +169,9 @@ def test_what_lay_in_the_trainer_is_tried_first(night, repository):
         ("trainer.write_text('half an edit'); sys.exit('no network')", "exit code 1: no network"),
         ("trainer.write_text('half an edit'); time.sleep(60)", "did not end within 2 s"),
         ("print('I only looked')", "changed nothing in train_cuda.py"),
-        ("trainer.unlink()", "deleted train_cuda.py"),
+        ("trainer.unlink()", "left no plain file train_cuda.py"),
+        ("trainer.unlink(); trainer.mkdir(); (trainer / 'x').touch()", "left no plain file train_cuda.py"),
+        ("trainer.unlink(); trainer.symlink_to('train_mlx.py')", "left no plain file train_cuda.py"),
     ],
 )
 def test_an_agent_that_fails_is_retried_with_growing_pauses(
@@ -216,6 +221,94 @@ def test_an_idea_that_was_scored_is_not_run_again(night, repository, monkeypatch
     monkeypatch.setattr(loop, "GIVE_UP", 2)
     assert night("trainer.write_text('SCORE = 1.8')\nprint('experiment: the same')", 9) == 1
     assert len(rows()) == 2 and "the same source was scored by run" in recorded("failed")[0]["reason"]
+
+
+def test_an_edit_of_a_person_that_fails_is_stashed_under_a_ref_that_is_named(night, repository, capsys):
+    assert night(BETTER, 1) == 0
+    edit(repository, "def broken(:\n")
+    assert night(BETTER, 1) == 0
+    [ref] = leftover_refs()
+    said = capsys.readouterr().err
+    assert f"stashed «what lay in the trainer, uncommitted»: it stays reachable as {ref}\n" in said
+    assert git_output("show", f"{ref}:inner/train_cuda.py") == "def broken(:"
+
+
+def test_an_edit_keeps_its_description_when_an_error_comes_between(night, repository, monkeypatch):
+    """Then its turn starts again without the agent."""
+    fails = iter([OSError("no space"), UserError("git is busy"), None, None])
+    really_run = loop.dry_run
+
+    def dry_run(*arguments):
+        error = next(fails)
+        if error:
+            raise error
+        return really_run(*arguments)
+
+    monkeypatch.setattr(loop, "dry_run", dry_run)
+    assert night(BETTER, 2) == 0
+    assert [row.description for row in rows()][1:] == ["a tenth better than 1.5"]
+    assert len(recorded("failed")) == 2
+
+
+@pytest.mark.parametrize("where", ["before the run", "after the run"])
+def test_a_trial_that_an_error_left_open_is_finished_by_the_next_turn(
+    night, repository, monkeypatch, capsys, where
+):
+    """A full disk, or a lock of git that stays: with a verdict, the trial is the next experiment."""
+    assert night(BETTER, 1) == 0
+    start = repo.head()
+    name = "run_source" if where == "before the run" else "advance_branch"
+    where_it_lies = trial if where == "before the run" else repo
+    really = getattr(where_it_lies, name)
+    fails = iter([True])
+
+    def failing(*arguments):
+        if next(fails, False):
+            raise OSError("no space left on device")
+        return really(*arguments)
+
+    monkeypatch.setattr(where_it_lies, name, failing)
+    assert night(BETTER, 1) == 0
+    assert [row.val_bpb for row in rows()] == [1.5, 1.4] and rows()[
+        1
+    ].description == "a tenth better than 1.5"
+    assert night.pauses == [7] and git_output("rev-parse", "HEAD~1") == start
+    assert "the trial of «a tenth better than 1.5» was cut off" in capsys.readouterr().err
+    assert [entry["description"] for entry in recorded("experiment")][1:] == ["a tenth better than 1.5"]
+    assert not trial.journal().exists() and git_checked("status", "--porcelain") == ""
+
+
+def test_an_undo_that_fails_is_tried_again_by_the_next_turn(night, repository, monkeypatch):
+    restore_paths = repo.restore_paths
+    fails = iter([True, True])
+
+    def failing(*arguments):
+        if next(fails, False):
+            raise PermissionError("not permitted")
+        restore_paths(*arguments)
+
+    monkeypatch.setattr(repo, "restore_paths", failing)
+    agent = """
+if not Path("../tried").exists():
+    Path("../tried").touch()
+    Path("README.md").write_text("by the agent")
+"""
+    assert night(agent + BETTER, 2) == 0
+    assert (repository / "README.md").read_text() == "read me\n" and len(recorded("failed")) == 2
+    assert [row.val_bpb for row in rows()] == [1.5, 1.4]
+
+
+def test_an_undo_that_always_fails_is_left_to_the_next_loop(night, repository, monkeypatch, capsys):
+    def fail(*arguments):
+        raise PermissionError("not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "GIVE_UP", 3)
+        patch.setattr(repo, "restore_paths", fail)
+        assert night("Path('README.md').write_text('by the agent')", 2) == 1
+    assert "could not be undone" in capsys.readouterr().err
+    assert night(BETTER, 2) == 0
+    assert (repository / "README.md").read_text() == "read me\n" and not state_path().exists()
 
 
 def test_a_busy_device_is_waited_for_and_then_the_edit_is_stashed(night, repository, monkeypatch):
@@ -325,6 +418,51 @@ time.sleep(1)
         assert git_output("show", f"{leftover}:inner/prepare.py") == "torn"
 
 
+def test_an_agent_that_outlived_a_killed_loop_edits_no_further(night, repository):
+    deadly = """
+Path(os.environ["AUTORESEARCH_HOME"], "pid").write_text(str(os.getpid()))
+os.kill(os.getppid(), 9)
+while True:
+    Path("prepare.py").write_text(str(time.time()))
+    time.sleep(0.01)
+"""
+    child = os.fork()
+    if child == 0:
+        night(deadly, 3)
+        os._exit(0)
+    os.waitpid(child, 0)
+    pid = int((home() / "pid").read_text())
+    try:
+        assert psutil.pid_exists(pid)
+        assert night(BETTER, 3) == 0
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert (repository / "prepare.py").read_text() == "RULES = 1\n"
+    assert [row.val_bpb for row in rows()] == [1.5, 1.4, 1.3]
+
+
+def test_a_row_of_verify_is_no_last_result(night, repository):
+    assert night(BETTER, 1) == 0
+    Ledger(home() / "results.tsv").append(replace(rows()[0], status="verified", description="verified it"))
+    assert night(BETTER, 1) == 0
+    result = last_prompt().split("## Last result")[1]
+    assert result.strip().startswith("baseline: the trainer as committed") and "val_bpb: 1.500000" in result
+
+
+def test_only_the_agent_is_told_that_it_is_in_a_loop(night, repository, monkeypatch):
+    really_run = trial.run_experiment
+
+    def run_experiment(request):
+        assert IN_LOOP_VARIABLE not in os.environ
+        return really_run(request)
+
+    monkeypatch.setattr(trial, "run_experiment", run_experiment)
+    assert night(f"assert os.environ[{IN_LOOP_VARIABLE!r}] == '1'" + BETTER, 2) == 0
+    assert len(rows()) == 2
+
+
 def test_ctrl_c_during_a_run_leaves_order(night, repository, capsys):
     agent = "trainer.write_text('SCORE = 1.0  # STOP')\nprint('experiment: stopped')"
     assert night(agent, 5) == 130
@@ -370,10 +508,61 @@ def test_until(night, repository, capsys):
     assert not rows() and "another experiment would not end by" in capsys.readouterr().out
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """clock.left: the seconds until the night ends. A pause takes its time."""
+
+    class Clock:
+        left = 1000.0
+
+    def wait(self, seconds):
+        Clock.left -= seconds
+
+    monkeypatch.setattr(Night, "seconds_left", lambda self: Clock.left)
+    monkeypatch.setattr(loop.Loop, "wait", wait)
+    return Clock
+
+
+def test_the_agent_has_the_time_that_its_experiment_leaves(night, repository, monkeypatch, clock):
+    given = []
+    really_call = loop.call_agent
+
+    def call_agent(command, prompt, seconds, files):
+        given.append(seconds)
+        clock.left = 0.0
+        return really_call(command, prompt, 60.0, files)
+
+    monkeypatch.setattr(loop, "call_agent", call_agent)
+    assert night(BETTER, 9, until=datetime.now()) == 0
+    assert given == [1000.0 - 1.3 * 300.0]  # the longest run is assumed to take 390 s
+
+
+@pytest.mark.parametrize("when", ["the dry run", "a pause"])
+def test_no_run_begins_that_would_not_end_in_time(night, repository, monkeypatch, clock, capsys, when):
+    if when == "the dry run":
+        really_run = loop.dry_run
+
+        def dry_run(*arguments):
+            clock.left = 380.0
+            return really_run(*arguments)
+
+        monkeypatch.setattr(loop, "dry_run", dry_run)
+    else:
+        clock.left = 391.0
+        assert night(BETTER, 1) == 0
+    text = "SCORE = 1.0" if when == "the dry run" else "SCORE = 1.0  # BUSY"
+    agent = f"trainer.write_text({text!r})\nprint('experiment: too late')"
+    assert night(agent, 9, until=datetime.now()) == 0
+    said = capsys.readouterr()
+    assert len(rows()) == (1 if when == "the dry run" else 2)
+    assert "ended: another experiment would not end by" in said.out
+    assert "no verdict yet on «too late»" in said.err and trainer_text(repository) == text
+
+
 def test_a_laptop_on_battery_is_told_before_the_night(night, repository, monkeypatch):
-    for state, says in (("on_battery", "on battery"), ("low_power_mode", "in low-power mode")):
+    for state, says in (("on_battery", "battery"), ("low_power_mode", "low-power")):
         monkeypatch.setattr(loop, "mac_state", lambda state=state: {state: True})
-        with pytest.raises(UserError, match=f"{says}: no result"):
+        with pytest.raises(UserError, match=rf"no result of the night would count \({says}\)"):
             night(BETTER)
     assert not rows()
 

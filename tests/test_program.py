@@ -2,12 +2,11 @@
 
 import pytest
 
-from backends.platforms import machine_facts
 from launcher.ledger import Flag, Ledger, Row
 from launcher.setting import resolve
 from night import program
 from night.program import SECTIONS, read_sections, write_program
-from prepare import RULES, UserError
+from prepare import UserError
 
 
 def row(run, val_bpb, status, **more):
@@ -16,14 +15,8 @@ def row(run, val_bpb, status, **more):
         "run": run,
         "val_bpb": val_bpb,
         "status": status,
-        "rules": RULES,
-        "budget": 300.0,
-        "track": "tiny",
-        "platform": "cpu",
-        "device": machine_facts().device,
+        **resolve("cpu").board._asdict(),
         "description": f"idea {number}",
-        "fingerprint": "f",
-        "val_tokens": 16384,
         "time": f"2026-01-01T00:00:0{number}Z",
         "reason": "no luck",
     }
@@ -65,6 +58,25 @@ def test_what_was_tried_is_listed(ledger):
     assert "tried, newest last (4 in all):\n  keep     1.500000  idea 0\n" in text
     assert "  crash    0.000000  idea 2  [no luck]\n" in text and "idea 3" not in text
     assert "idea 1\n" not in write_program(resolve("cpu"), recent=1).partition("tried")[2]
+
+
+def test_the_best_of_a_short_budget_is_named_although_it_never_ranks(ledger):
+    """`autoresearch loop --budget 60`: the agent must know what it has to beat."""
+    short = {"budget": 60.0, "marks": Flag.SHORT}
+    ledger.append(row("r0", 1.8, "keep", **short))
+    ledger.append(row("r1", 1.7, "keep", **short))
+    ledger.append(row("r2", 1.0, "keep", budget=60.0, marks="short,contended"))
+    text = write_program(resolve("cpu", budget=60.0))
+    assert "best: 1.700000 by r1 (idea 1); baseline 1.800000" in text
+    ledger.append(row("r3", 1.2, "keep"))
+    assert "best: 1.200000 by r3 (idea 3); baseline 1.200000" in write_program(resolve("cpu"))
+    assert "best: none yet" in write_program(resolve("cpu", budget=61.0))
+
+
+def test_a_page_without_any_run_prepares_no_data(house):
+    setting = resolve("cpu")
+    assert "best: none yet" in write_program(setting)
+    assert "data" not in vars(setting)  # the property is cached where it was used
 
 
 def test_the_seed_noise_is_named(ledger):

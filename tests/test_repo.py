@@ -1,6 +1,7 @@
 """Git around the experiments, in a real repository."""
 
 import os
+import shutil
 
 import pytest
 
@@ -51,9 +52,18 @@ def test_what_git_says_need_not_be_utf8(repository):
 
 def test_a_stashed_edit_is_reachable_and_out_of_the_way(repository):
     (repository / "train_cuda.py").write_text("SCORE = 1.0\n")
-    commit = repo.stash_edit("train_cuda.py", "stray/x", "an edit")
-    assert status() == "" and git_output("rev-parse", "refs/autoresearch/stray/x") == commit
-    assert repo.content(commit, "train_cuda.py") == b"SCORE = 1.0\n"
+    stashed = repo.stash_edit("train_cuda.py", "stray/x", "an edit")
+    assert status() == "" and stashed.ref == "refs/autoresearch/stray/x"
+    assert git_output("rev-parse", stashed.ref) == stashed.commit
+    assert repo.content(stashed.commit, "train_cuda.py") == b"SCORE = 1.0\n"
+
+
+def test_a_ref_is_never_overwritten(repository):
+    first = repo.head()
+    other = repo.commit_tree(repo.snapshot(), first, "another")
+    assert repo.save_ref("x", first) == repo.save_ref("x", first) == "refs/autoresearch/x"
+    assert repo.save_ref("x", other) == repo.save_ref("x", other) == "refs/autoresearch/x-2"
+    assert git_output("rev-parse", "refs/autoresearch/x") == first
 
 
 def test_a_snapshot_brings_everything_back(repository):
@@ -88,6 +98,93 @@ def test_a_snapshot_brings_everything_back(repository):
     with open(odd, "rb") as f:
         assert f.read() == b"\xfe"
     assert status() == before and not (repository / "new.txt").exists()
+
+
+def file_to_folder(root):
+    (root / "README.md").unlink()
+    (root / "README.md" / "deep").mkdir(parents=True)
+    (root / "README.md" / "deep" / "new.txt").write_text("new\n")
+
+
+def file_to_folder_of_ignored_files(root):
+    (root / "README.md").unlink()
+    (root / "README.md").mkdir()
+    (root / "README.md" / "x.ignored").write_text("new\n")
+
+
+def folder_to_file(root):
+    shutil.rmtree(root / "backends")
+    (root / "backends").write_text("a file\n")
+
+
+def folder_to_link(root):
+    (root / "backends").rename(root.parent / "elsewhere")
+    (root / "backends").symlink_to("../elsewhere")
+    (root.parent / "elsewhere" / "cuda.py").write_text("outside\n")
+
+
+def folder_to_ignored_link(root):
+    shutil.rmtree(root / "deep")
+    repo.git_path("info/exclude").write_text("deep\n")
+    (root.parent / "elsewhere").mkdir()
+    (root.parent / "elsewhere" / "er").write_text("outside\n")
+    (root / "deep").symlink_to("../elsewhere")
+
+
+def link_to_folder(root):
+    (root / "link").unlink()
+    (root / "link").mkdir()
+    (root / "link" / "new.txt").write_text("new\n")
+
+
+def link_to_file(root):
+    (root / "link").unlink()
+    (root / "link").write_text("new\n")
+
+
+def new_folders(root):
+    (root / "a" / "b").mkdir(parents=True)
+    (root / "a" / "b" / "new.txt").write_text("new\n")
+
+
+@pytest.mark.parametrize(
+    "swap",
+    [
+        file_to_folder,
+        file_to_folder_of_ignored_files,
+        folder_to_file,
+        folder_to_link,
+        folder_to_ignored_link,
+        link_to_folder,
+        link_to_file,
+        new_folders,
+    ],
+)
+def test_files_folders_and_links_that_took_each_others_place_come_back(repository, swap):
+    repo.git_path("info/exclude").write_text("*.ignored\n")
+    (repository / "link").symlink_to("backends")
+    (repository / "deep" / "er").mkdir(parents=True)
+    (repository / "deep" / "er" / "page.md").write_text("a page\n")
+    git_checked("add", "deep")
+    git_checked("-c", "user.name=me", "-c", "user.email=me@here", "commit", "-qm", "a page")
+    tree = repo.snapshot()
+    swap(repository)
+    repo.restore_paths(repo.differing_paths(tree, repo.snapshot()), tree)
+    assert repo.snapshot() == tree and not (repository / "a").exists()
+    assert (repository / "README.md").read_text() == "read me\n"
+    assert (repository / "deep" / "er" / "page.md").read_text() == "a page\n"
+    assert (repository / "backends" / "cuda.py").read_text() == "\n" and os.readlink(repository / "link")
+    assert not (repository / "backends").is_symlink() and not (repository / "deep").is_symlink()
+    elsewhere = repository.parent / "elsewhere"
+    outside = [path.read_text() for path in elsewhere.glob("*")]
+    assert outside == (["outside\n"] if elsewhere.exists() else [])  # nothing was done through a link
+
+
+def test_submodules_are_left_alone(repository):
+    git_checked("update-index", "--add", "--cacheinfo", f"160000,{repo.head()},inner/module")
+    with_module = git_checked("write-tree")
+    git_checked("update-index", "--cacheinfo", f"160000,{'1' * 40},inner/module")
+    assert repo.differing_paths(with_module, git_checked("write-tree")) == []
 
 
 def test_large_files_and_repositories_within_are_not_copied(repository, monkeypatch):

@@ -5,7 +5,9 @@ import os
 
 import pytest
 from conftest import calls, edit, supervise
+from filelock import FileLock
 
+from backends.protocol import IN_LOOP_VARIABLE
 from launcher.harness import git_output
 from launcher.ledger import Flag, Ledger, Row
 from launcher.processes import Stopped
@@ -118,6 +120,59 @@ def test_identical_source_is_not_run_again(repository, capsys):
     assert "not run again" in capsys.readouterr().err and trainer_text(repository) == "SCORE = 1.5\n"
     assert attempt("CRASH\n", repository) == 1
     assert attempt("CRASH\n", repository) == 1 and len(calls) == 4  # it was never scored
+
+
+def test_an_old_trainer_that_was_kept_does_not_come_back_over_a_better_one(repository, capsys):
+    try_as_it_is("baseline")
+    attempt("SCORE = 1.4\n", repository, "better")
+    kept = repo.head()
+    capsys.readouterr()
+    assert attempt("SCORE = 1.5\n", repository, "as it was before") == 3 and len(calls) == 2
+    assert repo.head() == kept and trainer_text(repository) == "SCORE = 1.4\n"
+    out = capsys.readouterr().out
+    first = rows()[0].run
+    assert out.endswith(
+        f"run: {first}\nstatus: discard\n"
+        f"reason: run {first} scored it (keep), and it is not the best trainer now\n"
+    )
+    assert "val_bpb: 1.5\n" in out
+
+
+def test_the_best_trainer_is_kept_again_where_the_branch_lacks_it(repository, capsys):
+    try_as_it_is("baseline")
+    start = repo.head()
+    attempt("SCORE = 1.4\n", repository, "better")
+    git_checked("reset", "-q", "--hard", start)
+    assert attempt("SCORE = 1.4\n", repository, "better, again") == 0 and len(calls) == 2
+    assert (
+        git_output("log", "-1", "--format=%s") == "better, again" and repo.is_edited("train_cuda.py") is False
+    )
+    assert "status: keep\nreason: run " in capsys.readouterr().out
+
+
+def test_a_second_try_of_a_reverted_source_keeps_the_ref_of_the_first(repository):
+    try_as_it_is("baseline")
+    attempt("SCORE = 1.7\n", repository, "first")
+    ref = f"refs/autoresearch/{rows()[-1].run}"
+    before = git_output("rev-parse", ref)
+    attempt("SCORE = 1.7\n", repository, "second")
+    assert git_output("rev-parse", ref) == before
+    assert git_output("log", "-1", "--format=%s", f"{ref}-2") == "second"
+
+
+def test_the_repository_is_released_even_after_an_error(repository, monkeypatch):
+    locks = []
+
+    def make_lock(path):
+        locks.append(FileLock(path))
+        return locks[-1]
+
+    monkeypatch.setattr(trial, "FileLock", make_lock)
+    next_command()
+    with pytest.raises(ZeroDivisionError), trial.hold_repository():
+        assert locks[-1].is_locked
+        raise ZeroDivisionError
+    assert len(locks) == 2 and not any(lock.is_locked for lock in locks)
 
 
 def test_what_does_not_compile_is_not_run(repository):
@@ -309,6 +364,6 @@ def test_a_left_behind_index_lock_is_named(repository, monkeypatch):
 
 
 def test_an_agent_cannot_start_experiments_of_its_own(monkeypatch, repository):
-    monkeypatch.setenv(trial.IN_LOOP, "1")
+    monkeypatch.setenv(IN_LOOP_VARIABLE, "1")
     with pytest.raises(UserError, match="runs the experiments"):
         try_as_it_is("mine")
