@@ -40,6 +40,7 @@ CLOCK_TOLERANCE = 1.0  # seconds that the child's training clock may differ from
 EXIT_SECONDS = 30.0  # from the result to the end of the process
 WHOLE_SECONDS = 300.0  # of a run beyond its budget: ten minutes in all
 POLL_SECONDS = 0.5  # between looks at the limits
+READS = 100  # of the pipe, at most, between looks at the limits: a trainer may send without a pause
 
 
 @dataclass
@@ -187,9 +188,11 @@ class Supervision:
     def _wait_and_read(
         self, selector: selectors.BaseSelector, reading: int, events: TextIO, wait: bool
     ) -> bool:
-        """Handle all that the pipe holds. Returns False when the child has closed it. Raises EventError."""
+        """Handle what the pipe holds. Returns False when the child has closed it. Raises EventError."""
         timeout = POLL_SECONDS if wait else 0.0
-        while selector.select(timeout):
+        for _ in range(READS):
+            if not selector.select(timeout):
+                break
             timeout = 0.0
             now = time.monotonic()
             chunk = os.read(reading, EVENT_BYTES)

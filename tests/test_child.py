@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -182,6 +183,17 @@ send(**stop); send(**start); send(**start); send(event="score", done=1, rows=2, 
     assert (
         done.returncode == 1 and "exited 0 without a result" in done.stdout and "Traceback" not in done.stderr
     )
+
+
+def test_a_flood_of_events_does_not_hide_the_limits(house):
+    flood = "while True: send(event='score', done=1, rows=2, seconds=1.0)\n"
+    (house / "flood.py").write_text(EVENTS + "send(**start)\n" + flood)
+    setting = resolve("cpu")
+    platform = replace(setting.platform, startup_seconds=60.0)
+    told = replace(setting.run_settings(1), budget=-9.0)  # with the grace, a second
+    outcome = supervise(house / "flood.py", RunDir(house), told, platform, Watch("cpu"), lambda event: None)
+    assert outcome.status == "timeout" and "the loop does not end" in outcome.reason
+    assert outcome.total_seconds < 30
 
 
 def test_what_a_child_sends_last_is_read(house):
