@@ -198,7 +198,8 @@ def prune_weights(row: Row, asked_for: bool) -> None:
         run.keep_weights.touch()
         return
     rows = ledger().rows()
-    if lowest_runs(rows).get(row.board) != row:
+    best = lowest_runs(rows).get(row.board)
+    if best is None or best.run != row.run:  # not the rows: the ledger rounds
         run.weights.unlink(missing_ok=True)
         return
     for other in rows:

@@ -133,6 +133,13 @@ def test_weights_of_the_best_and_those_asked_for_stay(house):
     assert [run for run in "abcd" if run_dir(run).weights.exists()] == ["b", "c"]
 
 
+def test_the_weights_of_the_best_stay_whatever_the_ledger_rounds(house):
+    """The row that was just written has more digits and other blanks than the one that is read back."""
+    row = add(house, "a", petaflops=13712.345, tokens_per_second=1911045.4, description="two\twords")
+    prune_weights(row, False)
+    assert run_dir("a").weights.exists()
+
+
 def test_a_better_run_of_another_board_frees_nothing(house):
     prune_weights(add(house, "a"), False)
     prune_weights(add(house, "b", val_bpb=1.0, track="another"), False)
