@@ -169,10 +169,7 @@ def code_of(item: Any) -> types.CodeType | None:
 
 
 def same_constant(node: ast.Assign, module: types.ModuleType) -> bool:
-    """Return whether the module still holds the literal that its file assigns.
-
-    True for what is no literal.
-    """
+    """Return whether the module still holds the literal that its file assigns; True if that is no literal."""
     target = node.targets[0]
     try:
         expected = ast.literal_eval(node.value)

@@ -118,10 +118,7 @@ class Experiment(experiment.Experiment):
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, n: int = 0, seconds: float = 0.5) -> float:
-    """Return the TFLOP/s of an n x n matrix product on random data.
-
-    The best of the repeats that fit `seconds`.
-    """
+    """Return the best TFLOP/s of n x n matrix products on random data, repeated for `seconds`."""
     n = n or (8192 if device.type == "cuda" else 2048)
 
     def random_matrix(seed: int) -> Any:
@@ -143,10 +140,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, n: int = 0, seconds:
 
 
 def compute_dtype(platform: Platform) -> torch.dtype:
-    """Return what activations and embeddings are held in.
-
-    Bfloat16 where the device computes in it, else float32.
-    """
+    """Return the dtype of activations and embeddings: bfloat16 where the device has it, else float32."""
     if platform.device_kind == "gpu":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -223,10 +223,7 @@ class Experiment(ABC):
         return self._to_device(self._train_rows[self._order.indices(start, count)].astype(np.int64))
 
     def check_memory(self, rows: int) -> None:  # noqa: B027  a device need not be able to tell
-        """After a pass over one row.
-
-        End the run when `rows` of them will not fit. Not every device can tell.
-        """
+        """Call after a pass over one row. End the run if `rows` rows would not fit in memory."""
 
     # --- The clock ------------------------------------------------------------------------------------------
 

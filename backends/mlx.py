@@ -57,10 +57,7 @@ class Experiment(experiment.Experiment):
         return self._reseeded
 
     def check_memory(self, rows: int) -> None:
-        """After a pass over one row.
-
-        End the run, before the desktop freezes, when `rows` of them will not fit.
-        """
+        """End the run if `rows` rows would not fit: before the desktop freezes."""
         held = mx.get_active_memory()
         a_row = max(mx.get_peak_memory() - held, 1)
         expected = held + rows * a_row
@@ -128,10 +125,7 @@ class Experiment(experiment.Experiment):
 
 
 def matmul_tflops(dtype: mx.Dtype, n: int = 0, seconds: float = 0.5) -> float:
-    """Return the TFLOP/s of an n x n matrix product on random data.
-
-    The best of the repeats that fit `seconds`.
-    """
+    """Return the best TFLOP/s of n x n matrix products on random data, repeated for `seconds`."""
     n = n or (4096 if mx.default_device() == mx.gpu else 512)
     a = mx.random.normal((n, n), key=mx.random.key(0)).astype(dtype)
     b = mx.random.normal((n, n), key=mx.random.key(1)).astype(dtype)
@@ -146,8 +140,5 @@ def matmul_tflops(dtype: mx.Dtype, n: int = 0, seconds: float = 0.5) -> float:
 
 
 def compute_dtype(platform: Platform) -> mx.Dtype:
-    """Return what activations and embeddings are held in.
-
-    Bfloat16 unless the platform says that it has none.
-    """
+    """Return the dtype of activations and embeddings: bfloat16 unless the platform has none."""
     return mx.bfloat16 if platform.bf16 else mx.float32

@@ -236,10 +236,7 @@ def machine_facts() -> Facts:
 
 
 def nvidia_facts(csv: str) -> Facts | None:
-    """Read a line of nvidia-smi's CSV.
-
-    Name, memory in MiB, compute capability, driver. None if it is empty.
-    """
+    """Read a line of nvidia-smi: name, memory in MiB, compute capability, driver. None if it is empty."""
     cells = [cell.strip() for cell in csv.strip().split("\n")[0].split(",")]
     if len(cells) < 4:
         return None

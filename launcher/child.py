@@ -1,7 +1,4 @@
-"""The trainer as a child process.
-
-Started, watched by the launcher's own clock, ended with all that it started.
-"""
+"""Run the trainer as a child process, by the launcher's own clock, and end it with all that it started."""
 
 import json
 import os
@@ -55,10 +52,7 @@ class Outcome:
     exit_code: int | None = None
 
     def fail(self, status: str, reason: str) -> None:
-        """Record what went wrong.
-
-        The first thing counts, but a broken rule counts before its consequences.
-        """
+        """Record what went wrong. The first failure counts, but a broken rule counts before a crash."""
         if not self.status or (status == "invalid" and self.status != "invalid"):
             self.status = status
             self.reason = single_line(reason)

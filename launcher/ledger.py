@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -225,6 +225,12 @@ def flag_old_reason(row: Row) -> None:
         row.add_flags(OLD_REASONS[row.reason])
     elif row.status == "discard" and row.reason.startswith(OLD_REPEAT):
         row.add_flags(Flag.REPEAT)
+
+
+def refuted_runs(rows: Iterable[Row]) -> set[str]:
+    """Return the ids of the runs that `verify` refuted and did not verify later."""
+    word = {row.run: row.status for row in rows if row.status in (VERIFIED, REFUTED)}  # the last one counts
+    return {run for run, status in word.items() if status == REFUTED}
 
 
 def warn(message: str) -> None:

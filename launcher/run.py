@@ -11,7 +11,7 @@ from backends.platforms import mac_state
 from backends.protocol import IN_LOOP_VARIABLE, RunDir, write_json
 from launcher import verdict
 from launcher.child import Outcome, supervise
-from launcher.console import OnEvent, Progress, say
+from launcher.console import Progress, say
 from launcher.device import DeviceLock, Watch, awake
 from launcher.harness import git_output, harness_hash, harness_modified, source_hash
 from launcher.ledger import Flag, Row
@@ -48,7 +48,7 @@ class Request:
     keep_weights: bool = False
     flags: tuple[Flag, ...] = ()
     commit: str = ""  # the trial's, where `try` made one
-    on_event: OnEvent | None = None  # None: a progress line on the terminal
+    progress: Progress | None = None  # None: a line on the terminal
 
 
 def run_experiment(request: Request) -> Row:
@@ -81,8 +81,7 @@ def run_once(request: Request, repetition: bool = False) -> Row:
     Raises:
         UserError: nothing was started: no trainer, no framework, or the loop runs the experiments.
     """
-    if os.environ.get(IN_LOOP_VARIABLE):
-        raise UserError("autoresearch loop runs the experiments: edit the trainer, say what you did, and end")
+    refuse_in_loop()
     setting = request.setting
     setting.require_framework()
     trainer = (request.trainer or setting.trainer).resolve()
@@ -126,6 +125,12 @@ def run_copy(request: Request, row: Row, run: RunDir, copy: Path, repetition: bo
     judge(row, repetition, [text for _, text in findings])
     append_row(row)
     prune_weights(row, request.keep_weights)
+
+
+def refuse_in_loop() -> None:
+    """Raise UserError for an agent that the loop called: it starts no experiment of its own."""
+    if os.environ.get(IN_LOOP_VARIABLE):
+        raise UserError("autoresearch loop runs the experiments: edit the trainer, say what you did, and end")
 
 
 def read_trainer(trainer: Path) -> bytes:
@@ -176,14 +181,14 @@ def initial_flags(request: Request, laptop: dict) -> list[Flag]:
 def train_and_score(request: Request, copy: Path, run: RunDir, watch: Watch) -> Outcome | None:
     """Run the copy of the trainer. Returns None when the launcher was asked to end."""
     setting = request.setting
-    progress = Progress(setting.budget)
+    progress = request.progress or Progress(setting.budget)
     try:
         say(
             f"run {run.run_id}: {setting.platform.name} ({setting.why}), track {setting.track.name}, "
             f"{setting.budget:g} s of training, seed {request.seed}"
         )
         settings = setting.run_settings(request.seed)
-        outcome = supervise(copy, run, settings, setting.platform, watch, request.on_event or progress)
+        outcome = supervise(copy, run, settings, setting.platform, watch, progress)
     except Stopped as stop:
         progress.close()
         say(f"interrupted ({stop}): run {run.run_id} was ended and recorded")

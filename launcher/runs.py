@@ -12,7 +12,7 @@ from pathlib import Path
 
 from backends.protocol import Log, RunDir
 from launcher.console import say
-from launcher.ledger import REFUTED, VERIFIED, BoardKey, Flag, Ledger, Row, warn
+from launcher.ledger import REFUTED, VERIFIED, BoardKey, Flag, Ledger, Row, refuted_runs, warn
 from launcher.processes import alive, end_leftovers
 from prepare import ROOT, UserError
 
@@ -80,12 +80,13 @@ def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
     Raises:
         UserError: no run or several have that name.
     """
-    rows = [row for row in ledger().rows(complain) if row.status not in (VERIFIED, REFUTED) and row.run]
+    everything = ledger().rows(complain)
+    rows = [row for row in everything if row.status not in (VERIFIED, REFUTED) and row.run]
     if name == "last" and rows:
         return rows[-1]
     ranked = [row for row in rows if row.ranked]
     if name == "best" and ranked:
-        return lowest_runs(ledger().rows())[ranked[-1].board]
+        return lowest_runs(everything)[ranked[-1].board]
     exact = [row for row in rows if row.run == name]
     found = exact or [row for row in rows if row.run.startswith(name)]
     if len(found) == 1 or exact:
@@ -99,10 +100,10 @@ def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
 
 def lowest_runs(rows: Sequence[Row]) -> dict[BoardKey, Row]:
     """Return the ranked run of each board with the lowest val_bpb, those left out that `verify` refuted."""
-    word = {row.run: row.status for row in rows if row.status in (VERIFIED, REFUTED)}  # the last one counts
+    refuted = refuted_runs(rows)
     lowest: dict[BoardKey, Row] = {}
     for row in rows:
-        if not row.ranked or word.get(row.run) == REFUTED:
+        if not row.ranked or row.run in refuted:
             continue
         if row.board not in lowest or row.val_bpb < lowest[row.board].val_bpb:
             lowest[row.board] = row

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from launcher.ledger import REFUTED, VERIFIED, BoardKey, Flag, Row
+from launcher.ledger import BoardKey, Flag, Row, refuted_runs
 
 CHANCE = 0.01  # one-sided probability that two equal trainers differ by more than the margin
 
@@ -56,12 +56,15 @@ def best_runs(rows: Sequence[Row], board: BoardKey) -> list[Row]:
 
     A run that `verify` refuted does not count.
     """
-    verified = {
-        row.run: row.status for row in rows if row.status in (VERIFIED, REFUTED)
-    }  # the last one counts
-    fair = [row for row in rows if row.comparable and row.board == board and verified.get(row.run) != REFUTED]
+    refuted = refuted_runs(rows)
+    fair = [row for row in rows if row.comparable and row.board == board and row.run not in refuted]
     kept = [row for row in fair if row.status == "keep"]
     return [row for row in fair if row.source == kept[-1].source] if kept else []
+
+
+def best_run(rows: Sequence[Row], board: BoardKey) -> Row | None:
+    """Return the lowest of best_runs, None without one."""
+    return min(best_runs(rows, board), key=lambda row: row.val_bpb, default=None)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from launcher.processes import Stopped, ignore_signals, stop_on_signals
 from launcher.run import EXIT_INTERRUPTED, POWER_FLAGS, Request, dry_run
 from launcher.runs import ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
-from launcher.verdict import best_runs
+from launcher.verdict import best_run
 from night import repo
 from night.agent import Turn, TurnFailed, TurnFiles, begin_turn, call_agent, read_answer, undo_turn
 from night.panel import Panel, RunDetail
@@ -173,8 +173,7 @@ class Loop:
             self.panel.done = state.done
             self.panel.note(f"going on with a loop that was cut off after {state.done} experiments")
         rows = ledger().rows()
-        best = best_runs(rows, self.setting.board)
-        self.panel.best = min(best, key=lambda row: row.val_bpb, default=None)
+        self.panel.best = best_run(rows, self.setting.board)
         runs = [row for row in rows if row.status in STATUSES]
         self.result = describe_result(runs[-1]) if runs else "none: the ledger is empty"
 
@@ -421,7 +420,7 @@ class Loop:
             Stopped: the run was interrupted.
         """
         detail = RunDetail(self.setting.budget, self.panel)
-        request = Request(self.setting, description, self.night.seed, on_event=detail)
+        request = Request(self.setting, description, self.night.seed, progress=detail)
         for number in range(1, NO_VERDICT_TRIES + 1):
             enough = self.find_end()
             if enough:

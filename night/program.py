@@ -5,7 +5,7 @@ import re
 from launcher.ledger import STATUSES, Row, warn
 from launcher.runs import ledger
 from launcher.setting import Setting
-from launcher.verdict import best_runs, noise_on_record
+from launcher.verdict import best_run, noise_on_record
 from prepare import ROOT, UserError
 
 # The section of program.md for each kind of machine, by framework and kind of device.
@@ -78,7 +78,7 @@ def standing(setting: Setting) -> list[str]:
     if not any(row.comparable for row in rows):
         return [NO_BEST]  # and no data are prepared, as the board would need
     board = setting.board
-    best = min(best_runs(rows, board), key=lambda row: row.val_bpb, default=None)
+    best = best_run(rows, board)
     if best is None:
         return [NO_BEST]
     baseline = next(row for row in rows if row.comparable and row.board == board)

@@ -8,7 +8,6 @@ every command that tries.
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +16,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from backends.protocol import IN_LOOP_VARIABLE, write_json
+from backends.protocol import write_json
 from launcher.console import say
 from launcher.device import acquire
 from launcher.harness import source_hash
 from launcher.ledger import STATUSES, Row
-from launcher.run import Request, exit_code, print_result, run_experiment
+from launcher.run import Request, exit_code, print_result, refuse_in_loop, run_experiment
 from launcher.runs import id_time, ledger, record_killed_runs
 from launcher.setting import Setting
 from launcher.verdict import best_runs
@@ -47,10 +46,7 @@ def hold_repository() -> Iterator[None]:
     Raises:
         UserError: there is no repository to commit to, or the agent of a loop asks.
     """
-    if os.environ.get(IN_LOOP_VARIABLE):
-        raise UserError(
-            "`autoresearch loop` runs the experiments: edit the trainer, say what you did, and end"
-        )
+    refuse_in_loop()
     repo.require_repository()
     lock = FileLock(repo.git_path("autoresearch.lock"))
     acquire(lock, lambda: "another try or loop works in this repository")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from backends.protocol import Result, RunDir, RunSettings, write_json
+from launcher.ledger import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -103,6 +104,21 @@ def wait_for_line(process: subprocess.Popen, text: str, seconds: float = 120.0) 
     finally:
         alarm.cancel()
     raise AssertionError(f"ended without {text!r}: {seen}")
+
+
+def row(**values) -> Row:
+    """Return a ranked row of the ledger, with these values in place of its own."""
+    defaults = {
+        "commit": "abc1234",
+        "val_bpb": 1.25,
+        "status": "keep",
+        "run": "r1",
+        "rules": 1,
+        "budget": 300.0,
+        "track": "t",
+        "source": "s",
+    }
+    return Row(**{**defaults, **values})
 
 
 # --- A repository in which training is made up --------------------------------------------------------------

@@ -4,6 +4,7 @@ import multiprocessing
 import time
 
 import pytest
+from conftest import row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,20 +16,6 @@ ORIGINAL = (
     "a1b2c3d\t0.997900\t44.0\tkeep\tbaseline\n"
     "b2c3d4e\t0.000000\t0.0\tcrash\tdouble width (OOM)\n"
 )
-
-
-def row(**values):
-    defaults = {
-        "commit": "abc1234",
-        "val_bpb": 1.25,
-        "status": "keep",
-        "run": "r1",
-        "rules": 1,
-        "budget": 300.0,
-        "track": "t",
-        "source": "s",
-    }
-    return Row(**{**defaults, **values})
 
 
 def written(*rows):

@@ -224,3 +224,19 @@ def test_a_finished_run_is_not_recorded_again_when_the_ledger_is_lost(scores, ho
     (house / "results.tsv").unlink()
     attempt(house, "two")
     assert [row.description for row in rows(house)] == ["two"]
+
+
+def test_a_run_shows_its_progress_where_it_is_told_to_and_nowhere_else(scores, house, monkeypatch):
+    """A line of its own would be drawn over the panel of a loop."""
+
+    class Recorder(runner.Progress):
+        closed = 0
+
+        def close(self):
+            self.closed += 1
+
+    recorder = Recorder(300.0)
+    monkeypatch.setattr(runner, "Progress", None)
+    scores.append(1.5)
+    attempt(house, "shown", progress=recorder)
+    assert recorder.closed == 1

@@ -4,24 +4,11 @@ import math
 import random
 
 import pytest
+from conftest import row
 
-from launcher.ledger import Row
 from launcher.verdict import SeedNoise, Verdict, best_runs, decide, noise_on_record, pooled_noise
 
 NOISE = SeedNoise(sigma=0.001, freedom=2)
-
-
-def row(**values):
-    defaults = {
-        "val_bpb": 1.25,
-        "status": "keep",
-        "run": "r1",
-        "rules": 1,
-        "budget": 300.0,
-        "track": "t",
-        "source": "s",
-    }
-    return Row(**{**defaults, **values})
 
 
 BOARD = row().board
