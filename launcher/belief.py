@@ -15,7 +15,7 @@ benchmarks/night.py measures it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, median, variance
@@ -30,6 +30,8 @@ Nodes = NDArray[np.int64]
 OPTIMISM = 0.5  # a trainer counts as its mean less so many of its errors: what may be good is tried further
 PATIENCE = 0.1  # going back to an earlier trainer must promise more than so many errors of the current one
 CLIP = 2.5  # a residual counts as at most so many sigma: seed noise has heavy tails
+TIE = 1.25  # times the believed harm of a tie is the credit for removed code: one sweep is not exact
+ENOUGH = 0.5  # runs that other evidence must be worth before it may outweigh a run
 DIVERGED = 3.0  # a harm counts as at most so many mean harms: a run that diverged is no measure of edits
 DAMPING = 0.8  # share of each update of a site that is taken
 REPLAYED = 200  # the last runs of a board are taken one by one; the older ones together
@@ -71,7 +73,7 @@ class Observation:
     source: str  # content hash of the trainer
     val_bpb: float
     kept: bool  # the verdict at the time; of the run to judge, anything
-    parent: str | None = None  # source that the edit was made on; None: the one kept last
+    parent: str | None = None  # source that the edit was made on; None: the one kept last; itself: none
     removes_code: bool = False  # the edit makes the trainer shorter, and so needs no gain
 
 
@@ -293,7 +295,9 @@ class Forest:
         rest_sum = (own_sum + child_sum)[node] - weight * value
         rest = np.maximum(rest, 1e-9)  # of a trainer that was run once and has no children: it says nothing
         worse = (value - rest_sum / rest) / (self.sigma[board[node]] * np.sqrt(1 + 1 / rest))
-        self._weight[: self.runs] = np.clip((CLIP / np.maximum(worse, 1e-9)) ** 2, 1e-3, 1.0)
+        weight = np.clip((CLIP / np.maximum(worse, 1e-9)) ** 2, 1e-3, 1.0)
+        # One child is no reason to doubt its parent's run: it may be a gain of a size not seen yet.
+        self._weight[: self.runs] = np.where(rest < ENOUGH, 1.0, weight)
 
     def _estimate(self, seen: Effects) -> None:
         """Estimate each board's seed noise and size of effects: one step of expectation maximization."""
@@ -324,7 +328,8 @@ class Forest:
             tie = effects(
                 np.zeros(len(at)), self._cavity(at)[1], self.prior, self.scale[self._board[at]]
             ).mean
-            credit[at] = credit[self._parent[at]] + np.where(self._removes[at], np.maximum(tie, 0.0), 0.0)
+            tie = TIE * np.maximum(tie, 0.0)
+            credit[at] = credit[self._parent[at]] + np.where(self._removes[at], tie, 0.0)
         return score - credit
 
     def _lowest(self, score: Floats) -> Nodes:
@@ -337,13 +342,21 @@ class Forest:
         np.minimum.at(lowest, board[at], at)
         return lowest
 
-    def best(self) -> Nodes:
-        """Return the node of each board with the lowest mean."""
-        return self._lowest(self.mean)
+    def best(self, barred: Nodes | None = None) -> Nodes:
+        """Return the node of each board with the lowest mean, the barred ones left out."""
+        mean = self.mean.copy()
+        if barred is not None:
+            mean[barred] = np.inf
+        return self._lowest(mean)
 
-    def choose(self, current: Nodes, new: Nodes) -> Nodes:
-        """Return the node of each board to build on: `current`, the one that was run, or an earlier one."""
+    def choose(self, current: Nodes, new: Nodes, barred: Nodes | None = None) -> Nodes:
+        """Return the node of each board to build on: `current`, the one that was run, or an earlier one.
+
+        barred: nodes that are not gone back to
+        """
         score = self.score()
+        if barred is not None:
+            score[barred] = np.inf
         best = self._lowest(score)
         back = score[best] < score[current] - PATIENCE * np.sqrt(self.var[current])
         return np.where((best == new) | back, best, np.where(score[new] < score[current], new, current))
@@ -385,12 +398,12 @@ def history(observations: Sequence[Observation]) -> History:
     nodes: list[int] = []
     tip = current = -1
     for one in observations:
+        is_new = one.source not in index
+        node = index.setdefault(one.source, len(index))
         current = index.get(one.parent or "", tip)
-        if one.source not in index:
-            index[one.source] = len(index)
-            parent.append(current)
+        if is_new:
+            parent.append(-1 if current == node else current)
             removes.append(one.removes_code)
-        node = index[one.source]
         nodes.append(node)
         current = node if current < 0 else current
         tip = node if one.kept else current
@@ -440,10 +453,13 @@ def _edit(forest: Forest, node: int, is_first: bool) -> Edit:
     return Edit(min(max(p_better, 0.0), 1.0), float(seen.mean[0]) * unit, math.sqrt(seen.var[0]) * unit)
 
 
-def judge(observations: Sequence[Observation], prior: Prior = PRIOR) -> Decision:
+def judge(
+    observations: Sequence[Observation], prior: Prior = PRIOR, candidates: Collection[str] | None = None
+) -> Decision:
     """Return what to do after the last of a board's runs.
 
     observations: all scored runs of the board that compare, oldest first; the last is the one to judge
+    candidates: sources that may be gone back to; None: all of them
     Raises ValueError without a run, or where a val_bpb is no finite number.
     """
     if not observations or not all(math.isfinite(one.val_bpb) for one in observations):
@@ -451,18 +467,23 @@ def judge(observations: Sequence[Observation], prior: Prior = PRIOR) -> Decision
     tree = history(observations)
     forest, mean, var = _grow(observations, tree, prior)
     node, current = tree.node[-1], tree.current
-    chosen = int(forest.choose(np.array([current]), np.array([node]))[0])
+    is_root = tree.parent[node] < 0
+    barred = None
+    if candidates is not None:
+        open_to = {*candidates, tree.sources[node], tree.sources[current]}
+        barred = np.array([i for i, source in enumerate(tree.sources) if source not in open_to], np.int64)
+    chosen = int(forest.choose(np.array([current]), np.array([node]), barred)[0])
     action = "keep" if chosen == node else "discard"
     if action == "discard" and forest.repeat_pays(np.array([node]))[0]:
         action, chosen = "repeat", current
-    edit = _edit(forest, node, tree.parent[node] < 0)
-    if forest.runs == 1:
+    edit = _edit(forest, node, is_root)
+    if current >= len(mean):  # it was not there before the run
         mean, var = forest.mean, forest.var
     unit, origin = prior.gain, observations[0].val_bpb
     return Decision(
         action=action,
         build_on=tree.sources[chosen],
-        best=tree.sources[int(forest.best()[0])],
+        best=tree.sources[int(forest.best(barred)[0])],
         p_better=edit.p_better,
         effect=edit.effect,
         effect_error=edit.error,
@@ -471,16 +492,20 @@ def judge(observations: Sequence[Observation], prior: Prior = PRIOR) -> Decision
         after=origin + float(forest.mean[chosen]) * unit,
         after_error=math.sqrt(forest.var[chosen]) * unit,
         sigma=float(forest.sigma[0]) * unit,
-        reason=_reason(action, edit, forest.runs == 1, node == current, chosen != current),
+        reason=_reason(action, edit, tree, chosen != current),
     )
 
 
-def _reason(action: str, edit: Edit, is_first: bool, is_current: bool, moves: bool) -> str:
+def _reason(action: str, edit: Edit, tree: History, moves: bool) -> str:
     """Return one plain line for the ledger."""
-    if is_first:
+    node = tree.node[-1]
+    runs = tree.node.count(node)
+    if len(tree.node) == 1:
         return "first result on this board"
+    if runs == 1 and tree.parent[node] < 0:
+        return "first result of the trainer as committed"
     back = "; back to an earlier trainer, now probably better" if moves and action == "discard" else ""
-    if is_current:
+    if node == tree.current:
         return f"another run of the current trainer{back or ', which stays'}"
     numbers = f"effect {edit.effect:+.6f} +- {edit.error:.6f}, P(better) {edit.p_better:.2f}"
     if action == "repeat":
@@ -488,6 +513,52 @@ def _reason(action: str, edit: Edit, is_first: bool, is_current: bool, moves: bo
     if action == "keep":
         return f"{'probably' if edit.effect < 0 else 'possibly'} better: {numbers}"
     return f"not better, as far as is known: {numbers}{back}"
+
+
+class Standing(NamedTuple):
+    """What is believed of a trainer now, in bpb."""
+
+    mean: float
+    error: float
+    counts_as: float  # what the search compares: the mean less OPTIMISM errors, and less the credit
+    parent: str  # "" of a first trainer
+    p_better: float  # that the edit that made it lowered val_bpb
+    effect: float  # of that edit
+    effect_error: float
+    runs: int
+
+
+class Survey(NamedTuple):
+    """What is believed of a board now."""
+
+    trainers: dict[str, Standing]  # by source, oldest first
+    best: str  # source with the lowest mean
+    sigma: float  # seed noise, bpb
+
+
+def survey(observations: Sequence[Observation], prior: Prior = PRIOR) -> Survey | None:
+    """Return what is believed of every trainer of a board, None without a run. See judge."""
+    if not observations:
+        return None
+    tree = history(observations)
+    forest = _grow(observations, tree, prior).forest
+    unit, origin = prior.gain, observations[0].val_bpb
+    score = forest.score()
+    trainers = {}
+    for node, source in enumerate(tree.sources):
+        parent = tree.parent[node]
+        edit = _edit(forest, node, parent < 0)
+        trainers[source] = Standing(
+            mean=origin + float(forest.mean[node]) * unit,
+            error=math.sqrt(forest.var[node]) * unit,
+            counts_as=origin + float(score[node]) * unit,
+            parent=tree.sources[parent] if parent >= 0 else "",
+            p_better=edit.p_better,
+            effect=edit.effect,
+            effect_error=edit.error,
+            runs=tree.node.count(node),
+        )
+    return Survey(trainers, tree.sources[int(forest.best()[0])], float(forest.sigma[0]) * unit)
 
 
 class Visible(NamedTuple):

@@ -1,5 +1,6 @@
 """The harness, all that no experiment changes: its content hash, and whether it is the committed one."""
 
+import ast
 import hashlib
 import subprocess
 from pathlib import Path
@@ -35,6 +36,18 @@ def harness_modified() -> bool:
 def source_hash(source: bytes) -> str:
     """Return the content hash of a trainer, as the ledger writes it."""
     return hashlib.sha256(source).hexdigest()[:12]
+
+
+def removes_code(old: bytes, new: bytes) -> bool:
+    """Return whether Python source became shorter: it has fewer statements, and fewer parts in all."""
+    try:
+        before, after = (list(ast.walk(ast.parse(source))) for source in (old, new))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    statements_before, statements_after = (
+        sum(isinstance(node, ast.stmt) for node in nodes) for nodes in (before, after)
+    )
+    return statements_after < statements_before and len(after) < len(before)
 
 
 def git_output(*arguments: str) -> str:

@@ -33,8 +33,10 @@ class Flag(StrEnum):
     SLEPT = "slept"
     INTERRUPTED = "interrupted"  # Ctrl-C or SIGTERM ended the launcher: the run was not judged
     CUT_OFF = "cut-off"  # the launcher was killed: the run was not judged
-    REPEAT = "repeat"  # within the seed noise: a run with another seed decides
-    NOISE = "noise"  # one of the runs of `autoresearch noise`
+    REPEAT = "repeat"  # undecided: a run with another seed decides
+    NOISE = "noise"  # another run of the current trainer: evidence, no decision
+    CONFIRM = "confirm"  # one of the runs of `autoresearch confirm`: evidence, no decision
+    SHORTER = "shorter"  # the edit removes code, and so needs no gain
     DRY = "dry"  # a dry run of a few seconds
     HARNESS_MODIFIED = "harness-modified"
     OTHER_CORPUS = "other-corpus"
@@ -49,6 +51,7 @@ UNRANKED = {
     Flag.THROTTLED: "the device was throttled",
     Flag.SLEPT: "the machine slept",
 }
+SERIES = {Flag.NOISE, Flag.CONFIRM}
 INCOMPARABLE = UNRANKED.keys() - {Flag.SHORT}  # a budget is part of the board: equal ones compare
 
 
@@ -96,6 +99,17 @@ class Row:
     petaflops: float = 0.0  # 1e15 operations spent on training
     energy_kj: float = 0.0  # where the device reports its power
     source: str = ""  # content hash of the trainer
+    parent: str = ""  # and of the committed one that the edit was made on
+    agent: str = ""  # that made the edit; "" for a person
+    p_better: float = 0.0  # that the edit lowers val_bpb, as believed after the run (launcher/belief.py)
+    effect: float = 0.0  # of the edit, bpb; negative is better
+    effect_error: float = 0.0
+    belief_before: float = 0.0  # val_bpb of the trainer that was built on, as believed before the run
+    belief_before_error: float = 0.0
+    belief_after: float = 0.0  # val_bpb of the trainer to build on, as believed after it
+    belief_after_error: float = 0.0
+    sigma: float = 0.0  # seed noise as believed after the run, bpb
+    build_on: str = ""  # content hash of the trainer to build on after the run
     sealed_bpb: float = 0.0  # of a verified row
     marks: str = ""  # flags, separated by commas
     reason: str = ""  # what went wrong, or why the verdict
@@ -135,6 +149,11 @@ class Row:
         return bool(self.status) and not self.flags & {Flag.INTERRUPTED, Flag.CUT_OFF}
 
     @property
+    def goes_back(self) -> bool:
+        """The run made an earlier trainer look better than the one that it was made from."""
+        return self.parent != "" and self.build_on not in ("", self.source, self.parent)
+
+    @property
     def board(self) -> BoardKey:
         return BoardKey(
             track=self.track,
@@ -149,7 +168,19 @@ class Row:
 
 COLUMNS = [f.name for f in fields(Row) if f.name != "ledger"]
 TYPES: dict[str, type] = {f.name: f.type for f in fields(Row) if isinstance(f.type, type)}
-EXACT = ("val_bpb", "val_stderr", "sealed_bpb")  # columns with six decimals
+# Columns with six decimals.
+EXACT = {
+    "val_bpb",
+    "val_stderr",
+    "sealed_bpb",
+    "effect",
+    "effect_error",
+    "belief_before",
+    "belief_before_error",
+    "belief_after",
+    "belief_after_error",
+    "sigma",
+}
 ALIASES = {
     "bpb": "val_bpb",
     "peak_vram_gb": "memory_gb",

@@ -1,39 +1,44 @@
 """`autoresearch noise`: how much val_bpb differs between seeds."""
 
-from statistics import mean
+from statistics import mean, stdev
 
+from launcher.belief import visible_change
 from launcher.console import say
 from launcher.ledger import Flag, Row
 from launcher.run import Request, exit_code, run_once
 from launcher.setting import Setting
-from launcher.verdict import pooled_noise
+
+NIGHT = 100  # experiments of a night, for the message
 
 
 def measure_noise(setting: Setting, repeats: int) -> int:
-    """Run the unchanged trainer with `repeats` seeds and say how large an improvement must be.
+    """Run the unchanged trainer with `repeats` seeds and say how large a change can be seen.
+
+    A night needs none of it: it learns the noise as it goes. What is measured here counts there too.
 
     Returns the exit code.
     """
     rows: list[Row] = []
     for seed in range(1, repeats + 1):
         say(f"noise: run {seed} of {repeats}")
-        request = Request(setting, f"noise: seed {seed}", seed, flags=(Flag.NOISE,))
-        row = run_once(request, repetition=True)
+        row = run_once(Request(setting, f"noise: seed {seed}", seed, flags=(Flag.NOISE,)))
         if not row.scored:
             return exit_code(row)
         rows.append(row)
     values = [row.val_bpb for row in rows if row.comparable]
-    noise = pooled_noise([values])
-    if noise is None:
+    if len(values) < 2:
         print("noise: fewer than two of the runs count (see their marks): nothing to compare")
         return 1
-    print(f"noise_sigma: {noise.sigma:.6f}")
+    sigma = stdev(values)
+    visible = visible_change(sigma, NIGHT)
+    print(f"noise_sigma: {sigma:.6f}")
     print(f"noise_mean: {mean(values):.6f}")
     print(f"noise_runs: {len(values)}")
-    print(f"noise_margin: {noise.margin():.6f}")
+    print(f"visible_in_a_run: {visible.run:.6f}")
+    print(f"visible_in_a_night: {visible.night:.6f}")
     print(
-        f"an improvement of one run counts from {noise.margin():.6f} (p < 0.01); "
-        f"repeated with a second seed, from {noise.margin(2, 2):.6f}"
+        f"one run shows a change of {visible.run:.6f} (19 times of 20), {NIGHT} runs of two trainers one of "
+        f"{visible.night:.6f}"
     )
     if setting.short:
         print(f"{setting.budget:g} s is not the rules' budget: this counts for runs of the same budget alone")

@@ -13,8 +13,8 @@ from launcher import verdict
 from launcher.child import Outcome, supervise
 from launcher.console import Progress, say
 from launcher.device import DeviceLock, Watch, awake
-from launcher.harness import git_output, harness_hash, harness_modified, source_hash
-from launcher.ledger import Flag, Row
+from launcher.harness import git_output, harness_hash, harness_modified, removes_code, source_hash
+from launcher.ledger import SERIES, Flag, Row
 from launcher.processes import Stopped
 from launcher.runs import (
     append_row,
@@ -48,21 +48,22 @@ class Request:
     keep_weights: bool = False
     flags: tuple[Flag, ...] = ()
     commit: str = ""  # the trial's, where `try` made one
+    parent: bytes | None = None  # source of the committed trainer that a trial's edit was made on
+    agent: str = ""  # that made the edit; "" for a person
     progress: Progress | None = None  # None: a line on the terminal
 
 
 def run_experiment(request: Request) -> Row:
-    """Run one experiment, and its repetition when the first result lies within the seed noise.
+    """Run one experiment, and repeat it with other seeds where another run is worth its time.
 
     Every path through here leaves a complete row. Returns the row that decides.
     """
     record_killed_runs()
     row = run_once(request)
-    if Flag.REPEAT in row.flags:
+    while Flag.REPEAT in row.flags:
         say(row.reason)
         # The copy that was run, not the file: it may be edited meanwhile.
-        again = replace(request, seed=request.seed + 1, trainer=trainer_of(row))
-        row = run_once(again, repetition=True)
+        row = run_once(replace(request, seed=row.seed + 1, trainer=trainer_of(row)))
     return row
 
 
@@ -75,8 +76,8 @@ def exit_code(row: Row) -> int:
     return EXIT_CODES[row.status]
 
 
-def run_once(request: Request, repetition: bool = False) -> Row:
-    """Run a trainer once and return its row. repetition: an earlier run had the same trainer, another seed.
+def run_once(request: Request) -> Row:
+    """Run a trainer once and return its row.
 
     Raises:
         UserError: nothing was started: no trainer, no framework, or the loop runs the experiments.
@@ -89,6 +90,8 @@ def run_once(request: Request, repetition: bool = False) -> Row:
     row = new_row(request, source)
     laptop = mac_state()
     row.add_flags(*initial_flags(request, laptop))
+    if request.parent is not None and removes_code(request.parent, source):
+        row.add_flags(Flag.SHORTER)
 
     with DeviceLock(setting.platform.device_kind) as lock, awake():
         row.run = new_run_id()
@@ -100,7 +103,7 @@ def run_once(request: Request, repetition: bool = False) -> Row:
         copy.write_bytes(source)
         write_json(run.record, record_of(row, trainer.name, setting.why, setting.facts.known(), laptop))
         try:
-            run_copy(request, row, run, copy, repetition)
+            run_copy(request, row, run, copy)
         except Exception as error:  # of ours, not the trainer's: the run is on record all the same
             row.status = "crash"
             row.reason = f"the launcher failed: {type(error).__name__}: {error}"
@@ -109,7 +112,7 @@ def run_once(request: Request, repetition: bool = False) -> Row:
     return row
 
 
-def run_copy(request: Request, row: Row, run: RunDir, copy: Path, repetition: bool) -> None:
+def run_copy(request: Request, row: Row, run: RunDir, copy: Path) -> None:
     """Run the copy of the trainer, judge it, and write the row."""
     watch = Watch(request.setting.platform.device_kind)
     outcome = train_and_score(request, copy, run, watch)
@@ -122,7 +125,7 @@ def run_copy(request: Request, row: Row, run: RunDir, copy: Path, repetition: bo
     row.add_flags(*[flag for flag, _ in findings])
     row.energy_kj = round(watch.energy_j / 1000, 3)
     fill(row, outcome, request.setting)
-    judge(row, repetition, [text for _, text in findings])
+    judge(row, [text for _, text in findings])
     append_row(row)
     prune_weights(row, request.keep_weights)
 
@@ -157,6 +160,8 @@ def new_row(request: Request, source: bytes) -> Row:
         budget=setting.budget,
         val_tokens=setting.val_tokens,
         source=source_hash(source),
+        parent=source_hash(request.parent) if request.parent is not None else "",
+        agent=request.agent,
     )
 
 
@@ -251,7 +256,7 @@ def find_mismatch(row: Row, outcome: Outcome, setting: Setting) -> str:
     return ""
 
 
-def judge(row: Row, repetition: bool, findings: Sequence[str]) -> None:
+def judge(row: Row, findings: Sequence[str]) -> None:
     """Give a scored row its verdict: keep or discard, and why. A row that does not compare gets none."""
     if row.status:
         return
@@ -261,36 +266,29 @@ def judge(row: Row, repetition: bool, findings: Sequence[str]) -> None:
         row.reason = "no verdict: " + "; ".join([*findings, *power])
         return
     rows = ledger().rows()
-    best = verdict.best_runs(rows, row.board)
-    if best and best[0].source == row.source:
-        row.status = "keep"
-        row.reason = "unchanged: this trainer is the best so far"
-        if repetition:
-            row.reason = "the best trainer so far, once more"
-        return
-    values = [row.val_bpb]
-    if repetition:
-        values += [other.val_bpb for other in rows if is_same_trainer(other, row)]
-    noise = verdict.noise_on_record(rows, row.board)
-    decision = verdict.decide(values, [other.val_bpb for other in best], noise)
+    decision = verdict.decide(rows, row)
+    row.p_better = round(decision.p_better, 3)
+    row.effect = decision.effect
+    row.effect_error = decision.effect_error
+    row.belief_before = decision.before
+    row.belief_before_error = decision.before_error
+    row.belief_after = decision.after
+    row.belief_after_error = decision.after_error
+    row.sigma = decision.sigma
     row.reason = decision.reason
-    if decision.action == "keep":
+    if decision.build_on == row.source:
         row.status = "keep"
-    elif decision.action == "repeat":
+    if row.flags & SERIES:
+        return  # evidence, but it decides nothing
+    row.build_on = decision.build_on
+    if decision.action == "repeat":
         row.add_flags(Flag.REPEAT)
-        row.reason = f"repeat: {decision.reason}; once more with seed {row.seed + 1}"
+        row.reason += f"; once more with seed {row.seed + 1}"
+    elif row.goes_back:
+        earlier = verdict.runs_of(rows, row.board, row.build_on)[-1]
+        row.reason += f" ({earlier.run}: {earlier.description})"
     if Flag.SHORT in row.flags:
         row.reason += f"; a budget of {row.budget:g} s never ranks"
-
-
-def is_same_trainer(other: Row, row: Row) -> bool:
-    """Return whether `other` is a run of the same trainer on the same board with another seed."""
-    return (
-        other.comparable
-        and other.board == row.board
-        and other.source == row.source
-        and other.seed != row.seed
-    )
 
 
 def print_result(row: Row) -> None:

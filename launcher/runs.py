@@ -6,12 +6,13 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from backends.protocol import Log, RunDir
 from launcher.console import say
+from launcher.harness import source_hash
 from launcher.ledger import REFUTED, VERIFIED, BoardKey, Flag, Ledger, Row, refuted_runs, warn
 from launcher.processes import alive, end_leftovers
 from prepare import ROOT, UserError
@@ -113,6 +114,17 @@ def lowest_runs(rows: Sequence[Row]) -> dict[BoardKey, Row]:
 def trainer_of(row: Row) -> Path | None:
     """Return the copy of the trainer that made a run, None when it is not here."""
     return run_dir(row.run).trainer() if row.run else None
+
+
+def read_source(rows: Iterable[Row], source: str) -> bytes | None:
+    """Return a trainer by its content hash, from the copy of a run that had it; None when none is here."""
+    for row in rows:
+        copy = trainer_of(row) if row.source == source else None
+        if copy is not None:
+            text = copy.read_bytes()
+            if source_hash(text) == source:
+                return text
+    return None
 
 
 def loss_curve(run_id: str) -> list[tuple[float, float]]:

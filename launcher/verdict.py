@@ -1,100 +1,88 @@
 """
-Keep or discard: is a result better than the best before it, by more than luck?
+Keep, discard, repeat, or go back: from the rows of a board to the belief, and to a decision.
 
-Runs of one trainer with other seeds differ. `autoresearch noise` measures by how much, and a difference of
-means counts when it exceeds what that seed noise gives by chance in one of a hundred comparisons.
+The belief itself, and the rule, are in launcher/belief.py; docs/search.md says them in words.
 """
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from statistics import mean, stdev
 
-from launcher.ledger import BoardKey, Flag, Row, refuted_runs
-
-CHANCE = 0.01  # one-sided probability that two equal trainers differ by more than the margin
+from launcher.belief import Decision, Observation, Survey, judge, survey
+from launcher.ledger import SERIES, BoardKey, Flag, Row, refuted_runs
 
 
-@dataclass(frozen=True)
-class SeedNoise:
-    """How much val_bpb differs between seeds on one board: standard deviation and its degrees of freedom."""
-
-    sigma: float
-    freedom: int
-
-    def margin(self, new: int = 1, best: int = 1) -> float:
-        """Return how much lower the mean of `new` runs must lie than that of `best` runs to mean anything."""
-        from scipy.special import stdtrit  # quantiles of Student's t
-
-        return float(stdtrit(self.freedom, 1 - CHANCE)) * self.sigma * math.sqrt(1 / new + 1 / best)
-
-
-def pooled_noise(groups: Iterable[Sequence[float]]) -> SeedNoise | None:
-    """Return the noise pooled over groups of scores, each of one trainer with several seeds.
-
-    None without a repetition.
-    """
-    repeated = [values for values in groups if len(values) > 1]
-    freedom = sum(len(values) - 1 for values in repeated)
-    if not freedom:
-        return None
-    squares = sum(stdev(values) ** 2 * (len(values) - 1) for values in repeated)
-    return SeedNoise(math.sqrt(squares / freedom), freedom)
-
-
-def noise_on_record(rows: Iterable[Row], board: BoardKey) -> SeedNoise | None:
-    """Return the noise of a board from what `autoresearch noise` repeated there. None without."""
-    groups: dict[str, list[float]] = {}
-    for row in rows:
-        if row.comparable and row.board == board and Flag.NOISE in row.flags:
-            groups.setdefault(row.source, []).append(row.val_bpb)
-    return pooled_noise(groups.values())
-
-
-def best_runs(rows: Sequence[Row], board: BoardKey) -> list[Row]:
-    """Return the runs of the trainer that was kept last on a board, whatever their seed; [] without one.
-
-    A run that `verify` refuted does not count.
-    """
+def board_runs(rows: Sequence[Row], board: BoardKey) -> list[Row]:
+    """Return the runs of a board that a verdict may rest on, oldest first. Refuted ones are left out."""
     refuted = refuted_runs(rows)
-    fair = [row for row in rows if row.comparable and row.board == board and row.run not in refuted]
-    kept = [row for row in fair if row.status == "keep"]
-    return [row for row in fair if row.source == kept[-1].source] if kept else []
+    return [row for row in rows if row.comparable and row.board == board and row.run not in refuted]
+
+
+def observe(runs: Iterable[Row]) -> list[Observation]:
+    """Return what the belief takes of the runs of one board.
+
+    A trainer that ran again with the seed that it had is no new evidence: the first of such runs counts.
+    """
+    seen: set[tuple[str, int]] = set()
+    observations = []
+    for row in runs:
+        if (row.source, row.seed) not in seen:
+            seen.add((row.source, row.seed))
+            observations.append(observation_of(row))
+    return observations
+
+
+def observation_of(row: Row) -> Observation:
+    return Observation(
+        source=row.source,
+        val_bpb=row.val_bpb,
+        kept=row.status == "keep",
+        parent=row.parent or None,
+        removes_code=Flag.SHORTER in row.flags,
+    )
+
+
+def decide(rows: Sequence[Row], row: Row) -> Decision:
+    """Return what to do after a run. `row` is the newest, and not in `rows` yet."""
+    runs = board_runs(rows, row.board)
+    return judge([*observe(runs), observation_of(row)], candidates=line_of(runs, row.parent))
+
+
+def line_of(runs: Iterable[Row], head: str) -> set[str]:
+    """Return the sources that the search may go back to from the trainer `head`.
+
+    They are those that were run since a person last moved the branch: a person's choice of a trainer is not
+    undone. A person moved it where a run was made on another trainer than the run before it said to build on.
+    """
+    line: set[str] = set()
+    build_on = ""
+    for row in runs:
+        if row.flags & SERIES:
+            continue
+        if row.parent != build_on:
+            line = {row.parent}
+        line.add(row.source)
+        build_on = row.build_on
+    return line if head == build_on else {head}
+
+
+def survey_board(rows: Sequence[Row], board: BoardKey) -> Survey | None:
+    """Return what is believed of the trainers of a board, None without a run."""
+    return survey(observe(board_runs(rows, board)))
+
+
+def runs_of(rows: Sequence[Row], board: BoardKey, source: str) -> list[Row]:
+    """Return the runs of a trainer on a board, oldest first."""
+    return [row for row in board_runs(rows, board) if row.source == source]
 
 
 def best_run(rows: Sequence[Row], board: BoardKey) -> Row | None:
-    """Return the lowest of best_runs, None without one."""
-    return min(best_runs(rows, board), key=lambda row: row.val_bpb, default=None)
+    """Return the lowest run of the trainer that is believed to be the best of a board, None without one."""
+    believed = survey_board(rows, board)
+    if believed is None:
+        return None
+    return min(runs_of(rows, board, believed.best), key=lambda row: row.val_bpb, default=None)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What becomes of a trainer: "keep", "discard", or "repeat" with another seed; and why."""
-
-    action: str
-    reason: str
-
-
-def decide(values: Sequence[float], best: Sequence[float], noise: SeedNoise | None) -> Verdict:
-    """Compare the scores `values` of one trainer with those of the best one.
-
-    An improvement within the noise is run once more with another seed, and then the means decide.
-    """
-    if not best:
-        return Verdict("keep", "first result on this board")
-    gain = mean(best) - mean(values)
-    against = f"{mean(values):.6f} against {mean(best):.6f}"
-    if gain <= 0:
-        return Verdict("discard", f"no improvement: {against}")
-    if noise is None:
-        return Verdict(
-            "keep",
-            f"better by {gain:.6f}: {against}; no noise on record, so this may be luck (autoresearch noise)",
-        )
-    margin = noise.margin(len(values), len(best))
-    if gain > margin:
-        return Verdict("keep", f"better by {gain:.6f}, beyond the noise of {margin:.6f}: {against}")
-    if len(values) == 1:
-        return Verdict("repeat", f"better by {gain:.6f}, within the noise of {margin:.6f}: {against}")
-    seeds = f"over {len(values)} seeds, within the noise of {margin:.6f}"
-    return Verdict("discard", f"better by {gain:.6f} {seeds}: {against}")
+def fresh_seed(rows: Iterable[Row], sources: Iterable[str]) -> int:
+    """Return a seed that none of the trainers was run with."""
+    wanted = set(sources)
+    return 1 + max((row.seed for row in rows if row.source in wanted), default=0)

@@ -5,7 +5,7 @@ import re
 from launcher.ledger import STATUSES, Row, warn
 from launcher.runs import ledger
 from launcher.setting import Setting
-from launcher.verdict import best_run, noise_on_record
+from launcher.verdict import best_run, survey_board
 from prepare import ROOT, UserError
 
 # The section of program.md for each kind of machine, by framework and kind of device.
@@ -82,12 +82,10 @@ def standing(setting: Setting) -> list[str]:
     if best is None:
         return [NO_BEST]
     baseline = next(row for row in rows if row.comparable and row.board == board)
-    noise = noise_on_record(rows, board)
+    believed = survey_board(rows, board)
+    assert believed
     lines = [f"best: {best.val_bpb:.6f} by {best.run} ({best.description}); baseline {baseline.val_bpb:.6f}"]
-    if noise:
-        lines.append(f"noise: sigma {noise.sigma:.6f}, an improvement counts from {noise.margin():.6f}")
-    else:
-        lines.append("noise: not on record (autoresearch noise)")
+    lines.append(f"noise: sigma {believed.sigma:.6f}, as believed from {len(rows)} runs")
     return lines
 
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -43,22 +43,31 @@ FOLDER_MODE = "040000"
 # ---------------------------------------------------------------------------
 
 
-def git_bytes(*arguments: str, index: Path | None = None) -> bytes:
+def git_bytes(
+    *arguments: str,
+    index: Path | None = None,
+    given: bytes = b"",
+    environment: Mapping[str, str] | None = None,
+) -> bytes:
     """Return what a git command prints. While another command holds the repository's index, wait for it.
 
-    index: the index file to use in place of the repository's own.
+    index: the index file to use in place of the repository's own
+    given: its standard input
+    environment: variables beside this process's own
 
     Raises:
         UserError: the command failed.
     """
-    environment = {**os.environ, "GIT_INDEX_FILE": str(index)} if index else None
+    variables = {**os.environ, **(environment or {})}
+    if index:
+        variables["GIT_INDEX_FILE"] = str(index)
     deadline = time.monotonic() + LOCKED_SECONDS
     while True:
         done = subprocess.run(
             ["git", "-C", str(ROOT), *arguments],
-            stdin=subprocess.DEVNULL,
+            input=given,
             capture_output=True,
-            env=environment,
+            env=variables,
         )
         if done.returncode == 0:
             return done.stdout
@@ -153,6 +162,11 @@ def blob(trainer: str) -> str:
     return git_checked("hash-object", "-w", "--", str(ROOT / trainer))
 
 
+def blob_of(source: bytes, trainer: str) -> str:
+    """Return the object id that the trainer would have with this source. The repository then holds it."""
+    return os.fsdecode(git_bytes("hash-object", "-w", "--stdin", f"--path={trainer}", given=source)).strip()
+
+
 def committed_blob(trainer: str, commit: str = "HEAD") -> str:
     """Return the object id of the trainer in a commit, "" when it is not there."""
     return git_output("rev-parse", "--verify", "-q", f"{commit}:./{trainer}")
@@ -179,25 +193,39 @@ def mode_of(tree: str, path: str) -> str:
 # ---------------------------------------------------------------------------
 
 
-def commit_alone(trainer: str, message: str) -> str:
+def commit_alone(trainer: str, message: str, source: bytes | None = None) -> str:
     """Make a commit on top of HEAD in which only the trainer differs. HEAD, index and working tree stay.
+
+    source: of the trainer; as it lies in the working tree if left out
 
     Returns the commit's id. No branch points at it.
     """
     mode = mode_of("HEAD", trainer) or FILE_MODE
-    entry = f"{mode},{blob(trainer)},{path_prefix()}{trainer}"
+    held = blob(trainer) if source is None else blob_of(source, trainer)
+    entry = f"{mode},{held},{path_prefix()}{trainer}"
     with scratch_index() as index:
         git_checked("update-index", "--add", "--cacheinfo", entry, index=index)
         tree = git_checked("write-tree", index=index)
     return commit_tree(tree, head(), message)
 
 
-def commit_tree(tree: str, parent: str, message: str) -> str:
-    """Make a commit of a tree and return its id. Where git knows no author, autoresearch is the author."""
+def commit_tree(tree: str, parent: str, message: str, dates: Mapping[str, str] | None = None) -> str:
+    """Make a commit of a tree and return its id. Where git knows no author, autoresearch is the author.
+
+    dates: git's variables for the dates of author and committer; now if left out
+    """
     identity = []
     if not (git_output("config", "user.email") and git_output("config", "user.name")):
         identity = ["-c", "user.name=autoresearch", "-c", "user.email=autoresearch@localhost"]
-    return git_checked(*identity, "commit-tree", tree, "-p", parent, "-m", message)
+    command = (*identity, "commit-tree", tree, "-p", parent, "-m", message)
+    return os.fsdecode(git_bytes(*command, environment=dates)).strip("\n")
+
+
+def reword(commit: str, message: str) -> str:
+    """Return a commit that is as this one, with another message. The same call makes the same commit."""
+    tree, parent, author, committer = git_checked("show", "-s", "--format=%T %P %at %ct", commit).split()
+    dates = {"GIT_AUTHOR_DATE": f"@{author} +0000", "GIT_COMMITTER_DATE": f"@{committer} +0000"}
+    return commit_tree(tree, parent, message, dates)
 
 
 def advance_branch(commit: str, base: str, trainer: str) -> None:

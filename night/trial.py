@@ -1,15 +1,15 @@
 """
 `autoresearch try`: the trainer's edit, committed alone, run, and kept or reverted.
 
-The branch moves only after the verdict. Until then the trial is a commit that nothing points at and a
-journal in the git directory. A command that is cut off (Ctrl-C, kill -9, power) thus leaves branch and
-working tree as they were. `finish_trial` completes from journal and ledger what was begun; it runs first in
-every command that tries.
+The branch moves only after the verdict: on to the edit, or back to an earlier trainer that now looks better.
+Until then the trial is a commit that nothing points at and a journal in the git directory. A command that is
+cut off (Ctrl-C, kill -9, power) thus leaves branch and working tree as they were. `finish_trial` completes
+from journal and ledger what was begun; it runs first in every command that tries.
 """
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,11 +20,11 @@ from backends.protocol import write_json
 from launcher.console import say
 from launcher.device import acquire
 from launcher.harness import source_hash
-from launcher.ledger import STATUSES, Row
+from launcher.ledger import STATUSES, BoardKey, Row
 from launcher.run import Request, exit_code, print_result, refuse_in_loop, run_experiment
-from launcher.runs import id_time, ledger, record_killed_runs
+from launcher.runs import id_time, ledger, read_source, record_killed_runs
 from launcher.setting import Setting
-from launcher.verdict import best_runs
+from launcher.verdict import runs_of, survey_board
 from night import repo
 from prepare import UserError
 
@@ -63,11 +63,13 @@ def hold_repository() -> Iterator[None]:
 # ---------------------------------------------------------------------------
 
 
-def run_trial(request: Request, on_row: Callable[[Row], None] = lambda row: None) -> Row:
+def run_trial(request: Request, on_row: Callable[[Row], None] = lambda row: None, learned: str = "") -> Row:
     """Commit the trainer as it lies there, run it, keep or revert it. Returns the row that decides.
 
-    A source that was scored before is not run again. The repository must be held. `on_row` gets the row
-    before git is touched.
+    A source that was scored before is not run again. The repository must be held.
+
+    on_row: gets the row before git is touched
+    learned: what the agent wrote of what it had learned, for the commit
 
     Raises:
         UserError: there is nothing to try, or more than the trainer changed.
@@ -79,6 +81,7 @@ def run_trial(request: Request, on_row: Callable[[Row], None] = lambda row: None
     edited = repo.is_edited(trainer)
     commit = repo.commit_alone(trainer, request.description or "no description") if edited else base
     source = repo.content(commit, trainer)  # what is tried is the commit, whatever becomes of the file
+    parent = repo.content(base, trainer) if repo.committed_blob(trainer, base) else None
     earlier = scored_before(source, setting)
     if earlier and not edited:
         raise UserError(
@@ -89,10 +92,10 @@ def run_trial(request: Request, on_row: Callable[[Row], None] = lambda row: None
     write_json(journal(), asdict(trial))
     if earlier:
         say(f"not run again: run {earlier.run} scored the identical {trainer}")
-        row = judge_again(earlier)
+        row = judge_again(earlier, parent)
     else:
         try:
-            row = run_source(request, source, commit)
+            row = run_source(replace(request, parent=parent), source, commit)
         except UserError:  # the run could not even begin: there is nothing to finish
             journal().unlink()
             raise
@@ -140,13 +143,21 @@ def scored_before(source: bytes, setting: Setting) -> Row | None:
     return rows[-1] if rows else None
 
 
-def judge_again(earlier: Row) -> Row:
-    """Return a scored row with the verdict of today: "keep" only for the trainer that is the best one now."""
-    best = best_runs(ledger().rows(), earlier.board)
-    if any(row.source == earlier.source for row in best):
-        return replace(earlier, status="keep", reason=f"run {earlier.run} scored it: the best trainer so far")
-    reason = f"run {earlier.run} scored it ({earlier.status}), and it is not the best trainer now"
-    return replace(earlier, status="discard", reason=reason)
+def judge_again(earlier: Row, parent: bytes | None) -> Row:
+    """Return a scored row with the verdict of today: "keep" where it is believed better than its parent."""
+    believed = survey_board(ledger().rows(), earlier.board)
+    assert believed  # the board has the earlier run
+    head = source_hash(parent) if parent is not None else ""
+    ours = believed.trainers[earlier.source]
+    theirs = believed.trainers.get(head, believed.trainers[believed.best])
+    row = replace(earlier, status="discard", build_on="")
+    words = "believed better than the committed one"
+    if ours.counts_as < theirs.counts_as or (head not in believed.trainers and believed.best == row.source):
+        row.status = "keep"
+    else:
+        words = f"not {words} now"
+    row.reason = f"run {earlier.run} scored it ({earlier.status}), and it is {words}"
+    return row
 
 
 # ---------------------------------------------------------------------------
@@ -196,8 +207,13 @@ def finish_trial(row: Row | None = None) -> Row | None:
         row = find_verdict(trial)
         found = f"run {row.run}: {row.status}" if row else "it was not run"
         say(f"the trial of «{trial.description or trial.trainer}» was cut off: {found}")
-    if trial.commit != trial.base:
-        keep_or_revert(trial, row)
+    if row and row.judged and row.goes_back and is_committed(trial.trainer, row.build_on):
+        finish_going_back(trial)
+    else:
+        if trial.commit != trial.base:
+            keep_or_revert(trial, row)
+        if row and row.judged and row.goes_back:
+            go_back(trial, row)
     journal().unlink(missing_ok=True)
     return row
 
@@ -214,19 +230,23 @@ def find_verdict(trial: Trial) -> Row | None:
 
 
 def keep_or_revert(trial: Trial, row: Row | None) -> None:
-    """Do with an edit what its row says. What is not kept stays reachable under a ref."""
-    judged = row is not None and row.judged
-    branch_stayed = repo.head() in (trial.base, trial.commit) and repo.branch() == trial.branch
-    if row and judged and row.status == "keep" and branch_stayed:
-        repo.advance_branch(trial.commit, trial.base, trial.trainer)
-        say(f"kept: {trial.commit[:7]} {trial.description}")
-        return
+    """Do with an edit what its row says. The trial's commit stays reachable under a ref."""
     ref = repo.save_ref(row.run if row else f"cut-off-{trial.began}", trial.commit)
     where = f"it stays reachable as {ref}"
-    if not (row and judged):
+    if row is None or not row.judged:
         say(f"no verdict: the edit is still in {trial.trainer}, uncommitted; {where}")
-    elif not branch_stayed:
+        return
+    kept = (
+        repo.reword(trial.commit, lab_message(trial.description, row))
+        if row.status == "keep"
+        else trial.commit
+    )
+    branch_stayed = repo.head() in (trial.base, kept) and repo.branch() == trial.branch
+    if not branch_stayed:
         say(f"the branch moved meanwhile and was left alone; the trial ({row.status}): {where}")
+    elif row.status == "keep":
+        repo.advance_branch(kept, trial.base, trial.trainer)
+        say(f"kept: {kept[:7]} {trial.description}")
     elif repo.blob(trial.trainer) != repo.committed_blob(trial.trainer, trial.commit):
         say(
             f"{trial.trainer} was edited during the run and was left alone; the trial ({row.status}): {where}"
@@ -234,3 +254,79 @@ def keep_or_revert(trial: Trial, row: Row | None) -> None:
     else:
         repo.revert(trial.trainer)
         say(f"reverted ({row.status}): {trial.trainer} is as in the last commit; {where}")
+
+
+def lab_message(description: str, row: Row) -> str:
+    """Return the message of a commit that was kept: with its numbers, `git log` is the lab book."""
+    trailers = [
+        f"Run: {row.run}",
+        f"Val-bpb: {row.val_bpb:.6f}",
+        f"Effect: {row.effect:+.6f} +- {row.effect_error:.6f}",
+        f"P-better: {row.p_better:.2f}",
+        f"Tokens-per-second: {row.tokens_per_second:.0f}",
+        f"Memory-GB: {row.memory_gb:g}",
+        f"Trial: {row.commit}",
+    ]
+    if row.agent:
+        trailers.append(f"Agent: {row.agent}")
+    return f"{description or row.description}\n\n" + "\n".join(trailers)
+
+
+# ---------------------------------------------------------------------------
+# Back to an earlier trainer
+# ---------------------------------------------------------------------------
+
+
+def go_back(trial: Trial, row: Row) -> None:
+    """Put the earlier trainer on the branch that the run made look better than the current one."""
+    if repo.head() != trial.base or repo.branch() != trial.branch:
+        say("the branch moved meanwhile: it does not go back to the earlier trainer")
+        return
+    put_on_branch(trial.trainer, row.board, row.build_on)
+
+
+def finish_going_back(trial: Trial) -> None:
+    """Bring the working tree along where it was cut off after the branch went back."""
+    if repo.blob(trial.trainer) == repo.committed_blob(trial.trainer, trial.base):
+        repo.revert(trial.trainer)
+
+
+def is_committed(trainer: str, source: str) -> bool:
+    """Return whether the last commit has the trainer with this content hash."""
+    return bool(repo.committed_blob(trainer)) and source_hash(repo.content("HEAD", trainer)) == source
+
+
+def put_on_branch(trainer: str, board: BoardKey, source: str) -> bool:
+    """Commit an earlier trainer, given its content hash, on top of the branch. Returns whether it did.
+
+    It does not where the trainer is edited, or where no copy of the earlier one is left.
+    """
+    runs = runs_of(ledger().rows(), board, source)
+    if not runs:
+        return False
+    name = f"the trainer of run {runs[-1].run} ({runs[-1].description})"
+    if repo.is_edited(trainer):
+        say(f"{trainer} was edited: it does not go back to {name}")
+        return False
+    text = read_source(runs, source) or saved_source(runs, trainer)
+    if text is None:
+        say(f"no copy is left of {name}: it is not gone back to")
+        return False
+    base = repo.head()
+    message = f"Go back to run {runs[-1].run}\n\n{runs[-1].description}\n\nRun: {runs[-1].run}"
+    commit = repo.commit_alone(trainer, message, text)
+    repo.advance_branch(commit, base, trainer)
+    repo.revert(trainer)
+    say(f"back to {name}: {commit[:7]}")
+    return True
+
+
+def saved_source(runs: Iterable[Row], trainer: str) -> bytes | None:
+    """Return the trainer of a run from the refs that trials are kept under, None when it is not there."""
+    for row in runs:
+        for tree in (f"{repo.REFS}/{row.run}", row.commit):
+            if repo.committed_blob(trainer, tree):
+                text = repo.content(tree, trainer)
+                if source_hash(text) == row.source:
+                    return text
+    return None

@@ -16,9 +16,9 @@ def test_noise_is_measured_and_recorded(scores, house, capsys):  # noqa: F811
     assert measure_noise(resolve("cpu"), 3) == 0
     out = capsys.readouterr().out
     assert "noise_sigma: 0.002000" in out and "noise_runs: 3" in out and "noise_mean: 1.500000" in out
-    # 6.965 is the one-sided 99% quantile of Student's t with two degrees of freedom.
-    margin = float(re.search(r"^noise_margin: (\S+)$", out, re.M)[1])
-    assert margin == pytest.approx(6.965 * 0.002 * 2**0.5, rel=1e-4)
+    # 1.645 is the one-sided 95% quantile of the normal distribution.
+    visible = float(re.search(r"^visible_in_a_run: (\S+)$", out, re.M)[1])
+    assert visible == pytest.approx(1.645 * 0.002 * 2**0.5, rel=1e-4)
     assert scores.seeds == [1, 2, 3]
     source = source_hash((ROOT / "train_cuda.py").read_bytes())
     assert all("noise" in row.flags and row.source == source for row in rows(house))

@@ -9,6 +9,7 @@ from conftest import RESULT
 from backends.protocol import write_json
 from launcher import run as runner
 from launcher import setting as settings
+from launcher import verdict
 from launcher.child import Outcome
 from launcher.ledger import Flag, Ledger
 from launcher.run import Request, dry_run, exit_code, run_experiment
@@ -54,33 +55,71 @@ def test_a_night_of_verdicts(scores, house):
     first = attempt(house, "baseline")
     assert exit_code(first) == 0 and "first result" in first.reason
     assert exit_code(attempt(house, "worse")) == 3
-    better = attempt(house, "better, perhaps")
-    assert exit_code(better) == 0 and "no noise on record" in better.reason
-    again = attempt(house, "better, perhaps")  # it stays the best
-    assert exit_code(again) == 0 and "unchanged" in again.reason
+    better = attempt(house, "better")
+    assert exit_code(better) == 0 and better.reason.startswith("probably better: effect -0.0")
+    again = attempt(house, "better")  # it stays the best
+    assert exit_code(again) == 0 and "another run of the current trainer, which stays" in again.reason
     assert [row.val_bpb for row in rows(house)] == [1.5, 1.51, 1.49, 1.495]
 
 
-def test_a_result_within_the_noise_is_repeated_and_the_means_decide(scores, house):
-    for seed, score in enumerate([1.500, 1.502, 1.498], 1):
-        scores.append(score)
-        attempt(house, "baseline", seed=seed, flags=(Flag.NOISE,))
-    scores += [1.499, 1.4985]  # the margin of one run is 0.016
+def test_a_row_says_what_is_believed(scores, house):
+    scores += [1.500, 1.490]
+    attempt(house, "baseline")
+    attempt(house, "better", parent=b"baseline")
+    first, row = rows(house)
+    assert (first.effect, first.parent, first.build_on) == (0.0, "", first.source)
+    assert row.parent == first.source and row.build_on == row.source
+    assert row.effect == pytest.approx(-0.01, abs=0.002) and 0 < row.effect_error < 0.002
+    assert row.p_better > 0.99 and row.belief_before == pytest.approx(1.5, abs=0.001)
+    assert row.belief_after == pytest.approx(1.49, abs=0.001) and row.belief_after_error > 0
+    assert 0.0002 < row.sigma < 0.002
+
+
+def test_an_edit_that_removes_code_is_marked(scores, house):
+    scores += [1.500, 1.500, 1.500]
+    long = "a = 1\nb = 2\n"
+    attempt(house, long)
+    shorter = attempt(house, "a = 1\n", parent=long.encode())
+    assert shorter.marks == "shorter" and shorter.status == "keep" and shorter.ranked
+    other = attempt(house, "a = 1\nb = 3\n", parent=long.encode())
+    assert other.marks == "" and other.status == "discard"
+
+
+def test_runs_of_a_series_are_evidence_and_decide_nothing(scores, house):
+    scores += [1.500, 1.400, 1.501]
+    attempt(house, "baseline")
+    noise = attempt(house, "another", flags=(Flag.NOISE,))
+    assert noise.build_on == "" and noise.judged and Flag.REPEAT not in noise.flags
+
+
+@pytest.fixture
+def undecided(monkeypatch):
+    """Let a first run of a trainer be worth another one."""
+    really = verdict.decide
+
+    def decide(rows, row):
+        decision = really(rows, row)
+        if row.description == "small" and row.seed < 3:
+            return replace(decision, action="repeat", build_on=row.parent, reason="worth another run")
+        return decision
+
+    monkeypatch.setattr(verdict, "decide", decide)
+
+
+def test_a_result_that_is_undecided_is_repeated_with_other_seeds(scores, house, undecided):
+    scores += [1.500, 1.499, 1.4985, 1.4990]
+    attempt(house, "baseline")
     row = attempt(house, "small")
-    first, second = rows(house)[-2:]
-    assert exit_code(row) == 3 and "over 2 seeds, within the noise" in row.reason
-    assert Flag.REPEAT in first.flags and first.reason.startswith("repeat:") and not first.judged
-    assert Flag.REPEAT not in second.flags and second.judged and (first.seed, second.seed) == (1, 2)
-    scores.append(1.40)
-    large = attempt(house, "large")
-    assert exit_code(large) == 0 and "beyond the noise" in large.reason
+    *repeats, last = rows(house)[1:]
+    assert [other.marks for other in repeats] == ["repeat", "repeat"] and not repeats[0].judged
+    assert repeats[0].reason == "worth another run; once more with seed 2"
+    assert last.judged and last.run == row.run and [other.seed for other in rows(house)] == [1, 1, 2, 3]
 
 
-def test_the_repetition_runs_the_copy_not_the_file(scores, house, monkeypatch):
+def test_the_repetition_runs_the_copy_not_the_file(scores, house, monkeypatch, undecided):
     """An agent may edit the file while the first seed runs."""
-    for seed, score in enumerate([1.500, 1.502, 1.498], 1):
-        scores.append(score)
-        attempt(house, "baseline", seed=seed, flags=(Flag.NOISE,))
+    scores.append(1.5)
+    attempt(house, "baseline")
     ran = []
     supervise = runner.supervise
 
@@ -90,9 +129,9 @@ def test_the_repetition_runs_the_copy_not_the_file(scores, house, monkeypatch):
         return supervise(trainer, *arguments)
 
     monkeypatch.setattr(runner, "supervise", edited_meanwhile)
-    scores += [1.499, 1.4985]
+    scores += [1.499, 1.4985, 1.498]
     attempt(house, "small")
-    assert ran == ["small", "small"] and len({row.source for row in rows(house)[-2:]}) == 1
+    assert ran == ["small"] * 3 and len({row.source for row in rows(house)[-3:]}) == 1
 
 
 def test_a_short_budget_is_judged_among_its_equals_and_never_ranks(scores, house):

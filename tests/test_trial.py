@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import calls, edit, supervise
 from filelock import FileLock
 
 from backends.protocol import IN_LOOP_VARIABLE
+from launcher import verdict
 from launcher.harness import git_output
 from launcher.ledger import Flag, Ledger, Row
 from launcher.processes import Stopped
-from launcher.run import Request
+from launcher.run import Request, run_experiment
 from launcher.runs import home
 from launcher.setting import resolve
 from night import repo, trial
@@ -56,7 +59,11 @@ def test_a_better_trainer_is_committed_alone_and_a_worse_one_is_reverted(reposit
     kept = repo.head()
     assert git_output("rev-parse", "HEAD~1") == start and repo.branch() == "refs/heads/main"
     assert files_of("HEAD") == ["inner/train_cuda.py"]
-    assert git_output("log", "-1", "--format=%s") == "better"
+    message = git_output("log", "-1", "--format=%B").split("\n")
+    assert message[0] == "better" and f"Run: {rows()[-1].run}" in message and "Val-bpb: 1.400000" in message
+    assert git_output("log", "-1", "--format=%(trailers:key=P-better,valueonly)") == "1.00"
+    trial_commit = git_output("rev-parse", f"refs/autoresearch/{rows()[-1].run}")
+    assert trial_commit.startswith(rows()[-1].commit)
 
     assert attempt("SCORE = 1.6\n", repository, "worse") == 3
     assert repo.head() == kept and trainer_text(repository) == "SCORE = 1.4\n"
@@ -133,7 +140,7 @@ def test_an_old_trainer_that_was_kept_does_not_come_back_over_a_better_one(repos
     first = rows()[0].run
     assert out.endswith(
         f"run: {first}\nstatus: discard\n"
-        f"reason: run {first} scored it (keep), and it is not the best trainer now\n"
+        f"reason: run {first} scored it (keep), and it is not believed better than the committed one now\n"
     )
     assert "val_bpb: 1.5\n" in out
 
@@ -248,6 +255,98 @@ def test_a_commit_during_the_run_is_left_alone(repository, meanwhile, capsys):
     assert git_output("rev-parse", "HEAD~1") == before
     assert git_output("log", "-1", "--format=%s") == "mine"
     assert "the branch moved" in capsys.readouterr().err
+
+
+# --- Back to an earlier trainer -----------------------------------------------------------------------------
+
+
+def decide_to_go_back(monkeypatch, to):
+    """Let the next decision be that the trainer of an earlier run is better than the committed one."""
+    really = verdict.decide
+
+    def decide(rows, row):
+        source = next(other.source for other in rows if other.val_bpb == to)
+        return replace(really(rows, row), action="discard", build_on=source, reason="back")
+
+    monkeypatch.setattr(verdict, "decide", decide)
+
+
+def lucky_night(root):
+    """A baseline, a discarded edit, and a kept one. Returns the commit of the kept one."""
+    try_as_it_is("baseline")
+    attempt("SCORE = 1.51\n", root, "nearly")
+    attempt("SCORE = 1.4\n", root, "lucky")
+    return repo.head()
+
+
+def test_the_branch_goes_back_to_a_trainer_that_now_looks_better(repository, monkeypatch, capsys):
+    lucky = lucky_night(repository)
+    decide_to_go_back(monkeypatch, 1.51)
+    assert attempt("SCORE = 1.6\n", repository) == 3
+    assert git_output("rev-parse", "HEAD~1") == lucky and trainer_text(repository) == "SCORE = 1.51\n"
+    nearly = rows()[1]
+    assert git_output("log", "-1", "--format=%s") == f"Go back to run {nearly.run}"
+    assert git_checked("status", "--porcelain") == "" and not trial.journal().exists()
+    assert rows()[-1].goes_back and rows()[-1].reason == f"back ({nearly.run}: nearly)"
+    assert f"back to the trainer of run {nearly.run} (nearly)" in capsys.readouterr().err
+
+
+def test_a_run_of_the_committed_trainer_may_send_it_back_too(repository, monkeypatch):
+    lucky_night(repository)
+    parent = repo.content("HEAD", "train_cuda.py")
+    decide_to_go_back(monkeypatch, 1.5)
+    row = run_experiment(Request(resolve(), "once more", seed=2, parent=parent))
+    assert row.goes_back
+    commit = repo.head()
+    trial.journal().write_text(
+        json.dumps(vars(trial.Trial("train_cuda.py", commit, commit, repo.branch(), "", row.run)))
+    )
+    trial.finish_trial(row)
+    assert trainer_text(repository) == "SCORE = 1.5\n" and git_checked("status", "--porcelain") == ""
+
+
+def test_without_its_copy_an_earlier_trainer_comes_from_its_ref(repository, monkeypatch, capsys):
+    lucky = lucky_night(repository)
+    nearly = rows()[1]
+    shutil.rmtree(home() / "runs" / nearly.run)
+    decide_to_go_back(monkeypatch, 1.51)
+    attempt("SCORE = 1.6\n", repository)
+    assert trainer_text(repository) == "SCORE = 1.51\n"
+    git_checked("reset", "-q", "--hard", lucky)
+    git_checked("update-ref", "-d", f"refs/autoresearch/{nearly.run}")
+    git_checked("reflog", "expire", "--expire=now", "--all")
+    git_checked("gc", "-q", "--prune=now")
+    assert attempt("SCORE = 1.7\n", repository) == 3
+    assert repo.head() == lucky and trainer_text(repository) == "SCORE = 1.4\n"
+    assert "no copy is left" in capsys.readouterr().err
+
+
+def test_an_edit_during_the_run_is_not_gone_back_under(repository, monkeypatch, meanwhile, capsys):
+    lucky = lucky_night(repository)
+    decide_to_go_back(monkeypatch, 1.5)
+    meanwhile(lambda: edit(repository, "SCORE = 1.1  # mine\n"))
+    assert attempt("SCORE = 1.6\n", repository) == 3
+    assert repo.head() == lucky and trainer_text(repository) == "SCORE = 1.1  # mine\n"
+    assert "it does not go back" in capsys.readouterr().err
+
+
+def test_cut_off_while_going_back_the_next_command_repairs(repository, monkeypatch, capsys):
+    lucky = lucky_night(repository)
+    decide_to_go_back(monkeypatch, 1.5)
+    number = 1
+    ledger = (home() / "results.tsv").read_bytes()
+    while die_at(number, "SCORE = 1.6\n", repository):
+        next_command()
+        if rows()[-1].description == "cut off" and rows()[-1].judged:
+            assert trainer_text(repository) == "SCORE = 1.5\n"
+            assert git_output("rev-list", "--count", f"{lucky}..HEAD") == "1"
+        else:
+            assert repo.head() == lucky and trainer_text(repository) == "SCORE = 1.6\n"
+        assert git_checked("status", "--porcelain", "--", "README.md") == "" and not trial.journal().exists()
+        git_checked("reset", "-q", "--hard", lucky)
+        (home() / "results.tsv").write_bytes(ledger)
+        number += 1
+    assert number > 15
 
 
 # --- Cut off ------------------------------------------------------------------------------------------------

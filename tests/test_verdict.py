@@ -1,83 +1,23 @@
-"""Keep or discard: luck is told from improvement, and the runs of one board are compared."""
-
-import math
-import random
+"""Keep, discard or go back: which runs of a ledger are evidence, and which trainers may be gone back to."""
 
 import pytest
 from conftest import row
 
-from launcher.verdict import SeedNoise, Verdict, best_runs, decide, noise_on_record, pooled_noise
-
-NOISE = SeedNoise(sigma=0.001, freedom=2)
-
+from launcher.ledger import Flag
+from launcher.verdict import best_run, board_runs, decide, fresh_seed, line_of, observe, runs_of, survey_board
 
 BOARD = row().board
 
 
-# --- The decision -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "values, best, noise, action, reason",
-    [
-        ([1.0], [], None, "keep", "first result on this board"),
-        ([1.01], [1.0], NOISE, "discard", "no improvement"),
-        ([1.0], [1.0], NOISE, "discard", "no improvement"),
-        ([0.999], [1.0], None, "keep", "no noise on record"),
-        ([0.9], [1.0], NOISE, "keep", "beyond the noise"),
-        ([0.999], [1.0], NOISE, "repeat", "within the noise"),
-        ([0.999, 0.998], [1.0], NOISE, "discard", "over 2 seeds, within the noise"),
-        ([0.991, 0.992], [1.0, 1.0], NOISE, "keep", "beyond the noise"),
-    ],
-)
-def test_decisions(values, best, noise, action, reason):
-    verdict = decide(values, best, noise)
-    assert isinstance(verdict, Verdict) and verdict.action == action
-    assert reason in verdict.reason
-
-
-# --- The noise ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("freedom, quantile", [(1, 31.821), (2, 6.965), (10, 2.764)])
-@pytest.mark.parametrize("new, best", [(1, 1), (2, 1), (2, 3)])
-def test_the_margin_is_that_of_the_tables(freedom, quantile, new, best):
-    """One-sided 99% quantiles of Student's t, as statistics books print them."""
-    margin = SeedNoise(0.004, freedom).margin(new, best)
-    assert margin == pytest.approx(quantile * 0.004 * math.sqrt(1 / new + 1 / best), rel=2e-4)
-
-
-def test_noise_is_pooled_over_trainers():
-    noise = pooled_noise([[1.0, 1.2], [2.0, 2.1, 2.2], [7.0]])
-    assert noise.freedom == 3
-    assert noise.sigma == pytest.approx(math.sqrt((0.02 + 0.02) / 3))
-    assert pooled_noise([[1.0], [2.0]]) is None and pooled_noise([]) is None
-
-
-def test_only_repetitions_on_purpose_are_noise_on_record():
-    rows = [
-        row(val_bpb=1.0, marks="noise"),
-        row(val_bpb=1.2, marks="noise"),
-        row(val_bpb=5.0),
-        row(val_bpb=5.0, marks="noise,contended"),
-        row(val_bpb=5.0, marks="noise", track="another"),
-        row(val_bpb=0.0, marks="noise", status="crash"),
+def night(*steps):
+    """Rows of a branch: (source, parent, build_on)."""
+    return [
+        row(run=str(i), source=source, parent=parent, build_on=build_on)
+        for i, (source, parent, build_on) in enumerate(steps)
     ]
-    noise = noise_on_record(rows, BOARD)
-    assert noise.freedom == 1 and noise.sigma == pytest.approx(0.2 / math.sqrt(2))
 
 
-def test_luck_rarely_passes_the_margin():
-    """Of comparisons of two equal trainers, about one in a hundred does."""
-    rng = random.Random(0)
-    lucky = 0
-    for _ in range(3000):
-        noise = pooled_noise([[rng.gauss(1.0, 0.01) for _ in range(4)]])
-        lucky += rng.gauss(1.0, 0.01) - rng.gauss(1.0, 0.01) > noise.margin()
-    assert 0.003 < lucky / 3000 < 0.025
-
-
-# --- The best so far ----------------------------------------------------------------------------------------
+# --- Evidence -----------------------------------------------------------------------------------------------
 
 
 def test_runs_of_other_boards_and_flagged_runs_do_not_count():
@@ -85,34 +25,100 @@ def test_runs_of_other_boards_and_flagged_runs_do_not_count():
         row(val_bpb=0.5, rules=2),
         row(val_bpb=0.6, marks="short", budget=60.0),
         row(val_bpb=0.7, marks="contended"),
+        row(val_bpb=0.0, status="crash"),
         row(val_bpb=0.9, run="good"),
     ]
-    assert [row.run for row in best_runs(rows, BOARD)] == ["good"]
-    assert noise_on_record(rows, BOARD) is None
+    assert [row.run for row in board_runs(rows, BOARD)] == ["good"]
 
 
 def test_short_runs_are_compared_with_short_runs():
     short = row(marks="short", budget=60.0)
-    assert best_runs([row(), short], short.board) == [short]
+    assert board_runs([row(), short], short.board) == [short]
 
 
-def test_the_best_is_the_trainer_kept_last_with_all_its_seeds():
-    rows = [
-        row(run="old", source="a"),
-        row(run="seed 1", source="b"),
-        row(run="seed 2", source="b", status="discard"),
-        row(run="worse", source="c", status="discard"),
-    ]
-    assert [row.run for row in best_runs(rows, BOARD)] == ["seed 1", "seed 2"]
-    assert best_runs([], BOARD) == []
-
-
-def test_a_refuted_run_is_not_the_best():
+def test_a_refuted_run_is_no_evidence():
     rows = [
         row(val_bpb=0.9, run="honest", source="a"),
         row(val_bpb=0.5, run="fake", source="b"),
         row(run="fake", status="refuted"),
     ]
-    assert [row.run for row in best_runs(rows, BOARD)] == ["honest"]
+    assert best_run(rows, BOARD).run == "honest"
     rows.append(row(run="fake", status="verified"))  # the last verification counts
-    assert [row.run for row in best_runs(rows, BOARD)] == ["fake"]
+    assert best_run(rows, BOARD).run == "fake"
+
+
+def test_a_seed_that_ran_again_is_no_new_evidence():
+    rows = [
+        row(source="a", seed=1),
+        row(source="a", seed=1),
+        row(source="a", seed=2),
+        row(source="b", seed=1),
+    ]
+    assert [(one.source, one.val_bpb) for one in observe(rows)] == [("a", 1.25), ("a", 1.25), ("b", 1.25)]
+
+
+def test_what_removes_code_is_told_to_the_belief():
+    [one] = observe([row(marks=Flag.SHORTER, parent="p")])
+    assert one.removes_code and one.parent == "p" and one.kept
+
+
+def test_the_best_is_the_trainer_that_is_believed_lowest_not_the_luckiest_run():
+    many = [row(run=f"a{i}", source="a", seed=i, val_bpb=1.0 + 0.002 * (-1) ** i) for i in range(6)]
+    once = row(run="b", source="b", parent="a", val_bpb=0.9979, status="discard")
+    assert best_run([*many, once], BOARD).run == "a1"
+    assert [one.run for one in runs_of([*many, once], BOARD, "b")] == ["b"]
+    assert best_run([], BOARD) is None and survey_board([], BOARD) is None
+
+
+def test_a_survey_knows_effects_now():
+    rows = [
+        row(run="1", source="a", val_bpb=1.0),
+        row(run="2", source="b", parent="a", val_bpb=0.99),
+        row(run="3", source="c", parent="b", val_bpb=1.01, status="discard"),
+    ]
+    believed = survey_board(rows, BOARD)
+    assert list(believed.trainers) == ["a", "b", "c"] and believed.best == "b"
+    assert believed.trainers["b"].effect == pytest.approx(-0.01, abs=0.002)
+    assert believed.trainers["c"].effect == pytest.approx(0.02, abs=0.003)
+    assert believed.trainers["c"].parent == "b" and believed.trainers["a"].parent == ""
+
+
+# --- A person's move is not undone --------------------------------------------------------------------------
+
+
+def test_what_was_run_since_a_person_moved_the_branch_may_be_gone_back_to():
+    first_night = night(("a", "a", "a"), ("b", "a", "b"), ("c", "b", "b"))
+    assert line_of(first_night, "b") == {"a", "b", "c"}
+    assert line_of(first_night, "a") == {"a"}  # git reset: to begin anew from there
+    second = [*first_night, *night(("d", "a", "a"), ("e", "a", "e"))]
+    assert line_of(second, "e") == {"a", "d", "e"}
+
+
+def test_another_run_of_the_same_trainer_moves_nothing():
+    rows = night(("a", "a", "a"), ("b", "a", "b"))
+    noise = row(source="b", marks=Flag.NOISE)
+    confirm = row(source="z", marks=Flag.CONFIRM)
+    assert line_of([*rows, noise, confirm], "b") == {"a", "b"}
+
+
+def test_a_trainer_that_a_person_committed_is_kept_although_another_line_was_better():
+    rows = night(("a", "a", "a"), ("b", "a", "b"))
+    mine = row(run="mine", source="mine", parent="mine", val_bpb=1.9, status="", seed=1)
+    decision = decide(rows, mine)
+    assert (decision.action, decision.build_on) == ("keep", "mine")
+    assert decision.reason == "first result of the trainer as committed"
+    kept = row(run="mine", source="mine", parent="mine", val_bpb=1.9, build_on="mine")
+    worse = decide([*rows, kept], row(run="next", source="next", parent="mine", val_bpb=1.95, status=""))
+    assert (worse.action, worse.build_on) == ("discard", "mine")
+
+
+def test_without_a_repository_the_trainer_kept_last_is_the_parent():
+    rows = [row(run="1", source="a", val_bpb=1.3), row(run="2", source="b", val_bpb=1.2, build_on="b")]
+    decision = decide(rows, row(run="3", source="c", val_bpb=1.25, status=""))
+    assert (decision.action, decision.build_on) == ("discard", "b")
+    assert decision.before == pytest.approx(1.2, abs=0.002)
+
+
+def test_a_fresh_seed_was_had_by_none_of_the_trainers():
+    rows = [row(source="a", seed=4), row(source="b", seed=2), row(source="c", seed=9)]
+    assert fresh_seed(rows, ["a", "b"]) == 5 and fresh_seed([], ["a"]) == 1
