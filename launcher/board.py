@@ -13,7 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
 
-from launcher.ledger import REFUTED, UNRANKED, VERIFIED, BoardKey, Ledger, Row, single_line, warn
+from launcher.ledger import (
+    ABOUT_RUNS,
+    CONFIRMED,
+    REFUTED,
+    UNCONFIRMED,
+    UNRANKED,
+    VERIFIED,
+    BoardKey,
+    Ledger,
+    Row,
+    single_line,
+    warn,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,6 +97,7 @@ class Boards(NamedTuple):
     boards: list[Board]  # by track, then by their best val_bpb
     unranked: list[Row]
     verifications: dict[str, Row]  # run id -> the last row that `autoresearch verify` added about it
+    claims: dict[str, Row]  # run id -> the last row that `autoresearch confirm` added about it
 
 
 def gather(
@@ -101,7 +114,8 @@ def gather(
         platform: take rows of this platform only.
         complain: gets a line about every row that cannot be read.
     """
-    rows, verifications = read_runs(paths, track, platform, complain)
+    rows, about = read_runs(paths, track, platform, complain)
+    verifications = {row.run: row for row in about if row.status in (VERIFIED, REFUTED)}
     boards: dict[BoardKey, Board] = {}
     unranked = []
     for row in rows:
@@ -121,26 +135,27 @@ def gather(
         else:
             unranked += board.rows
     ranked.sort(key=lambda board: (board.key.track, board.best.val_bpb))
-    return Boards(ranked, unranked, verifications)
+    claims = {row.run: row for row in about if row.status in (CONFIRMED, UNCONFIRMED)}
+    return Boards(ranked, unranked, verifications, claims)
 
 
 def read_runs(
     paths: Iterable[Path], track: str | None, platform: str | None, complain: Callable[[str], None]
-) -> tuple[list[Row], dict[str, Row]]:
-    """Return the runs of the ledgers and the verifications. The arguments are those of gather."""
+) -> tuple[list[Row], list[Row]]:
+    """Return the runs of the ledgers, and the rows about runs. The arguments are those of gather."""
     rows = []
-    verifications = {}
+    about = []
     seen = set()
     for path in paths:
         for row in Ledger(path).rows(complain):
             if (track and row.track != track) or (platform and row.platform != platform):
                 continue
-            if row.status in (VERIFIED, REFUTED):
-                verifications[row.run] = row
+            if row.status in ABOUT_RUNS:
+                about.append(row)
             elif not row.run or row.run not in seen:
                 seen.add(row.run)
                 rows.append(row)
-    return rows, verifications
+    return rows, about
 
 
 def current_rule_sets(boards: Iterable[Board]) -> set[RuleSet]:
@@ -185,7 +200,7 @@ class RankedRun(NamedTuple):
     val_bpb: float
     stderr: float
     gain: float  # how much lower its val_bpb is than the baseline's
-    verified: bool
+    verified: bool  # `autoresearch confirm` showed that its trainer is better than the baseline
     status: str
     tokens_per_second: float
     mfu_percent: float
@@ -224,18 +239,18 @@ class DeviceResult(NamedTuple):
 TableLine = RankedRun | UnrankedRun | DeviceResult
 
 
-def list_ranked(board: Board, verifications: dict[str, Row], most: int | None = None) -> list[RankedRun]:
+def list_ranked(board: Board, claims: dict[str, Row], most: int | None = None) -> list[RankedRun]:
     """Return the lines of a board, best first; only the first `most` where it is given."""
     baseline = board.baseline.val_bpb
     lines = []
     for rank, row in enumerate(board.rows[:most], 1):
-        verification = verifications.get(row.run)
+        claim = claims.get(row.run)
         line = RankedRun(
             rank=rank,
             val_bpb=row.val_bpb,
             stderr=row.val_stderr,
             gain=round(baseline - row.val_bpb, 6),
-            verified=verification is not None and verification.status == VERIFIED,
+            verified=claim is not None and claim.status == CONFIRMED,
             status=row.status,
             tokens_per_second=row.tokens_per_second,
             mfu_percent=row.mfu_percent,
@@ -334,7 +349,7 @@ def print_json(boards: Boards, out: TextIO) -> None:
     """Print everything as one JSON object."""
     tables = []
     for board in boards.boards:
-        lines = list_ranked(board, boards.verifications)
+        lines = list_ranked(board, boards.claims)
         tables.append({"title": board.title, "rows": [line._asdict() for line in lines]})
     unranked = list_unranked(boards.unranked, boards.verifications)
     data = {
@@ -350,7 +365,7 @@ def print_tsv(boards: Boards, out: TextIO) -> None:
     """Print the ranked runs, one a line, the numbers in full."""
     out.write("\t".join(("track", "device", *RankedRun._fields)) + "\n")
     for board in boards.boards:
-        for line in list_ranked(board, boards.verifications):
+        for line in list_ranked(board, boards.claims):
             cells = (board.key.track, board.key.device, *line)
             out.write("\t".join(single_line(cell) for cell in cells) + "\n")
 
@@ -362,7 +377,7 @@ def print_text(boards: Boards, most: int, out: TextIO) -> None:
         return
     console = open_console(out)
     for board in boards.boards:
-        print_table(console, board.title, list_ranked(board, boards.verifications, most))
+        print_table(console, board.title, list_ranked(board, boards.claims, most))
         if len(board.rows) > most:
             out.write(f"... {len(board.rows) - most} more (--json or --tsv has them)\n")
         out.write("\n")

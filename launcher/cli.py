@@ -400,6 +400,28 @@ def verify(run: str) -> None:
 
 
 @main.command()
+@click.argument("run", default="best")
+@click.option(
+    "--against", metavar="RUN", default="baseline", show_default=True, help="The run to be better than."
+)
+def confirm(run: str, against: str) -> None:
+    """Test whether a run's trainer is better than the baseline: fresh seeds, on the sealed set, p < 0.01.
+
+    Both are run three to sixteen times, as many as the answer needs. "best" is the trainer that is
+    believed best. Interrupted, it goes on where it was when it is called again.
+
+    \b
+    autoresearch confirm best --against baseline
+
+    \b
+    Exit codes: 0 better, 3 not shown, 1 an error that the message names, 2 usage, 130 interrupted.
+    """
+    from launcher.confirm import confirm_run
+
+    sys.exit(confirm_run(run, against))
+
+
+@main.command()
 @click.option("--repeats", type=click.IntRange(2, 50), default=3, show_default=True, help="Seeds to run.")
 @platform_option
 @track_option

@@ -20,6 +20,9 @@ from typing import NamedTuple
 STATUSES = ("keep", "discard", "crash", "timeout", "invalid")
 VERIFIED = "verified"  # the statuses of rows that `autoresearch verify` adds about an earlier run
 REFUTED = "refuted"
+CONFIRMED = "confirmed"  # and those that `autoresearch confirm` adds
+UNCONFIRMED = "unconfirmed"
+ABOUT_RUNS = {VERIFIED, REFUTED, CONFIRMED, UNCONFIRMED}  # rows of these statuses are no runs
 
 
 class Flag(StrEnum):

@@ -354,7 +354,7 @@ def build_page(boards: Boards, series: Iterable[Series], svgs: Iterable[str]) ->
     parts = [f"<p>{html.escape(line)}</p>" for line in summarize(series, boards.unranked)]
     parts += [f"<figure>{svg}</figure>" for svg in svgs]
     for board in boards.boards:
-        parts.append(html_table(board.title, list_ranked(board, boards.verifications), BOARD_COLUMNS))
+        parts.append(html_table(board.title, list_ranked(board, boards.claims), BOARD_COLUMNS))
     if len(boards.boards) > 1:
         devices = compare_devices(boards.boards)
         parts.append(html_table("across devices", devices, devices[0]._fields))

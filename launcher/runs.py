@@ -13,7 +13,7 @@ from pathlib import Path
 from backends.protocol import Log, RunDir
 from launcher.console import say
 from launcher.harness import source_hash
-from launcher.ledger import REFUTED, VERIFIED, BoardKey, Flag, Ledger, Row, refuted_runs, warn
+from launcher.ledger import ABOUT_RUNS, BoardKey, Flag, Ledger, Row, refuted_runs, warn
 from launcher.processes import alive, end_leftovers
 from prepare import ROOT, UserError
 
@@ -82,7 +82,7 @@ def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
         UserError: no run or several have that name.
     """
     everything = ledger().rows(complain)
-    rows = [row for row in everything if row.status not in (VERIFIED, REFUTED) and row.run]
+    rows = [row for row in everything if row.status not in ABOUT_RUNS and row.run]
     if name == "last" and rows:
         return rows[-1]
     ranked = [row for row in rows if row.ranked]
@@ -125,6 +125,19 @@ def read_source(rows: Iterable[Row], source: str) -> bytes | None:
             if source_hash(text) == source:
                 return text
     return None
+
+
+def sealed_path(run_id: str) -> Path:
+    """Return the file with a run's score on the sealed set, which `autoresearch confirm` writes."""
+    return run_dir(run_id).path / "sealed.json"
+
+
+def read_sealed(run_id: str) -> float | None:
+    """Return a run's bits per byte on the sealed set, None when it is not on record."""
+    try:
+        return float(json.loads(sealed_path(run_id).read_text())["sealed_bpb"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def loss_curve(run_id: str) -> list[tuple[float, float]]:

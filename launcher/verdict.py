@@ -82,6 +82,22 @@ def best_run(rows: Sequence[Row], board: BoardKey) -> Row | None:
     return min(runs_of(rows, board, believed.best), key=lambda row: row.val_bpb, default=None)
 
 
+def best_of_line(rows: Sequence[Row], board: BoardKey, head: str) -> Row | None:
+    """Return the last run of the trainer that is believed best of those that the search may build on.
+
+    head: content hash of the committed trainer. None: nothing was run.
+    """
+    believed = survey_board(rows, board)
+    if believed is None:
+        return None
+    runs = board_runs(rows, board)
+    line = line_of(runs, head) & believed.trainers.keys()
+    if not line:
+        return None
+    best = min(line, key=lambda source: believed.trainers[source].mean)
+    return runs_of(rows, board, best)[-1]
+
+
 def fresh_seed(rows: Iterable[Row], sources: Iterable[str]) -> int:
     """Return a seed that none of the trainers was run with."""
     wanted = set(sources)

@@ -4,7 +4,9 @@
 A turn: the agent gets the program, the ledger and the last result, edits the trainer and ends with a line
 `experiment: what I did`. The edit is checked (only the trainer changed, it compiles, it survives a dry run of
 seconds), tried, and kept or reverted. A turn that fails is recorded, and the next one follows after a pause
-that grows. A loop that was cut off goes on when it is started again with the same command.
+that grows. A loop that was cut off goes on when it is started again with the same command. At its end the
+branch has the trainer that is believed best, and where an `until` left the time for it, that trainer is
+tested against the baseline.
 """
 
 import math
@@ -13,29 +15,43 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from backends.platforms import mac_state
+from launcher.belief import PRIOR, visible_change
 from launcher.child import last_line
+from launcher.confirm import FIRST_LOOK, Contest, confirm
 from launcher.console import say
 from launcher.device import awake
+from launcher.harness import source_hash
 from launcher.ledger import STATUSES, Flag, Row
 from launcher.processes import Stopped, ignore_signals, stop_on_signals
 from launcher.run import EXIT_INTERRUPTED, POWER_FLAGS, Request, dry_run
 from launcher.runs import ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
-from launcher.verdict import best_run
+from launcher.verdict import best_of_line, board_runs, fresh_seed, survey_board
 from night import repo
 from night.agent import Turn, TurnFailed, TurnFiles, begin_turn, call_agent, read_answer, undo_turn
 from night.panel import Panel, RunDetail
 from night.program import write_program
 from night.state import Edit, LoopState, loop_folder, read_state, record, state_path, write_state
-from night.trial import check_edit, finish_trial, hold_repository, run_trial, scored_before
+from night.trial import (
+    check_edit,
+    finish_trial,
+    hold_repository,
+    put_on_branch,
+    run_source,
+    run_trial,
+    scored_before,
+)
 from prepare import UserError, first_line
 
 GIVE_UP = 20  # failed turns in a row after which the loop ends
 LONGEST_PAUSE = 1800.0  # seconds; the pause after a failed turn doubles up to this
 FREE_EDITS = 3  # bad edits in a row that go back to the agent without a pause
 NO_VERDICT_TRIES = 3  # runs of an edit without a verdict (another process on the device), then it is stashed
+LARGEST_RESERVE = 0.25  # of the night, that a claim may take at its end
+HUNDRED = 100  # experiments of a night without a limit, for its first line
 LISTED = 60  # experiments that the prompt lists
 RUN_SECONDS = 1.3  # of a whole run, for each second of training, before one was seen
 BASELINE = "baseline: the trainer as committed"
@@ -67,6 +83,12 @@ class Night:
     until: datetime | None = None  # None: no limit
     agent_seconds: float = 900.0  # that an agent has for a turn
     pause: float = 30.0  # seconds after a first failed turn
+    confirms: bool = True  # the end of a night with an `until` is for the claim
+
+    @property
+    def agent_name(self) -> str:
+        """The agent as rows and commits name it."""
+        return Path(self.agent[0]).name
 
     def seconds_left(self) -> float:
         """Return the seconds until the night ends, infinite without an `until`."""
@@ -148,13 +170,17 @@ class Loop:
         self.failures = 0  # failed turns in a row
         self.bad_edits = 0  # turns in a row that failed by their edit
         self.longest_run = RUN_SECONDS * night.setting.budget  # seconds
+        self.total_seconds = night.seconds_left()  # of the night
 
     def run(self) -> tuple[str, int]:
         """Run the loop to its end. Returns (why it ended, exit code)."""
         try:
             self.resume()
             self.record_begin()
+            self.panel.note(self.describe_outlook())
             ended, code = self.take_turns()
+            self.settle()
+            self.claim()
         except Stopped as stop:
             ended, code = f"interrupted ({stop})", EXIT_INTERRUPTED
             with ignore_signals():
@@ -173,7 +199,7 @@ class Loop:
             self.panel.done = state.done
             self.panel.note(f"going on with a loop that was cut off after {state.done} experiments")
         rows = ledger().rows()
-        self.panel.best = best_run(rows, self.setting.board)
+        self.show_best()
         runs = [row for row in rows if row.status in STATUSES]
         self.result = describe_result(runs[-1]) if runs else "none: the ledger is empty"
 
@@ -210,9 +236,78 @@ class Loop:
         night = self.night
         if night.experiments and self.panel.done >= night.experiments:
             return f"{night.experiments} experiments were asked for"
-        if night.until and self.longest_run > night.seconds_left():
-            return f"another experiment would not end by {night.until:%H:%M}"
+        if night.until and self.longest_run + self.reserve() > night.seconds_left():
+            claimed = " and leave time to confirm the best" if self.reserve() else ""
+            return f"another experiment would not end by {night.until:%H:%M}{claimed}"
         return ""
+
+    def reserve(self) -> float:
+        """Return the seconds at the end of the night that are for the claim: enough for its first look.
+
+        None in a night that is too short for it, or while there is nothing to claim.
+        """
+        seconds = FIRST_LOOK * self.longest_run
+        if not self.night.confirms or seconds > LARGEST_RESERVE * self.total_seconds < math.inf:
+            return 0.0
+        return seconds if self.night.until and self.contest() else 0.0
+
+    def contest(self) -> Contest | None:
+        """Return the trainer believed best of this line, and the baseline; None while they are the same."""
+        rows = ledger().rows()
+        board = self.setting.board
+        runs = board_runs(rows, board)
+        best = best_of_line(rows, board, self.head_source())
+        if not best or best.source == runs[0].source:
+            return None
+        return Contest(runs[0], best)
+
+    def head_source(self) -> str:
+        """Return the content hash of the committed trainer."""
+        return source_hash(repo.content("HEAD", self.trainer.name))
+
+    def describe_outlook(self) -> str:
+        """Return a line about what this night can find: the noise, and the changes that it can see."""
+        night = self.night
+        count = night.experiments or HUNDRED
+        if night.until:
+            count = min(count, max(1, int(night.seconds_left() / self.longest_run)))
+        believed = survey_board(ledger().rows(), self.setting.board)
+        sigma = believed.sigma if believed else PRIOR.sigma
+        visible = visible_change(sigma, count)
+        whence = (
+            f"as believed from {len(believed.trainers)} trainers" if believed else "assumed, none is known"
+        )
+        return (
+            f"noise between seeds {sigma:.6f} ({whence}); a run shows a change of {visible.run:.6f}, "
+            f"{count} experiments one of {visible.night:.6f}; more seconds of training, averaged weights or "
+            "nothing else on the device would lower it"
+        )
+
+    def settle(self) -> None:
+        """At the end: put the trainer that is believed best on the branch."""
+        best = best_of_line(ledger().rows(), self.setting.board, self.head_source())
+        if best and best.source != self.head_source():
+            put_on_branch(self.trainer.name, self.setting.board, best.source)
+
+    def claim(self) -> None:
+        """At the end: test the best against the baseline, where there is time for it."""
+        night = self.night
+        contest = self.contest()
+        if contest is None:
+            self.panel.claim = "none: nothing is believed better than the baseline"
+        elif not (night.confirms and night.until):
+            self.panel.claim = "none was tested: autoresearch confirm"
+        elif FIRST_LOOK * self.longest_run > night.seconds_left():
+            self.panel.claim = "none was tested, the night was too short: autoresearch confirm"
+        else:
+            self.panel.enter(f"confirming: {contest.best.description}")
+            try:
+                confirmation = confirm(self.setting, contest, lambda seconds: seconds < night.seconds_left())
+            except (UserError, OSError) as error:
+                self.panel.claim = f"none was tested: {first_line(error)}"
+            else:
+                self.panel.claim = confirmation.sentence
+        record("claim", claim=self.panel.claim)
 
     def record_experiment(self, row: Row) -> None:
         """Take an experiment down: for the person, the agent and the log."""
@@ -223,6 +318,7 @@ class Loop:
         self.result = describe_result(row)
         self.longest_run = max(self.longest_run, row.total_seconds)
         self.panel.count(row)
+        self.show_best()
         record(
             "experiment",
             run=row.run,
@@ -234,6 +330,14 @@ class Loop:
         self.panel.note(
             f"experiment {self.panel.done}: {row.status} {row.val_bpb:.6f} {row.description} [{row.reason}]"
         )
+
+    def show_best(self) -> None:
+        """Show the trainer that is believed best, and what is believed of it."""
+        rows = ledger().rows()
+        believed = survey_board(rows, self.setting.board)
+        best = best_of_line(rows, self.setting.board, self.head_source())
+        self.panel.best = best
+        self.panel.belief = believed.trainers[best.source] if believed and best else None
 
     def record_failure(self, error: Exception) -> float:
         """Take a failed turn down. Returns the seconds to pause."""
@@ -251,9 +355,35 @@ class Loop:
         return pause
 
     def wait(self, seconds: float) -> None:
-        if seconds:
+        if seconds > self.longest_run and self.longest_run + self.reserve() < self.night.seconds_left():
+            seconds -= self.run_again()
+        if seconds > 0:
             self.panel.enter(f"pausing {seconds:.0f} s")
             time.sleep(min(seconds, self.night.seconds_left()))
+
+    def run_again(self) -> float:
+        """Run the committed trainer with a fresh seed: in a long pause, what it tells of the noise is free.
+
+        Returns the seconds that it took.
+        """
+        began = time.monotonic()
+        source = repo.content("HEAD", self.trainer.name)
+        seed = fresh_seed(ledger().rows(), [source_hash(source)])
+        self.panel.enter(f"pausing: the committed trainer once more, seed {seed}")
+        request = Request(
+            self.setting,
+            "the committed trainer once more, in a pause",
+            seed,
+            flags=(Flag.NOISE,),
+            progress=RunDetail(self.setting.budget, self.panel),
+        )
+        try:
+            row = run_source(request, source, repo.head())
+        except (UserError, OSError):  # the pause is for what is wrong
+            return 0.0
+        if Flag.INTERRUPTED in row.flags:
+            raise Stopped("during a run")
+        return time.monotonic() - began
 
     def save_state(self, turn: Turn | None = None) -> None:
         write_state(LoopState(self.night.experiments, self.panel.done, turn, self.edit))
@@ -420,7 +550,8 @@ class Loop:
             Stopped: the run was interrupted.
         """
         detail = RunDetail(self.setting.budget, self.panel)
-        request = Request(self.setting, description, self.night.seed, progress=detail)
+        agent = self.night.agent_name if edited and description != UNCOMMITTED else ""
+        request = Request(self.setting, description, self.night.seed, progress=detail, agent=agent)
         for number in range(1, NO_VERDICT_TRIES + 1):
             enough = self.find_end()
             if enough:

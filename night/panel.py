@@ -8,6 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from launcher.belief import Standing
 from launcher.console import Progress, say
 from launcher.ledger import Row
 
@@ -28,7 +29,9 @@ class Panel:
         self.discarded = 0
         self.failed = 0
         self.turns_lost = 0  # turns without an experiment
-        self.best: Row | None = None
+        self.best: Row | None = None  # a run of the trainer that is believed best
+        self.belief: Standing | None = None  # what is believed of it
+        self.claim = ""  # what a person may repeat of the night
         self.phase = "starting"
         self.detail = ""  # the progress of the phase
         self._live: Live | None = None
@@ -67,13 +70,11 @@ class Panel:
         self.kept += row.status == "keep"
         self.discarded += row.status == "discard"
         self.failed += not row.scored
-        if row.status == "keep" and (self.best is None or row.val_bpb < self.best.val_bpb):
-            self.best = row
 
     def table(self) -> Table:
         """Return the panel as it is now."""
         limit = f" of {self.experiments}" if self.experiments else ""
-        best = f"{self.best.val_bpb:.6f}  {self.best.description}" if self.best else "none yet"
+        best = f"{self.believed()}  {self.best.description}" if self.best else "none yet"
         counts = (
             f"{self.kept} kept, {self.discarded} discarded, {self.failed} failed, "
             f"{self.turns_lost} turns without an experiment"
@@ -89,6 +90,12 @@ class Panel:
             table.add_row(name, Text(value))  # not parsed: an agent's brackets are no markup
         return table
 
+    def believed(self) -> str:
+        """Return what is believed of the best trainer: its val_bpb, with its error."""
+        if self.belief is None:
+            return "unknown"
+        return f"{self.belief.mean:.6f} +- {self.belief.error:.6f}"
+
     def left(self) -> str:
         """Return what is left of the night."""
         parts = []
@@ -101,6 +108,7 @@ class Panel:
 
     def print_summary(self, ended: str) -> None:
         """Print the last lines of the night, greppable, on stdout. ended: why it ended."""
+        print(f"claim: {self.claim or 'none was tested: autoresearch confirm'}")
         print(f"experiments: {self.done}")
         print(f"kept: {self.kept}")
         print(f"discarded: {self.discarded}")
@@ -108,6 +116,7 @@ class Panel:
         print(f"turns_lost: {self.turns_lost}")
         if self.best:
             print(f"best_val_bpb: {self.best.val_bpb:.6f}")
+            print(f"best_believed: {self.believed()}")
             print(f"best_run: {self.best.run}")
             print(f"best: {self.best.description}")
         print(f"ended: {ended}")

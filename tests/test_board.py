@@ -131,17 +131,22 @@ def test_a_line_that_cannot_be_read_is_complained_about(tmp_path):
     assert len(said) == 1 and f"{path}:3" in said[0]
 
 
-def test_verified_is_shown_and_refuted_is_not_ranked(tmp_path):
+def test_a_claim_is_shown_and_refuted_is_not_ranked(tmp_path):
     path = write(
         tmp_path / "a.tsv",
         row("good", 1.0),
+        row("fair", 1.1),
         row("fake", 0.5),
         row("good", 1.0, status="verified"),
+        row("good", 1.0, status="confirmed"),
+        row("fair", 1.1, status="confirmed"),
+        row("fair", 1.1, status="unconfirmed"),  # the last one counts
         row("fake", 1.4, status="refuted", reason="differs"),
     )
     assert set(gather([path]).verifications) == {"good", "fake"}
     data = json.loads(printed([path], "json"))
-    assert [(line["run"], line["verified"]) for line in data["boards"][0]["rows"]] == [("good", True)]
+    marks = [(line["run"], line["verified"]) for line in data["boards"][0]["rows"]]
+    assert marks == [("good", True), ("fair", False)]
     assert data["unranked"][0]["why"] == "refuted: differs"
 
 

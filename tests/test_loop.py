@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import psutil
 import pytest
@@ -694,3 +695,97 @@ def test_a_terminal_shows_the_night_live(checkout, tiny_cache):
         b"step ",
     ):
         assert part in shown, shown[-2000:]
+
+
+# --- What a night can find, and what may be said of it ------------------------------------------------------
+
+
+def test_before_a_night_a_line_says_what_it_can_find(night, repository, capsys):
+    assert night(BETTER, 3) == 0
+    said = capsys.readouterr().err
+    assert "noise between seeds 0.000600 (assumed, none is known); a run shows a change of 0.001396" in said
+    assert "3 experiments one of 0.001396" in said
+    assert night(BETTER, 4) == 0
+    assert "(as believed from 3 trainers)" in capsys.readouterr().err
+
+
+def test_rows_and_commits_say_who_made_the_edit(night, repository):
+    edit(repository, "SCORE = 1.45\n")
+    assert night(BETTER, 2) == 0
+    name = Path(sys.executable).name
+    assert [row.agent for row in rows()] == ["", name]
+    assert git_output("log", "-1", "--format=%(trailers:key=Agent,valueonly)") == name
+
+
+def test_a_night_ends_with_the_trainer_that_is_believed_best(night, repository, monkeypatch, capsys):
+    """The search may stand on another one, which is less sure."""
+    assert night(BETTER, 3) == 0
+    start = git_output("rev-list", "--max-parents=0", "HEAD")
+    best = rows()[1]
+    monkeypatch.setattr(loop, "best_of_line", lambda rows, board, head: best)
+    assert night(BETTER, 1) == 0
+    assert trainer_text(repository) == "SCORE = 1.4\n" and git_checked("status", "--porcelain") == ""
+    assert git_output("log", "-1", "--format=%s") == f"Go back to run {best.run}"
+    assert git_output("rev-list", "--count", f"{start}..HEAD") == "4"
+
+
+@pytest.fixture
+def confirmations(monkeypatch):
+    """The contests that a night confirms; the answer is made up."""
+    contests = []
+
+    class Answer:
+        sentence = "0.1 better"
+
+    def confirm(setting, contest, fits):
+        contests.append(contest)
+        assert fits(1.0) and not fits(1e9)
+        return Answer
+
+    monkeypatch.setattr(loop, "confirm", confirm)
+    return contests
+
+
+def test_the_end_of_a_night_is_for_the_claim(night, repository, monkeypatch, confirmations, capsys):
+    monkeypatch.setattr(loop, "RUN_SECONDS", 1.0)
+    until = datetime.now() + timedelta(hours=8)
+    taken = iter(range(3))
+    really = loop.Loop.find_end
+
+    def find_end(self):
+        if next(taken, None) is None:  # much later
+            monkeypatch.setattr(Night, "seconds_left", lambda self: 2000.0)
+        return really(self)
+
+    monkeypatch.setattr(loop.Loop, "find_end", find_end)
+    assert night(BETTER, 99, until=until) == 0
+    [contest] = confirmations
+    assert contest.baseline.val_bpb == 1.5 and contest.best.val_bpb < 1.5
+    out = capsys.readouterr().out
+    assert out.startswith("claim: 0.1 better\n") and "and leave time to confirm the best" in out
+    assert recorded("claim")[0]["claim"] == "0.1 better"
+
+
+def test_a_night_that_is_too_short_for_a_claim_says_so(night, repository, monkeypatch, confirmations, capsys):
+    until = datetime.now() + timedelta(minutes=20)
+    assert night(BETTER, 2, until=until) == 0
+    assert capsys.readouterr().out.startswith("claim: none was tested, the night was too short: autoresearch")
+    assert night(BETTER, 1) == 0
+    assert capsys.readouterr().out.startswith("claim: none was tested: autoresearch confirm")
+    assert not confirmations
+
+
+def test_a_night_without_a_gain_claims_nothing(night, repository, capsys):
+    assert night("trainer.write_text(f'SCORE = 1.9  # {time.time()}')\nprint('experiment: worse')", 3) == 0
+    assert capsys.readouterr().out.startswith("claim: none: nothing is believed better than the baseline\n")
+
+
+def test_a_long_pause_measures_the_noise(night, repository, monkeypatch):
+    """While an agent fails, another run of the committed trainer costs nothing."""
+    monkeypatch.setattr(loop, "GIVE_UP", 8)
+    assert night(BETTER, 2) == 0
+    assert night("sys.exit('no network')", 9) == 1
+    free = [row for row in rows() if Flag.NOISE in row.flags]
+    assert [row.seed for row in free] == [2] and free[0].val_bpb == 1.4
+    assert free[0].description == "the committed trainer once more, in a pause"
+    assert night.pauses[:6] == [7, 14, 28, 56, 112, 224] and len(subjects()) == 2

@@ -6,8 +6,11 @@ from datetime import datetime, timedelta
 from rich.console import Console
 
 from backends.protocol import Log
+from launcher.belief import Standing
 from launcher.ledger import Row
 from night.panel import Panel, RunDetail
+
+BELIEF = Standing(1.251, 0.0005, 1.2508, "", 0.9, -0.01, 0.001, 1)
 
 
 def shown(panel):
@@ -18,7 +21,9 @@ def shown(panel):
 
 def test_the_panel_tells_what_a_person_wants_to_know():
     panel = Panel(10, datetime.now() + timedelta(hours=2))
-    panel.count(Row(status="keep", val_bpb=1.25, description="[/a] smaller [bold] window"))
+    panel.best = Row(status="keep", val_bpb=1.25, description="[/a] smaller [bold] window")
+    panel.belief = BELIEF
+    panel.count(panel.best)
     panel.count(Row(status="discard", val_bpb=1.30))
     panel.enter("training: a larger batch")
     panel.detail = "step 12 | loss 3.1"
@@ -26,7 +31,7 @@ def test_the_panel_tells_what_a_person_wants_to_know():
     for part in (
         "3 of 10: training: a larger batch",
         "step 12 | loss 3.1",
-        "1.250000  [/a] smaller [bold] window",
+        "1.251000 +- 0.000500  [/a] smaller [bold] window",
         "1 kept, 1 discarded, 0 failed, 0 turns without an experiment",
         "8 experiments",
         "1:59:",
@@ -39,11 +44,10 @@ def test_without_limits_it_names_none():
     assert "1: starting" in text and "none yet" in text and "until Ctrl-C" in text
 
 
-def test_the_best_is_the_lowest_that_was_kept():
+def test_experiments_are_counted_by_how_they_ended():
     panel = Panel(None, None)
     for status, val_bpb in (("keep", 1.3), ("keep", 1.2), ("discard", 1.1), ("keep", 1.25), ("crash", 0.0)):
         panel.count(Row(status=status, val_bpb=val_bpb))
-    assert panel.best and panel.best.val_bpb == 1.2
     assert (panel.done, panel.kept, panel.discarded, panel.failed) == (5, 3, 1, 1)
 
 
@@ -56,11 +60,15 @@ def test_elsewhere_a_phase_is_a_line(capsys):
 
 def test_the_summary_is_greppable(capsys):
     panel = Panel(3, None)
-    panel.count(Row(status="keep", val_bpb=1.25, run="r1", description="wider"))
+    panel.best = Row(status="keep", val_bpb=1.25, run="r1", description="wider")
+    panel.belief = BELIEF
+    panel.claim = "0.012 better"
+    panel.count(panel.best)
     panel.print_summary("3 experiments were asked for")
     assert capsys.readouterr().out == (
-        "experiments: 1\nkept: 1\ndiscarded: 0\nfailed: 0\nturns_lost: 0\n"
-        "best_val_bpb: 1.250000\nbest_run: r1\nbest: wider\nended: 3 experiments were asked for\n"
+        "claim: 0.012 better\nexperiments: 1\nkept: 1\ndiscarded: 0\nfailed: 0\nturns_lost: 0\n"
+        "best_val_bpb: 1.250000\nbest_believed: 1.251000 +- 0.000500\nbest_run: r1\nbest: wider\n"
+        "ended: 3 experiments were asked for\n"
     )
 
 

@@ -1,0 +1,284 @@
+"""
+`autoresearch confirm`: is a trainer better than another, by a test that a person may repeat to others?
+
+Both are run with the same fresh seeds, pair after pair, and scored on the sealed set by a process that never
+trained: no run was ever selected on that text. launcher/belief.py's claim says when there are enough. Runs
+that an earlier `confirm` made of the same two trainers count, so that asking again is no second chance.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from backends.protocol import write_json
+from launcher.belief import LOOKS, Claim, claim
+from launcher.console import say
+from launcher.ledger import CONFIRMED, UNCONFIRMED, Flag, Row
+from launcher.processes import Stopped
+from launcher.run import EXIT_INTERRUPTED, Request, run_once
+from launcher.runs import find_run, ledger, now_utc, read_sealed, run_dir, sealed_path, trainer_of
+from launcher.setting import Setting, resolve
+from launcher.verdict import best_run, board_runs, fresh_seed
+from launcher.verify import score_again
+from prepare import UserError
+
+TRIES = 3  # runs of a seed that something else disturbed, before it is given up
+FIRST_LOOK = 2 * LOOKS[0]  # runs before the first answer
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Two trainers, each with a run that it is known by."""
+
+    baseline: Row
+    best: Row
+
+    @property
+    def sources(self) -> tuple[str, str]:
+        return self.baseline.source, self.best.source
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run of each trainer with one seed. Scores in bits per byte, sealed and val."""
+
+    seed: int
+    baseline_sealed: float
+    best_sealed: float
+    baseline_val: float
+    best_val: float
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """The answer, and what it rests on."""
+
+    contest: Contest
+    claim: Claim  # on the sealed set
+    pairs: list[Pair]
+    stopped: str = ""  # why there were no more runs although nothing was decided
+
+    @property
+    def sentence(self) -> str:
+        """Return what a person may repeat."""
+        answer = self.claim
+        numbers = f"{answer.gain:.6f} [{answer.low:.6f}, {answer.high:.6f}] bits per byte"
+        how = f"p {answer.p:.2g}, {answer.runs} runs of each"
+        if answer.verdict == "claim":
+            return f"{numbers} better than the baseline, on text that no run was selected on ({how})"
+        if answer.runs < 2:
+            return f"none: {self.stopped or answer.reason}"
+        why = f"; {self.stopped}" if self.stopped else ""
+        return f"none: a gain of {numbers} is not shown ({how}){why}"
+
+
+def confirm_run(name: str, against: str) -> int:
+    """Test a run's trainer against another one's, print the answer and record it. Returns the exit code."""
+    contest = find_contest(name, against)
+    row = contest.best
+    setting = resolve(row.platform, row.track, row.budget)
+    if setting.board != row.board:
+        raise UserError(
+            f"run {row.run} was made on {row.device} with data {row.fingerprint}: "
+            "only there can it be confirmed"
+        )
+    try:
+        confirmation = confirm(setting, contest)
+    except Stopped as stop:
+        say(f"interrupted ({stop}): the pairs so far count when it is called again")
+        return EXIT_INTERRUPTED
+    print_confirmation(confirmation)
+    return 0 if confirmation.claim.verdict == "claim" else 3
+
+
+def find_contest(name: str, against: str) -> Contest:
+    """Return the two trainers that the names mean.
+
+    name: a run, or "best" for the trainer that is believed best. against: a run, or "baseline" for the first.
+
+    Raises:
+        UserError: there are no such runs, or they are not of one board, or of one trainer.
+    """
+    rows = ledger().rows()
+    comparable = [row for row in rows if row.comparable]
+    if not comparable:
+        raise UserError("there is no scored run to confirm: autoresearch run")
+    best = best_run(rows, comparable[-1].board) if name == "best" else find_run(name)
+    assert best  # the board has a run
+    baseline = board_runs(rows, best.board)[:1] if against == "baseline" else [find_run(against)]
+    if not best.comparable or not baseline or baseline[0].board != best.board:
+        raise UserError(f"runs {best.run} and {against} are not of one board, or were not judged", 2)
+    if baseline[0].source == best.source:
+        raise UserError(f"run {best.run} has the trainer of {baseline[0].run}: there is nothing to claim", 2)
+    return Contest(baseline[0], best)
+
+
+def confirm(
+    setting: Setting, contest: Contest, fits: Callable[[float], bool] = lambda seconds: True
+) -> Confirmation:
+    """Run pairs until the claim is decided, and record the answer.
+
+    fits: says whether there is time for another pair, which takes so many seconds
+
+    Raises:
+        UserError: a trainer's copy is gone.
+        Stopped: it was interrupted. The pairs so far count when it is called again.
+    """
+    for row in (contest.baseline, contest.best):
+        if trainer_of(row) is None:
+            raise UserError(f"the trainer of run {row.run} is not here: runs/{row.run} was deleted")
+    pairs = finished_pairs(contest)
+    stopped = ""
+    seconds = 2 * max(contest.baseline.total_seconds, contest.best.total_seconds)
+    say(
+        f"confirm: {contest.best.run} ({contest.best.description}) against {contest.baseline.run} "
+        f"({contest.baseline.description}), {len(pairs)} pairs of runs on record, {seconds:.0f} s a pair"
+    )
+    while (answer := test(pairs)).verdict == "go on":
+        if not fits(seconds):
+            stopped = "the time was over"
+            break
+        began = time.monotonic()
+        try:
+            pairs.append(run_pair(setting, contest, len(pairs)))
+        except PairFailed as failure:
+            stopped = str(failure)
+            break
+        seconds = max(seconds, time.monotonic() - began)
+        say(f"confirm: {len(pairs)} pairs: {test(pairs).reason}")
+    confirmation = Confirmation(contest, answer, pairs, stopped)
+    record_confirmation(confirmation)
+    return confirmation
+
+
+def test(pairs: Sequence[Pair]) -> Claim:
+    """Return the answer of the pairs so far, on the sealed set."""
+    return claim([pair.baseline_sealed for pair in pairs], [pair.best_sealed for pair in pairs])
+
+
+def finished_pairs(contest: Contest) -> list[Pair]:
+    """Return the pairs that earlier calls ran, in the order of their seeds."""
+    runs: dict[tuple[str, int], Row] = {}
+    for row in board_runs(ledger().rows(), contest.best.board):
+        if Flag.CONFIRM in row.flags and row.source in contest.sources and read_sealed(row.run) is not None:
+            runs.setdefault((row.source, row.seed), row)
+    baseline, best = contest.sources
+    seeds = sorted(seed for source, seed in runs if source == baseline and (best, seed) in runs)
+    return [pair_of(runs[baseline, seed], runs[best, seed]) for seed in seeds]
+
+
+def pair_of(baseline: Row, best: Row) -> Pair:
+    return Pair(
+        seed=baseline.seed,
+        baseline_sealed=read_sealed(baseline.run) or 0.0,
+        best_sealed=read_sealed(best.run) or 0.0,
+        baseline_val=baseline.val_bpb,
+        best_val=best.val_bpb,
+    )
+
+
+class PairFailed(Exception):
+    """A trainer has no score with a fresh seed. The message says which and why."""
+
+
+def run_pair(setting: Setting, contest: Contest, number: int) -> Pair:
+    """Run both trainers with one fresh seed, in turns the one and the other first: a device may warm up.
+
+    Raises:
+        PairFailed: one of them has no score.
+        Stopped: it was interrupted.
+    """
+    seed = fresh_seed(ledger().rows(), contest.sources)
+    order = [contest.baseline, contest.best]
+    if number % 2:
+        order.reverse()
+    made = {row.source: run_and_seal(setting, row, seed) for row in order}
+    baseline, best = contest.sources
+    return pair_of(made[baseline], made[best])
+
+
+def run_and_seal(setting: Setting, known: Row, seed: int) -> Row:
+    """Run a trainer with a fresh seed, score it on the sealed set, and drop its weights.
+
+    Raises:
+        PairFailed: it has no score.
+        Stopped: it was interrupted.
+    """
+    request = Request(
+        setting,
+        f"confirm, seed {seed}: {known.description}",
+        seed,
+        trainer=trainer_of(known),
+        commit=known.commit,
+        keep_weights=True,
+        flags=(Flag.CONFIRM,),
+    )
+    for _ in range(TRIES):
+        row = run_once(request)
+        if Flag.INTERRUPTED in row.flags:
+            raise Stopped("during a run")
+        if row.comparable:
+            break
+        if not row.scored:
+            raise PairFailed(
+                f"the trainer of {known.run} ended as {row.status} with seed {seed}: {row.reason}"
+            )
+    else:
+        raise PairFailed(f"the trainer of {known.run} was disturbed {TRIES} times: {row.reason}")
+    run = run_dir(row.run)
+    copy = run.trainer()
+    assert copy  # it was just run
+    done, scores = score_again(row, copy, run.weights)
+    run.weights.unlink(missing_ok=True)
+    run.keep_weights.unlink(missing_ok=True)
+    if scores is None:
+        raise PairFailed(f"run {row.run} could not be scored on the sealed set (exit code {done.returncode})")
+    write_json(sealed_path(row.run), {"sealed_bpb": scores.sealed_bpb, "sealed_stderr": scores.sealed_stderr})
+    return row
+
+
+def record_confirmation(confirmation: Confirmation) -> None:
+    """Write the answer beside the run, and a row about it into the ledger where there is one."""
+    answer = confirmation.claim
+    best = confirmation.contest.best
+    if answer.runs < 2:
+        return
+    data = {
+        **asdict(answer),
+        "sentence": confirmation.sentence,
+        "baseline": confirmation.contest.baseline.run,
+        "best": best.run,
+        "pairs": [asdict(pair) for pair in confirmation.pairs],
+    }
+    folder = run_dir(best.run).path
+    if folder.is_dir():
+        write_json(Path(folder) / "claim.json", data)
+    row = replace(
+        best,
+        status=CONFIRMED if answer.verdict == "claim" else UNCONFIRMED,
+        sealed_bpb=fmean(pair.best_sealed for pair in confirmation.pairs),
+        effect=-answer.gain,
+        effect_error=(answer.high - answer.low) / 2,
+        reason=confirmation.sentence,
+        time=now_utc(),
+    )
+    ledger().append(row)
+
+
+def print_confirmation(confirmation: Confirmation) -> None:
+    """Print the answer, greppable; the sentence that a person may repeat comes first."""
+    answer = confirmation.claim
+    print(f"claim: {confirmation.sentence}")
+    for name in ("gain", "low", "high", "p"):
+        print(f"{name}: {getattr(answer, name):.6g}")
+    print(f"runs_of_each: {answer.runs}")
+    if confirmation.pairs:
+        val_gain = fmean(pair.baseline_val - pair.best_val for pair in confirmation.pairs)
+        print(f"val_gain: {val_gain:.6f}")
+    print(f"run: {confirmation.contest.best.run}")
+    print(f"against: {confirmation.contest.baseline.run}")
+    print(f"verdict: {answer.verdict}")
+    if answer.verdict == "go on":
+        print("not decided: call it again, and it goes on with further seeds")
