@@ -26,6 +26,7 @@ from backends.protocol import (
     last_lines,
     parse_event,
 )
+from launcher import compiled
 from launcher.console import OnEvent
 from launcher.device import Watch
 from launcher.ledger import single_line
@@ -144,6 +145,7 @@ class Supervision:
         path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ,
+            **compiled.environment(),
             **settings.to_env(),
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
             "PYTHONUNBUFFERED": "1",

@@ -1,10 +1,11 @@
-"""`autoresearch clean`: what weights and prepared data take on the disk, and what can go."""
+"""`autoresearch clean`: what weights, prepared data and compiled code take on the disk, and what can go."""
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from launcher.compiled import compiled_dir
 from launcher.ledger import warn
 from launcher.runs import ledger, lowest_runs, runs_dir
 from prepare import cache_dir, load_tracks, prepared_path
@@ -21,7 +22,7 @@ class Item(NamedTuple):
 def free_disk(apply: bool) -> None:
     """Show what runs/ and the cache hold. apply: free what is not needed."""
     freed = 0
-    for item in [*saved_weights(), *prepared_data()]:
+    for item in [*saved_weights(), *prepared_data(), *compiled_code()]:
         state = "kept" if item.needed else "free"
         print(f"{state}  {item.num_bytes / 2**20:9.1f} MiB  {item.path}")
         if item.needed:
@@ -45,10 +46,20 @@ def saved_weights() -> Iterator[Item]:
         yield Item(weights, needed, weights.stat().st_size)
 
 
+def compiled_code() -> Iterator[Item]:
+    """Yield the folder of compiled code, where there is one: the next run compiles what it needs."""
+    if compiled_dir().is_dir():
+        yield Item(compiled_dir(), False, folder_size(compiled_dir()))
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def prepared_data() -> Iterator[Item]:
     """Yield the folders of prepared data. Needed are those of the tracks of platforms.yaml."""
     current = {prepared_path(track) for track in load_tracks().values()}
     for folder in sorted(cache_dir().glob("*-????????????")):
         if (folder / "meta.json").is_file():
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            yield Item(folder, folder in current, size)
+            yield Item(folder, folder in current, folder_size(folder))

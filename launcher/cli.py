@@ -444,7 +444,7 @@ def noise(repeats: int, platform: str, track: str, budget: float | None) -> None
 @main.command()
 @click.option("--yes", is_flag=True, help="Free it; without, only show.")
 def clean(yes: bool) -> None:
-    """Show what weights and prepared data take, and free what is not needed.
+    """Show what weights, prepared data and compiled code take, and free what is not needed.
 
     \b
     autoresearch clean --yes

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from backends.platforms import mac_state
 from backends.protocol import IN_LOOP_VARIABLE, RunDir, write_json
-from launcher import verdict
+from launcher import compiled, verdict
 from launcher.child import Outcome, supervise
 from launcher.console import Progress, say
 from launcher.device import DeviceLock, Watch, awake
@@ -97,6 +97,7 @@ def run_once(request: Request) -> Row:
         row.run = new_run_id()
         row.time = now_utc()
         lock.set_holder(row.run)
+        compiled.trim()
         run = run_dir(row.run)
         run.path.mkdir(parents=True)
         copy = run.path / trainer.name

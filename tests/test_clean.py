@@ -1,6 +1,7 @@
 """`autoresearch clean`: it shows what goes, and frees it only when asked."""
 
 from launcher.clean import free_disk
+from launcher.compiled import compiled_dir
 from launcher.ledger import Ledger, Row
 from launcher.runs import run_dir
 from prepare import cache_dir, load_track, prepare_track
@@ -13,6 +14,9 @@ def test_it_frees_what_is_not_needed_and_nothing_else(house, monkeypatch, capsys
     old.mkdir()
     (old / "train.bin").write_bytes(b"x" * 2**20)
     (old / "meta.json").touch()
+    compiled = compiled_dir() / "fx" / "graph"
+    compiled.parent.mkdir(parents=True)
+    compiled.write_bytes(b"x" * 2**20)
     (cache_dir() / "a-strangers-data-0123456789ab").mkdir()
     for run, asked in (("best", False), ("asked", True), ("orphan", False)):
         run_dir(run).path.mkdir(parents=True)
@@ -23,9 +27,9 @@ def test_it_frees_what_is_not_needed_and_nothing_else(house, monkeypatch, capsys
 
     free_disk(apply=False)
     assert run_dir("orphan").weights.exists() and old.exists()
-    assert "would free (--yes does it): 2.0 MiB" in capsys.readouterr().out
+    assert "would free (--yes does it): 3.0 MiB" in capsys.readouterr().out
     free_disk(apply=True)
-    assert not run_dir("orphan").weights.exists() and not old.exists()
+    assert not run_dir("orphan").weights.exists() and not old.exists() and not compiled.exists()
     assert (cache_dir() / "a-strangers-data-0123456789ab").exists()
     assert run_dir("best").weights.exists() and run_dir("asked").weights.exists() and prepared.exists()
-    assert "freed: 2.0 MiB" in capsys.readouterr().out
+    assert "freed: 3.0 MiB" in capsys.readouterr().out

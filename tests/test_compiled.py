@@ -1,0 +1,41 @@
+"""The compiled code of earlier runs: found again, and bounded."""
+
+import os
+
+from launcher import compiled
+from launcher.compiled import compiled_dir, environment, trim
+
+
+def fill(house, monkeypatch, names):
+    """Write a file of a KiB for each name, used in that order."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(house / "cache"))
+    for age, name in enumerate(reversed(names)):
+        path = compiled_dir() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 1024)
+        os.utime(path, (1e9 - age, 1e9 - age))
+
+
+def left():
+    return sorted(path.name for path in compiled_dir().rglob("*") if path.is_file())
+
+
+def test_what_was_used_longest_ago_goes_first(house, monkeypatch):
+    fill(house, monkeypatch, ["fx/a", "fx/b", "triton/0/c", "d"])
+    assert trim(most=4096, rest=2048) == 0 and left() == ["a", "b", "c", "d"]
+    assert trim(most=4095, rest=2048) == 2048 and left() == ["c", "d"]
+
+
+def test_a_folder_that_is_not_there_and_a_file_that_is_gone_do_no_harm(house, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(house / "cache"))
+    assert trim(most=0, rest=0) == 0
+    fill(house, monkeypatch, ["a", "b"])
+    monkeypatch.setattr("pathlib.Path.unlink", lambda path: (_ for _ in ()).throw(FileNotFoundError))
+    assert trim(most=1, rest=0) == 0
+
+
+def test_a_trainer_is_told_where_unless_its_user_did(house, monkeypatch):
+    monkeypatch.delenv(compiled.VARIABLE, raising=False)
+    assert environment() == {"TORCHINDUCTOR_CACHE_DIR": str(compiled_dir())}
+    monkeypatch.setenv(compiled.VARIABLE, "/mine")
+    assert environment() == {}
