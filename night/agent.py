@@ -5,25 +5,33 @@ Nothing that an agent starts outlives its turn. What it writes outside the train
 reachable under a ref.
 """
 
+import json
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from backends.protocol import IN_LOOP_VARIABLE, RUN_ID_VARIABLE
+from backends.protocol import IN_LOOP_VARIABLE, RUN_ID_VARIABLE, write_json
 from launcher.console import say
 from launcher.ledger import single_line
 from launcher.processes import end_group, end_leftovers, ignore_signals
-from launcher.runs import new_run_id
+from launcher.runs import new_run_id, run_dir
 from night import repo
 from prepare import ROOT
 
 PROMPT = "{prompt}"  # in an argument of the agent's command, it stands for the prompt
-ANSWER = "experiment:"  # begins the line in which an agent says what it changed
-ANSWER_LENGTH = 200  # characters of that line that are kept
-MARKDOWN = " `*#>"  # characters that an agent may put around the line
+# The lines that end an answer: `name: text`, and the text that stands for it in the prompt.
+EXAMPLES = {
+    "experiment": "<the idea in a line>",
+    "learned": "<what the last result taught you, in a line>",
+    "next": "<what you would try next, in a line>",
+    "idea": "<its id, if it is one of the ideas above>",
+}
+# Characters of each line that are kept.
+LENGTHS = {"experiment": 200, "learned": 300, "next": 300, "idea": 60}
+MARKDOWN = " `*#>"  # characters that an agent may put around a line
 NO_ANSWER = "the agent did not say"
 
 
@@ -99,17 +107,78 @@ def call_agent(command: Sequence[str], prompt: str, seconds: float, files: TurnF
                 end_leftovers(files.stamp)
 
 
-def read_answer(log: Path) -> str:
-    """Return what an agent says that it changed.
+# ---------------------------------------------------------------------------
+# Its answer
+# ---------------------------------------------------------------------------
 
-    It is the last `experiment:` line of its log, and without one the last line.
+
+@dataclass(frozen=True)
+class Answer:
+    """What an agent says at the end of its turn. All but the description may be empty."""
+
+    description: str  # of the edit
+    learned: str = ""  # from the results before
+    next: str = ""  # what it would try next
+    idea: str = ""  # the id of the line of ideas.md that the edit is about
+
+
+def read_answer(files: TurnFiles) -> Answer:
+    """Return what the agent of a turn said."""
+    said, prompt = (path.read_text(encoding="utf-8", errors="replace") for path in (files.log, files.prompt))
+    return parse(said, prompt)
+
+
+def parse(said: str, prompt: str = "") -> Answer:
+    """Return the answer in what an agent printed: of each kind of line the last one.
+
+    Without an `experiment:` line, the last line that is of no kind describes the edit.
+
+    prompt: what the agent was given. Its lines are no answer: some agents print the prompt first.
     """
-    said = log.read_text(encoding="utf-8", errors="replace")
-    lines = [line.strip(MARKDOWN) for line in map(single_line, said.splitlines())]
-    answers = [line[len(ANSWER) :].strip(MARKDOWN) for line in lines if line.lower().startswith(ANSWER)]
-    others = [line for line in lines if line]
-    last = (answers or others or [""])[-1]
-    return last[:ANSWER_LENGTH] or NO_ANSWER
+    told = set(plain_lines(prompt))
+    told.update(plain(f"{name}: {text}") for name, text in EXAMPLES.items())
+    found: dict[str, str] = {}
+    last = ""
+    for line in plain_lines(said):
+        if not line or line in told:
+            continue
+        name, _, text = line.partition(":")
+        name = name.strip(MARKDOWN).lower()
+        text = text.strip(MARKDOWN)
+        if name not in EXAMPLES:
+            last = line
+        elif text:
+            found[name] = text
+    values = {name: found.get(name, "")[:length] for name, length in LENGTHS.items()}
+    description = values.pop("experiment") or last[: LENGTHS["experiment"]] or NO_ANSWER
+    return Answer(description, **values)
+
+
+def plain(line: str) -> str:
+    """Return a line without control characters, and without Markdown around it."""
+    return single_line(line).lstrip(MARKDOWN + "-").rstrip(MARKDOWN)
+
+
+def plain_lines(text: str) -> list[str]:
+    return [plain(line) for line in text.splitlines()]
+
+
+def save_answer(run_id: str, answer: Answer) -> None:
+    """Write what the agent said of an edit to the folder of its run."""
+    write_json(answer_path(run_id), asdict(answer))
+
+
+def read_saved_answer(run_id: str) -> Answer | None:
+    """Return what the agent said of a run's edit, None when that is not on record."""
+    try:
+        data = json.loads(answer_path(run_id).read_text(encoding="utf-8"))
+        return Answer(**{name: single_line(value) for name, value in data.items()})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def answer_path(run_id: str) -> Path:
+    return run_dir(run_id).path / "answer.json"
 
 
 # ---------------------------------------------------------------------------
