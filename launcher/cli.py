@@ -291,15 +291,17 @@ def platforms(platform: str, as_json: bool) -> None:
 
 @main.command()
 @platform_option
-def program(platform: str) -> None:
-    """Print the agent's instructions for this machine, with the facts of the moment.
+@track_option
+@budget_option
+def program(platform: str, track: str, budget: float | None) -> None:
+    """Print what to know before an edit is tried by hand: instructions, ideas, and what the runs say.
 
     \b
     autoresearch program | claude -p
     """
     from night.program import write_program
 
-    click.echo(write_program(setting_of(platform)), nl=False)
+    click.echo(write_program(setting_of(platform, track, budget)), nl=False)
 
 
 @main.command()

@@ -130,6 +130,8 @@ ROOTED = (
     "launcher.setting",
     "launcher.show",
     "night.agent",
+    "night.ideas",
+    "night.lab_book",
     "night.program",
     "night.repo",
 )

@@ -10,7 +10,20 @@ import pytest
 from backends.protocol import RUN_ID_VARIABLE
 from launcher.harness import git_output
 from night import agent, repo
-from night.agent import TurnFailed, TurnFiles, begin_turn, call_agent, read_answer, undo_turn
+from night.agent import (
+    EXAMPLES,
+    Answer,
+    TurnFailed,
+    TurnFiles,
+    begin_turn,
+    call_agent,
+    parse,
+    read_answer,
+    read_saved_answer,
+    save_answer,
+    undo_turn,
+)
+from night.lab_book import notes_path
 
 
 @pytest.fixture
@@ -83,12 +96,47 @@ print(subprocess.Popen(sleeper, start_new_session=True, stdout=subprocess.DEVNUL
         (b"\n***\n", agent.NO_ANSWER),
         (b"experiment: tab\there, NUL\0there, \xff\n", "tab here, NUL there, \ufffd"),
         (b"experiment: " + b"x" * 999, "x" * 200),
+        (b"- experiment: -0.1 dropout\n", "-0.1 dropout"),
+        (b"I widened it.\nlearned: width helps\n---\n", "I widened it."),
     ],
 )
-def test_an_answer_is_one_clean_line(tmp_path, said, means):
-    log = tmp_path / "agent.log"
-    log.write_bytes(said)
-    assert read_answer(log) == means
+def test_a_description_is_one_clean_line(files, said, means):
+    files.folder.mkdir(parents=True)
+    files.prompt.write_text("prompt\n")
+    files.log.write_bytes(said)
+    assert read_answer(files).description == means
+
+
+def test_an_agent_says_what_it_learned_and_what_is_next():
+    said = "experiment: wider\n**Learned: depth costs speed**\n- next: narrower heads\nidea: `width`\n"
+    assert parse(said) == Answer("wider", "depth costs speed", "narrower heads", "width")
+    assert parse("learned: " + "x" * 999).learned == "x" * 300
+
+
+def test_the_examples_of_the_prompt_are_no_answer():
+    examples = "\n".join(f"{name}: {text}" for name, text in EXAMPLES.items())
+    assert parse(examples) == Answer(agent.NO_ANSWER)
+    assert parse(f"experiment: wider\n{examples}\n") == Answer("wider")
+    assert parse(f"> `{examples}`\nI made it wider\n") == Answer("I made it wider")
+
+
+def test_an_agent_that_prints_its_prompt_first_says_nothing_by_that():
+    """The prompt holds what earlier agents learned, and notes in which anything may stand."""
+    prompt = "# Program\n    learned: width helps\nexperiment: of the notes\nEnd with a line\n"
+    echoed = f"user\n> {prompt}\n"
+    assert parse(echoed + "experiment: deeper\n", prompt) == Answer("deeper")
+    assert parse(echoed + "made it deeper\n", prompt) == Answer("made it deeper")
+
+
+def test_an_answer_is_kept_with_its_run(house):
+    (house / "runs" / "r1").mkdir(parents=True)
+    answer = Answer("wider", "depth costs speed", idea="width")
+    save_answer("r1", answer)
+    assert read_saved_answer("r1") == answer
+    assert read_saved_answer("r2") is None
+    for damaged in ("", "[]", "{}", '{"description": "x", "more": 1}'):
+        (house / "runs" / "r1" / "answer.json").write_text(damaged)
+        assert read_saved_answer("r1") is None
 
 
 # --- What it did elsewhere ----------------------------------------------------------------------------------
@@ -179,6 +227,18 @@ def test_an_undo_that_failed_half_way_is_repeated_and_nothing_is_lost(repository
     ref = f"refs/autoresearch/stray/{turn.stamp}"
     assert git_output("show", f"{ref}:inner/README.md") == "by the agent"
     assert git_output("show", f"{ref}-2:inner/train_cuda.py") == "SCORE = 1.3"
+
+
+def test_the_notes_of_an_agent_stay(repository, monkeypatch):
+    """runs/ is not in git, so what lies there is not reverted."""
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(repository))
+    turn = begin_turn()
+    notes_path().parent.mkdir()
+    notes_path().write_text("width helps\n")
+    (repository / "train_cuda.py").write_text("SCORE = 1.3\n")
+    undo_turn(turn)
+    assert notes_path() == repository / "runs" / "notes.md" and notes_path().read_text() == "width helps\n"
+    assert not repo.is_edited("train_cuda.py")
 
 
 def test_a_turn_that_changed_nothing_leaves_no_ref(repository):
