@@ -57,12 +57,12 @@ def write_lab_book(setting: Setting, tried: Tried, mode: Mode, chars: int) -> st
 
     kept = listed(tried.kept[::-1], room)[::-1]
     near = listed(tried.near_misses, room)
-    urgent = [one for one in [*kept, *near] if one.row.run in mode.runs]
     details = Room(min(room.left, round(DETAIL_SHARE * chars)))
+    by_need = sorted([*near, *kept[::-1]], key=lambda one: one.row.run not in mode.runs)
     changes = {}
-    for one in [*urgent, *near, *kept[::-1]]:
+    for one in by_need:
         text = details_of(one, tried, setting)
-        if one.row.run not in changes and details.take(text):
+        if details.take(text):
             changes[one.row.run] = text
             room.take(text)
     near_runs = {one.row.run for one in tried.near_misses}

@@ -69,6 +69,7 @@ def write_program(setting: Setting) -> str:
     now = [*facts(setting), f"command: {try_command(setting)}", *best_facts(setting, tried)]
     parts = opening(setting, tried, BY_HAND)
     parts["Now"] = "\n".join(now)
+    parts["Notes"] = read_notes()
     parts["This time"] = instruct(mode)
     return assemble(setting, tried, mode, parts)
 

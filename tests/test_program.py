@@ -136,6 +136,7 @@ def test_notes_are_shown_and_named(house):
     notes_path().write_text("width helps\n")
     text = turn(resolve("cpu"))
     assert "## Notes\n\nwidth helps\n" in text and "(now as shown above)" in text
+    assert "## Notes\n\nwidth helps\n" in write_program(resolve("cpu"))
 
 
 # --- Ideas --------------------------------------------------------------------------------------------------
