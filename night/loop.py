@@ -31,9 +31,20 @@ from launcher.runs import ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
 from launcher.verdict import best_of_line, board_runs, fresh_seed, survey_board
 from night import repo
-from night.agent import Turn, TurnFailed, TurnFiles, begin_turn, call_agent, read_answer, undo_turn
+from night.agent import (
+    Answer,
+    Turn,
+    TurnFailed,
+    TurnFiles,
+    begin_turn,
+    call_agent,
+    read_answer,
+    save_answer,
+    undo_turn,
+)
+from night.modes import choose_mode
 from night.panel import Panel, RunDetail
-from night.program import write_program
+from night.program import write_turn
 from night.state import Edit, LoopState, loop_folder, read_state, record, state_path, write_state
 from night.trial import (
     check_edit,
@@ -52,24 +63,9 @@ FREE_EDITS = 3  # bad edits in a row that go back to the agent without a pause
 NO_VERDICT_TRIES = 3  # runs of an edit without a verdict (another process on the device), then it is stashed
 LARGEST_RESERVE = 0.25  # of the night, that a claim may take at its end
 HUNDRED = 100  # experiments of a night without a limit, for its first line
-LISTED = 60  # experiments that the prompt lists
 RUN_SECONDS = 1.3  # of a whole run, for each second of training, before one was seen
 BASELINE = "baseline: the trainer as committed"
 UNCOMMITTED = "what lay in the trainer, uncommitted"
-TURN = """
-## This turn
-
-`autoresearch loop` called you, and it runs the loop: have one idea, edit {trainer}, and end. Start no
-experiment, commit nothing, touch no other file: what you change elsewhere is reverted. An edit that does not
-compile, that was already scored, or that fails a dry run of a few seconds comes back to you. End your answer
-with one line that says what you changed:
-
-experiment: <the idea in a line>
-
-## Last result
-
-{result}
-"""
 
 
 @dataclass
@@ -345,7 +341,7 @@ class Loop:
         self.failures += 1
         self.bad_edits = self.bad_edits + 1 if kind == "edit" else 0
         self.panel.turns_lost += 1
-        self.complaint = f"No experiment came of the last turn: {error}\n\nThe experiment before it: "
+        self.complaint = str(error)
         pause = 0.0
         if kind != "edit" or self.bad_edits >= FREE_EDITS:
             pause = min(LONGEST_PAUSE, self.night.pause * 2 ** (self.failures - 1))
@@ -399,7 +395,7 @@ class Loop:
         if edit and repo.is_edited(name) and edit.blob == repo.blob(name):
             write_state(LoopState(edit=edit))
             say(
-                f"no verdict yet on «{edit.description}»: the edit is still in {name}, "
+                f"no verdict yet on «{edit.answer.description}»: the edit is still in {name}, "
                 "and the next loop tries it first"
             )
         else:
@@ -426,26 +422,27 @@ class Loop:
         """
         edited = repo.is_edited(self.trainer.name)
         if edited:
-            description = self.describe_edit()
+            answer = self.answer_of_edit()
         elif scored_before(self.trainer.read_bytes(), self.setting) is None:
-            description = BASELINE
+            answer = Answer(BASELINE)
         else:
             # Before an agent is called in vain: did a person change what a run reads?
             check_edit(self.trainer)
-            description = self.ask_agent()
+            answer = self.ask_agent()
             edited = True
         if edited:
-            self.check(description)
-        return self.train(description, edited)
+            self.check(answer.description)
+        return self.train(answer, edited)
 
-    def describe_edit(self) -> str:
-        """Return the description of an edit that lay in the trainer before the turn."""
+    def answer_of_edit(self) -> Answer:
+        """Return what an agent said of the edit that lay in the trainer before the turn, if it made it."""
         if self.edit and self.edit.blob == repo.blob(self.trainer.name):
-            return self.edit.description
-        return UNCOMMITTED
+            return self.edit.answer
+        self.edit = None
+        return Answer(UNCOMMITTED)
 
-    def ask_agent(self) -> str:
-        """Let the agent edit the trainer. Returns its description of what it did.
+    def ask_agent(self) -> Answer:
+        """Let the agent edit the trainer. Returns what it said of it.
 
         Raises:
             TurnFailed: it made no edit. The working tree is then as before.
@@ -455,7 +452,7 @@ class Loop:
         self.save_state(turn)
         self.panel.enter("the agent thinks")
         try:
-            description = self.call_agent(turn.stamp)
+            answer = self.call_agent(turn.stamp)
         except (TurnFailed, UserError, OSError):
             undo_unfinished_turn()
             raise
@@ -463,21 +460,21 @@ class Loop:
         if not self.trainer.is_file() or self.trainer.is_symlink():
             undo_unfinished_turn()
             raise TurnFailed("agent", f"the agent left no plain file {name}")
-        self.edit = Edit(repo.blob(name), description)
+        self.edit = Edit(repo.blob(name), answer)
         self.save_state()
         if not repo.is_edited(name):
             raise TurnFailed("agent", f"the agent changed nothing in {name}")
-        return description
+        return answer
 
-    def call_agent(self, stamp: str) -> str:
-        """Call the agent and wait for it. Returns its description of what it did.
+    def call_agent(self, stamp: str) -> Answer:
+        """Call the agent and wait for it. Returns its answer.
 
         Raises:
             TurnFailed: it cannot be started, takes too long, or fails.
         """
         night = self.night
-        result = self.complaint + self.result
-        prompt = write_program(self.setting, LISTED) + TURN.format(trainer=self.trainer.name, result=result)
+        mode = choose_mode(ledger().rows(), self.setting.board)
+        prompt = write_turn(self.setting, self.result, self.complaint, self.panel.left(), mode)
         files = TurnFiles(loop_folder(), stamp)
         # What it thinks of must still be trained in the time that is left.
         seconds = min(night.agent_seconds, max(1.0, night.seconds_left() - self.longest_run))
@@ -486,7 +483,7 @@ class Loop:
             raise TurnFailed("agent", f"the agent did not end within {seconds:.0f} s")
         if code != 0:
             raise TurnFailed("agent", f"the agent ended with exit code {code}: {last_line(files.log)}")
-        return read_answer(files.log)
+        return read_answer(files)
 
     def check(self, description: str) -> None:
         """Check an edit before minutes are spent on it: it compiles, is new, and survives a dry run.
@@ -541,7 +538,7 @@ class Loop:
             marks=Flag.DRY,
         )
 
-    def train(self, description: str, edited: bool) -> Row:
+    def train(self, answer: Answer, edited: bool) -> Row:
         """Try the trainer. A run without a verdict is repeated. Returns the row of the verdict.
 
         Raises:
@@ -550,7 +547,8 @@ class Loop:
             Stopped: the run was interrupted.
         """
         detail = RunDetail(self.setting.budget, self.panel)
-        agent = self.night.agent_name if edited and description != UNCOMMITTED else ""
+        agent = self.night.agent_name if self.edit else ""
+        description = answer.description
         request = Request(self.setting, description, self.night.seed, progress=detail, agent=agent)
         for number in range(1, NO_VERDICT_TRIES + 1):
             enough = self.find_end()
@@ -558,6 +556,8 @@ class Loop:
                 raise NightOver(enough)
             self.panel.enter(f"training: {description}")
             row = run_trial(request)
+            if self.edit:
+                save_answer(row.run, answer)
             if Flag.INTERRUPTED in row.flags:
                 raise Stopped("during a run")
             if row.judged:

@@ -8,7 +8,7 @@ from typing import Any
 from backends.protocol import write_json
 from launcher.runs import append_json_line, now_utc, runs_dir
 from night import repo
-from night.agent import Turn
+from night.agent import Answer, Turn
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Edit:
     """What an agent wrote into the trainer, until there is a verdict on it."""
 
     blob: str
-    description: str
+    answer: Answer
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,16 @@ def read_state() -> LoopState:
             experiments=data.get("experiments"),
             done=data.get("done"),
             turn=Turn(**turn) if turn else None,
-            edit=Edit(**edit) if edit else None,
+            edit=read_edit(edit) if edit else None,
         )
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return LoopState()
+
+
+def read_edit(data: dict[str, Any]) -> Edit:
+    """Return an edit from the state file. Version 0.1 wrote its description alone."""
+    answer = data.get("answer")
+    return Edit(data["blob"], Answer(**answer) if answer else Answer(data["description"]))
 
 
 def write_state(state: LoopState) -> None:
