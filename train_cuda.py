@@ -490,32 +490,24 @@ def muon_update(
     return p - lr * u - lr * decay * p * (u * p >= 0)
 
 
-@compiled
-def adamw_update(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    betas: tuple[float, float],
-    decay: float,
-    step: Tensor,
-) -> None:
-    """Update p, m and v in place by AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), in float32."""
-    beta1, beta2 = betas
-    g = g.float()
-    m.lerp_(g, 1 - beta1)
-    v.lerp_(g.square(), 1 - beta2)
-    update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + 1e-10)
-    p.copy_(p.float() * (1 - lr * decay) - lr * update)
-
-
 class AdamW(NamedTuple):
     """How AdamW updates a tensor."""
 
     lr: float
     betas: tuple[float, float] = ADAM_BETAS
     decay: float = 0.0
+
+
+@compiled
+def adamw_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, how: AdamW, rate: Tensor, step: Tensor) -> None:
+    """Update p, m and v in place by AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), in float32."""
+    beta1, beta2 = how.betas
+    lr = how.lr * rate
+    g = g.float()
+    m.lerp_(g, 1 - beta1)
+    v.lerp_(g.square(), 1 - beta2)
+    update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + 1e-10)
+    p.copy_(p.float() * (1 - lr * how.decay) - lr * update)
 
 
 class Optimizer:
@@ -577,8 +569,7 @@ class Optimizer:
         count += 1
         for name, how in self.adamw.items():
             s = self.state[name]
-            lr = how.lr * rate
-            adamw_update(self.params[name], grads[name], s["m"], s["v"], lr, how.betas, how.decay, count)
+            adamw_update(self.params[name], grads[name], s["m"], s["v"], how, rate, count)
         for names in self.muon:
             s = self.state[names[0]]
             params = [self.params[name] for name in names]

@@ -432,31 +432,25 @@ def muon_update(
     return p - lr * u - lr * decay * p * (u * p >= 0), m, v
 
 
-def adamw_update(
-    p: mx.array,
-    g: mx.array,
-    m: mx.array,
-    v: mx.array,
-    lr: mx.array,
-    betas: tuple[float, float],
-    decay: float,
-    step: mx.array,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Update p by AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), in float32. Returns new (p, m, v)."""
-    beta1, beta2 = betas
-    g = g.astype(mx.float32)
-    m = m + (g - m) * (1 - beta1)
-    v = v + (mx.square(g) - v) * (1 - beta2)
-    update = (m / (1 - beta1**step)) / (mx.sqrt(v / (1 - beta2**step)) + 1e-10)
-    return (p.astype(mx.float32) * (1 - lr * decay) - lr * update).astype(p.dtype), m, v
-
-
 class AdamW(NamedTuple):
     """How AdamW updates a tensor."""
 
     lr: float
     betas: tuple[float, float] = ADAM_BETAS
     decay: float = 0.0
+
+
+def adamw_update(
+    p: mx.array, g: mx.array, m: mx.array, v: mx.array, how: AdamW, rate: mx.array, step: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Update p by AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), in float32. Returns new (p, m, v)."""
+    beta1, beta2 = how.betas
+    lr = how.lr * rate
+    g = g.astype(mx.float32)
+    m = m + (g - m) * (1 - beta1)
+    v = v + (mx.square(g) - v) * (1 - beta2)
+    update = (m / (1 - beta1**step)) / (mx.sqrt(v / (1 - beta2**step)) + 1e-10)
+    return (p.astype(mx.float32) * (1 - lr * how.decay) - lr * update).astype(p.dtype), m, v
 
 
 class Optimizer:
@@ -521,9 +515,8 @@ class Optimizer:
         self.state["step"] = count
         for name, how in self.adamw.items():
             s = self.state[name]
-            lr = how.lr * rate
             new[name], s["m"], s["v"] = adamw_update(
-                params[name], grads[name], s["m"], s["v"], lr, how.betas, how.decay, count
+                params[name], grads[name], s["m"], s["v"], how, rate, count
             )
         for names in self.muon:
             s = self.state[names[0]]
