@@ -27,9 +27,7 @@ from prepare import Prepared
 # Hyperparameters
 # ---------------------------------------------------------------------------
 
-START = (
-    current_platform().start
-)  # sizes for this hardware, from platforms.yaml; an experiment writes a number
+START = current_platform().start  # from platforms.yaml, for this hardware; an experiment writes a number
 
 # Model
 N_LAYER = START.n_layer
@@ -38,6 +36,7 @@ HEAD_DIM = START.head_dim
 # A letter per layer, repeated: L sees the whole row, S the short window; the last layer is L.
 WINDOW_PATTERN = START.window_pattern
 SHORT_WINDOW = START.short_window  # tokens, the position itself included
+BIGRAM_ROWS = START.bigram_rows  # of a hashed bigram table, a power of two; 0: no such tables
 ROPE_BASE = 200_000
 SOFTCAP = 15.0  # logits are squashed to (-SOFTCAP, SOFTCAP)
 
@@ -138,6 +137,8 @@ class Config:
     head_dim: int
     window_pattern: str
     short_window: int
+    bigram_rows: int  # 0: no bigram tables
+    bos: int  # the token that opens a document
     dtype: mx.Dtype  # of activations and embeddings; the other weights are float32
 
     @property
@@ -149,9 +150,13 @@ class Config:
         short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer < self.n_layer - 1
         return min(self.short_window, self.seq_len) if short else self.seq_len
 
-    def has_value_embedding(self, layer: int) -> bool:
-        """Return whether a layer has one: alternating layers do, the last one included."""
+    def embeds_tokens(self, layer: int) -> bool:
+        """Return whether a layer has a value embedding for each token: alternating layers and the last do."""
         return layer % 2 == (self.n_layer - 1) % 2
+
+    def value_rows(self, layer: int) -> int:
+        """Return the rows of a layer's value embeddings, for tokens or hashed bigrams; 0: it has none."""
+        return self.vocab_size if self.embeds_tokens(layer) else self.bigram_rows
 
 
 def norm(x: mx.array) -> mx.array:
@@ -184,6 +189,19 @@ def rotate(x: mx.array, rotary: mx.array) -> mx.array:
     return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=0, freqs=rotary)
 
 
+def hash_bigrams(idx: mx.array, bos: int, rows: int) -> mx.array:
+    """Return the row of a bigram table for each token and the one before it. idx: int32 [B, T].
+
+    rows: a power of two, 0 without a table. Multiply-shift modulo 2^32 (Thorup 2015, arXiv:1504.06804). The
+    tables are from public searches on this problem, autoresearch issues 243 and 244.
+    """
+    before = mx.pad(idx[:, :-1], ((0, 0), (1, 0)), constant_values=bos)
+    before = mx.where(idx == bos, bos, before)  # no bigram crosses the border of two documents
+    hashed = before.astype(mx.uint32) * 0x5BD1E995 + idx.astype(mx.uint32) * 0x7FEB352D
+    bits = rows.bit_length() - 1
+    return hashed >> 32 - bits
+
+
 class Attention(nn.Module):
     GATE_CHANNELS = 32  # of the input, that decide how much value embedding a head takes
 
@@ -196,11 +214,11 @@ class Attention(nn.Module):
         self.qkv = mx.zeros((3, D, D))
         self.proj = mx.zeros((D, D))
         self.gate: Any = None
-        if config.has_value_embedding(layer):
+        if config.value_rows(layer):
             self.gate = mx.zeros((self.n_head, min(self.GATE_CHANNELS, D)))
 
     def __call__(self, x: mx.array, ve: tuple[mx.array, mx.array] | None, rotary: mx.array) -> mx.array:
-        """Return [B, T, D]. x: [B, T, D]; ve: a table [V, D] of value embeddings and idx [B, T]."""
+        """Return [B, T, D]. x: [B, T, D]; ve: a table [rows, D] of value embeddings and its rows [B, T]."""
         B, T, D = x.shape
         qkv = linear(x, self.qkv.flatten(0, 1)).reshape(B, T, 3, self.n_head, self.head_dim)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)
@@ -249,9 +267,8 @@ class GPT(nn.Module):
         L = config.n_layer
         self.config = config
         self.wte = mx.zeros((V, D), config.dtype)
-        self.value_embeds = {
-            f"layer{i}": mx.zeros((V, D), config.dtype) for i in range(L) if config.has_value_embedding(i)
-        }
+        tables = {f"layer{i}": mx.zeros((config.value_rows(i), D), config.dtype) for i in range(L)}
+        self.value_embeds = {name: table for name, table in tables.items() if len(table)}
         self.blocks = [Block(config, i) for i in range(L)]
         self.lm_head = mx.zeros((V, D))
         self.resid_lambdas = mx.zeros((L,))
@@ -284,9 +301,11 @@ class GPT(nn.Module):
     def trunk(self, idx: mx.array) -> mx.array:
         """Return the hidden states [B, T, n_embd] in the compute dtype, normalised. idx: int32 [B, T]."""
         x = x0 = norm(self.wte[idx])
+        bigrams = hash_bigrams(idx, self.config.bos, self.config.bigram_rows)
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i].astype(x.dtype) * x + self.x0_lambdas[i].astype(x.dtype) * x0
-            ve = (self.value_embeds[f"layer{i}"], idx) if self.config.has_value_embedding(i) else None
+            rows = idx if self.config.embeds_tokens(i) else bigrams
+            ve = (self.value_embeds[f"layer{i}"], rows) if self.config.value_rows(i) else None
             x = block(x, ve, self._rotary)
         return norm(x)
 
@@ -317,6 +336,8 @@ def build_model(track: Prepared, platform: Platform) -> GPT:
         head_dim=HEAD_DIM,
         window_pattern=WINDOW_PATTERN,
         short_window=SHORT_WINDOW,
+        bigram_rows=BIGRAM_ROWS,
+        bos=track.bos,
         dtype=compute_dtype(platform),
     )
     model = GPT(config)

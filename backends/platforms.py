@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backends.protocol import RunSettings
-from prepare import ROOT, STRICT, Track, UserError, config_path, load_tracks, read_entries
+from prepare import ROOT, STRICT, Complaint, Track, UserError, config_path, load_tracks, read_entries
 
 Framework = Literal["torch", "mlx"]
 DeviceKind = Literal["gpu", "cpu"]
@@ -43,6 +43,7 @@ class StartSizes:
     total_batch_size: int  # tokens an optimizer step
     device_batch_size: int  # rows a forward and backward pass
     eval_batch_size: int  # rows a forward pass when scoring
+    bigram_rows: int = 0  # of a layer's table of hashed bigrams, a power of two; 0: no such tables
     __pydantic_config__ = STRICT
 
 
@@ -98,7 +99,7 @@ def load_platforms(path: Path | None = None) -> dict[str, Platform]:
     """
     tracks = load_tracks(path)
 
-    def check(platform: Platform) -> tuple[str, str] | None:
+    def check(platform: Platform) -> Complaint | None:
         return check_platform(platform, tracks)
 
     return read_entries(path or config_path(), "platforms", Platform, check, upgrade=split_backend)
@@ -114,7 +115,7 @@ def split_backend(values: dict[str, Any]) -> dict[str, Any]:
     return {"framework": framework, "device_kind": device_kind, **rest}
 
 
-def check_platform(platform: Platform, tracks: dict[str, Track]) -> tuple[str, str] | None:
+def check_platform(platform: Platform, tracks: dict[str, Track]) -> Complaint | None:
     """Return (key, what is wrong with it), None when the platform is sound."""
     if not (ROOT / platform.trainer).is_file():
         return "trainer", f"there is no trainer {platform.trainer}"
@@ -124,6 +125,9 @@ def check_platform(platform: Platform, tracks: dict[str, Track]) -> tuple[str, s
         re.compile(platform.match)
     except re.error as error:
         return "match", f"match is not a regular expression: {error}"
+    rows = platform.start.bigram_rows
+    if rows < 0 or rows & (rows - 1):
+        return ("start", "bigram_rows"), f"bigram_rows {rows} is neither 0 nor a power of two"
     most = tracks[platform.track].val_tokens
     if platform.val_tokens > most:
         return "val_tokens", f"val_tokens is more than the {most} of track {platform.track}"

@@ -136,15 +136,15 @@ def measure(platform_name: str, size: str, steps: int) -> None:
 def choose_size(trainer: Any, platform: Any, size: str) -> SimpleNamespace:
     """Set the trainer's constants to a size of SIZES, or leave the platform's. Returns a track of that size.
 
-    It has vocab_size and seq_len, which is all that build_model asks for.
+    It has vocab_size, seq_len and bos, which is all that build_model asks for.
     """
     from prepare import load_track
 
     settings = dict(SIZES.get(size, {}))
     if not settings:
         own = load_track(platform.track)
-        return SimpleNamespace(vocab_size=own.vocab_size, seq_len=own.seq_len)
-    track = SimpleNamespace(vocab_size=settings.pop("vocab_size"), seq_len=settings.pop("seq_len"))
+        return SimpleNamespace(vocab_size=own.vocab_size, seq_len=own.seq_len, bos=0)
+    track = SimpleNamespace(vocab_size=settings.pop("vocab_size"), seq_len=settings.pop("seq_len"), bos=0)
     for name, value in settings.items():
         setattr(trainer, name, value)
     return track

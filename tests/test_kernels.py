@@ -143,7 +143,7 @@ def hopper(monkeypatch):
 # --- interpreted: fused against plain -----------------------------------------------------------------------
 
 
-def new_model(trainer):
+def new_model(trainer, bigram_rows: int = 0):
     """A model whose weights are random, none of them zero."""
     config = trainer.Config(
         vocab_size=128,
@@ -153,6 +153,8 @@ def new_model(trainer):
         head_dim=64,
         window_pattern="SL",
         short_window=32,
+        bigram_rows=bigram_rows,
+        bos=0,
         dtype=torch.float32,
     )
     torch.manual_seed(0)
@@ -186,13 +188,16 @@ def test_row_sums_are_sums(shape: tuple[int, int]) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("bigram_rows", [0, 64])
 @pytest.mark.parametrize("how", ["fused", "fused and compiled", "flash attention"])
-def test_the_fused_model_has_the_loss_and_the_gradients_of_the_plain_one(hopper, monkeypatch, how: str):
-    model = new_model(hopper)
+def test_the_fused_model_has_the_loss_and_the_gradients_of_the_plain_one(
+    hopper, monkeypatch, how: str, bigram_rows: int
+):
+    model = new_model(hopper, bigram_rows)
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "fuse_loss", lambda plain, w, softcap: plain)
         expected = loss_and_gradients(hopper, model, model.trunk)
-    model = new_model(hopper)
+    model = new_model(hopper, bigram_rows)
     if how == "flash attention":
         for block in model.blocks:
             block.attn.attend = partial(kernels.flash4(), window=block.attn.window)

@@ -119,6 +119,8 @@ platforms:
         ("n_layer: 2", "n_layer: two", 9, "should be int"),
         ("n_layer: 2, ", "", 9, "n_layer"),
         ("eval_batch_size: 8", "eval_batch_size: 8.5", 10, "should be int"),
+        ("n_layer: 2", "n_layer: 2, bigram_rows: 48", 9, "bigram_rows 48 is neither 0 nor a power of two"),
+        ("n_layer: 2", "n_layer: 2, bigram_rows: -64", 9, "bigram_rows -64 is neither"),
         ("    track: a", "    track: a\n    match: '('", 9, "not a regular expression"),
         ("    track: a", "    track: a\n    colour: red", 9, "unknown key 'colour'"),
         ("    track: a\n", "", 4, "missing track"),
@@ -133,6 +135,17 @@ def test_a_wrong_file_names_its_line(tmp_path, old, new, line, says):
     with pytest.raises(UserError) as error:
         load_platforms(path)
     assert says in str(error.value) and f"p.yaml:{line}:" in str(error.value) and error.value.code == 2
+
+
+def test_bigram_tables_are_where_their_rows_are_stated(tmp_path, platforms):
+    path = tmp_path / "p.yaml"
+    path.write_text(GOOD)
+    assert load_platforms(path)["cpu"].start.bigram_rows == 0
+    path = tmp_path / "q.yaml"
+    path.write_text(GOOD.replace("n_layer: 2", "n_layer: 2, bigram_rows: 64"))
+    assert load_platforms(path)["cpu"].start.bigram_rows == 64
+    with_tables = [name for name, platform in platforms.items() if platform.start.bigram_rows]
+    assert with_tables == ["h100", "h100-pcie", "b200"]
 
 
 def test_the_command_names_the_machine(autoresearch):

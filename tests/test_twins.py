@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 mx = pytest.importorskip("mlx.core")
+from mlx import nn  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
 from prepare import ROOT  # noqa: E402
@@ -23,6 +24,8 @@ SIZE = dict(
     head_dim=32,
     window_pattern="SL",
     short_window=16,
+    bigram_rows=0,
+    bos=93,
 )
 
 
@@ -90,6 +93,8 @@ def relative(a, b):
         {"n_layer": 1},
         {"n_layer": 4},
         {"short_window": 13},
+        {"bigram_rows": 64},
+        {"bigram_rows": 64, "n_layer": 4},
     ],
 )
 def test_logits_agree(trainers, changes):
@@ -98,6 +103,82 @@ def test_logits_agree(trainers, changes):
     with torch.no_grad():
         ours = a(torch.from_numpy(x)).numpy()
     assert relative(np.array(b(mx.array(x))), ours) < 1e-4
+
+
+@pytest.mark.parametrize("bigram_rows", [0, 64])
+def test_gradients_agree(trainers, bigram_rows):
+    cuda, mlx = trainers
+    a, b = pair(trainers, bigram_rows=bigram_rows)
+    x, y = on_device(cuda, batch())
+    cuda.linear_cross_entropy(a.trunk(x), a.lm_head, y).backward()
+    x, y = on_device(mlx, batch())
+    grads = nn.value_and_grad(b, lambda: mlx.linear_cross_entropy(b.trunk(x), b.lm_head, y))()[1]
+    theirs = dict(tree_flatten(grads))
+    for name, p in a.named_parameters():
+        assert p.grad.norm() > 0 and relative(np.array(theirs[name]), p.grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("rows", [1, 2, 2048, 65536, 2**20])
+def test_bigrams_have_the_same_row_in_both(trainers, rows):
+    cuda, mlx = trainers
+    tokens = np.random.default_rng(1).integers(0, 65536, (8, 512))
+    tokens[0] = 65535  # the largest product
+    tokens[:, 100] = 7
+    ours = cuda.hash_bigrams(torch.from_numpy(tokens), 7, rows)
+    theirs = mlx.hash_bigrams(mx.array(tokens.astype(np.int32)), 7, rows)
+    assert ours.dtype == torch.int64 and (ours.numpy() == np.array(theirs)).all()
+    before = np.roll(tokens, 1, axis=1)
+    before[:, 0] = 7
+    before[tokens == 7] = 7
+    expected = [
+        [
+            (int(a) * 0x5BD1E995 + int(b) * 0x7FEB352D) % 2**32 * rows // 2**32
+            for a, b in zip(*row, strict=True)
+        ]
+        for row in zip(before, tokens, strict=True)
+    ]
+    assert ours.tolist() == expected
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["torch", "mlx"])
+def test_a_bigram_never_crosses_the_border_of_a_document(trainers, which):
+    module = trainers[which]
+    bos = 7
+    one, other, alone = [[3, 5, bos, 20, 21], [4, 6, bos, 20, 21], [20, 21, bos, bos, 20]]
+    x, _ = on_device(module, (np.array([one, other, alone]), np.zeros((3, 5), int)))
+    one, other, alone = module.hash_bigrams(x, bos, 2**20).tolist()
+    assert one[2:] == other[2:] and one[0] != other[0] and one[1] != other[1]
+    assert alone == [one[3], one[4], one[2], one[2], one[3]]  # a row begins as after BOS
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["torch", "mlx"])
+def test_bigrams_fill_their_table(trainers, which):
+    module = trainers[which]
+    tokens = np.random.default_rng(2).integers(0, 1000, (4, 65536))
+    x, _ = on_device(module, (tokens, tokens))
+    used = set(module.hash_bigrams(x, 0, 65536).flatten().tolist())
+    assert len(used) / 65536 == pytest.approx(1 - np.exp(-4), abs=0.02)  # as if drawn: 4 bigrams a row
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["torch", "mlx"])
+def test_bigram_tables_are_of_the_layers_without_a_row_a_token(trainers, which):
+    module = trainers[which]
+    none, some = (module.GPT(config(module, n_layer=4, bigram_rows=rows)) for rows in (0, 64))
+    shapes = [{name: w.shape for name, w in weights_of(model).items()} for model in (none, some)]
+    assert [name for name in shapes[0] if "value_embeds" in name] == [
+        f"value_embeds.layer{i}" for i in (1, 3)
+    ]
+    assert {name: shape for name, shape in shapes[1].items() if name not in shapes[0]} == {
+        "value_embeds.layer0": (64, 64),
+        "value_embeds.layer2": (64, 64),
+        "blocks.0.attn.gate": (2, 32),
+        "blocks.2.attn.gate": (2, 32),
+    }
+    assert shapes[0].items() <= shapes[1].items()
+    # A gate is a matrix product, a table is looked up.
+    assert some.flops_per_token() - none.flops_per_token() == 6 * 2 * 2 * 32
+    optimizer = module.Optimizer(some)
+    assert optimizer.adamw["value_embeds.layer0"] == optimizer.adamw["value_embeds.layer1"]
 
 
 def test_rotary_embeddings_agree_to_the_end_of_a_long_row(trainers):
@@ -307,9 +388,10 @@ def grads_like(model, seed):
     return {name: (0.1 * rng.normal(size=p.shape)).astype(np.float32) for name, p in model.named_parameters()}
 
 
-def test_optimizer_steps_agree(trainers):
+@pytest.mark.parametrize("bigram_rows", [0, 64])
+def test_optimizer_steps_agree(trainers, bigram_rows):
     cuda, mlx = trainers
-    a, b = pair(trainers)
+    a, b = pair(trainers, bigram_rows=bigram_rows)
     oa, ob = cuda.Optimizer(a), mlx.Optimizer(b)
     for step, progress in enumerate((0.0, 0.2, 0.7)):
         grads = grads_like(a, step)
@@ -396,7 +478,7 @@ def train(module, train_step, steps, first=0):
 def test_ten_steps_of_training_agree(trainers, monkeypatch):
     two_micro_steps(trainers, monkeypatch)
     losses = []
-    for module, model in zip(trainers, pair(trainers), strict=True):
+    for module, model in zip(trainers, pair(trainers, bigram_rows=64), strict=True):
         monkeypatch.setattr(module, "MATRIX_LR", 0.01)
         losses.append(train(module, module.make_train_step(model, module.Optimizer(model)), 10))
     ours, theirs = losses
