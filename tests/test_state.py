@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launcher.runs import home
-from night.agent import Turn
+from night.agent import Answer, Turn
 from night.state import Edit, LoopState, read_state, record, state_path, write_state
 
 
@@ -14,8 +14,8 @@ from night.state import Edit, LoopState, read_state, record, state_path, write_s
     [
         LoopState(),
         LoopState(10, 3, turn=Turn("tree", "head", "refs/heads/main", "20260101-000000-abcd")),
-        LoopState(None, 0, edit=Edit("blob", "an idea")),
-        LoopState(edit=Edit("blob", "an idea")),
+        LoopState(None, 0, edit=Edit("blob", Answer("an idea", learned="much"))),
+        LoopState(edit=Edit("blob", Answer("an idea", learned="much"))),
     ],
 )
 def test_a_state_is_read_as_it_was_written(repository, state):
