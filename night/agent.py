@@ -8,7 +8,7 @@ reachable under a ref.
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -68,10 +68,17 @@ class TurnFiles:
         return self.folder / f"{self.stamp}.log"
 
 
-def call_agent(command: Sequence[str], prompt: str, seconds: float, files: TurnFiles) -> int | None:
+def call_agent(
+    command: Sequence[str],
+    prompt: str,
+    seconds: float,
+    files: TurnFiles,
+    settings: Mapping[str, str] | None = None,
+) -> int | None:
     """Run an agent in the repository and wait for it. What it prints goes to files.log.
 
     command: {prompt} in an argument stands for the prompt; without one, the prompt is the standard input.
+    settings: variables of its environment that say on what the experiments run (RunSettings.to_env).
 
     Returns its exit code, None when it took longer than `seconds` and was ended.
 
@@ -89,7 +96,7 @@ def call_agent(command: Sequence[str], prompt: str, seconds: float, files: TurnF
             child = subprocess.Popen(
                 arguments,
                 cwd=ROOT,
-                env={**os.environ, IN_LOOP_VARIABLE: "1", RUN_ID_VARIABLE: files.stamp},
+                env={**os.environ, **(settings or {}), IN_LOOP_VARIABLE: "1", RUN_ID_VARIABLE: files.stamp},
                 stdin=given,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -478,7 +478,8 @@ class Loop:
         files = TurnFiles(loop_folder(), stamp)
         # What it thinks of must still be trained in the time that is left.
         seconds = min(night.agent_seconds, max(1.0, night.seconds_left() - self.longest_run))
-        code = call_agent(night.agent, prompt, seconds, files)
+        settings = self.setting.run_settings(night.seed).to_env()
+        code = call_agent(night.agent, prompt, seconds, files, settings)
         if code is None:
             raise TurnFailed("agent", f"the agent did not end within {seconds:.0f} s")
         if code != 0:

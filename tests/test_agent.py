@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 
-from backends.protocol import RUN_ID_VARIABLE
+from backends.protocol import RUN_ID_VARIABLE, RunSettings
 from launcher.harness import git_output
 from night import agent, repo
 from night.agent import (
@@ -56,6 +56,14 @@ def test_the_prompt_may_be_an_argument(repository, files):
 def test_an_agent_works_in_the_repository_and_knows_that_it_is_called(repository, files):
     call_agent(python("import os; print(os.getcwd(), os.environ['AUTORESEARCH_LOOP'])"), "", 60.0, files)
     assert files.log.read_text().split() == [os.path.realpath(repository), "1"]
+
+
+def test_an_agent_is_told_on_what_the_experiments_run(repository, files):
+    told = RunSettings(platform="mlx-cpu", budget=20.0, run_id="none yet").to_env()
+    code = "import os; e = os.environ.get; print(e('AUTORESEARCH_PLATFORM'), e('AUTORESEARCH_BUDGET'))"
+    code += f"; print(e({RUN_ID_VARIABLE!r}))"  # not the run's that is to come: it marks the turn's processes
+    call_agent(python(code), "", 60.0, files, told)
+    assert files.log.read_text().split() == ["mlx-cpu", "20.0", files.stamp]
 
 
 def test_exit_code_and_time_limit(repository, files):
