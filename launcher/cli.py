@@ -182,9 +182,11 @@ def try_(description: str, platform: str, track: str, budget: float | None, seed
 @main.command()
 @click.option(
     "--agent",
-    required=True,
+    default="builtin",
+    show_default=True,
     metavar="CMD",
-    help="A headless agent; it gets the prompt on standard input, or in place of {prompt}.",
+    help="A headless agent; it gets the prompt on standard input, or in place of {prompt}. "
+    "builtin needs no language model: it searches the trainer's constants.",
 )
 @click.option(
     "--experiments",
@@ -221,6 +223,7 @@ def loop(
     """Leave it running: the agent edits the trainer, every edit is tried, what is better is kept.
 
     \b
+    autoresearch loop --experiments 20
     autoresearch loop --agent "claude -p --permission-mode acceptEdits" --until 07:30
 
     \b

@@ -12,6 +12,7 @@ tested against the baseline.
 import math
 import shlex
 import shutil
+import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -64,6 +65,7 @@ NO_VERDICT_TRIES = 3  # runs of an edit without a verdict (another process on th
 LARGEST_RESERVE = 0.25  # of the night, that a claim may take at its end
 HUNDRED = 100  # experiments of a night without a limit, for its first line
 RUN_SECONDS = 1.3  # of a whole run, for each second of training, before one was seen
+BUILTIN = "builtin"  # names the search over the constants, night/builtin.py, in the place of an agent
 BASELINE = "baseline: the trainer as committed"
 UNCOMMITTED = "what lay in the trainer, uncommitted"
 
@@ -95,6 +97,8 @@ class Night:
 
 def parse_agent(text: str) -> list[str]:
     """Return the agent's command as a list. Raises UserError when there is no such program."""
+    if text == BUILTIN:
+        return [sys.executable, "-m", "night.builtin"]
     try:
         command = shlex.split(text)
     except ValueError as error:

@@ -77,6 +77,14 @@ def test_run_passes_on_what_was_typed(call, told, tmp_path):
     assert done.exit_code == 3 and done.output.endswith("status: discard\nreason: no improvement\n")
 
 
+def test_a_night_needs_no_agent(call, monkeypatch):
+    nights = []
+    monkeypatch.setattr("night.loop.run_night", lambda night: nights.append(night) or 0)
+    assert call("loop", "--experiments", 3).exit_code == 0
+    assert nights[0].agent == [sys.executable, "-m", "night.builtin"]
+    assert "[default: builtin]" in " ".join(call("loop", "--help").output.split())
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
