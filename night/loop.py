@@ -65,7 +65,8 @@ NO_VERDICT_TRIES = 3  # runs of an edit without a verdict (another process on th
 LARGEST_RESERVE = 0.25  # of the night, that a claim may take at its end
 HUNDRED = 100  # experiments of a night without a limit, for its first line
 RUN_SECONDS = 1.3  # of a whole run, for each second of training, before one was seen
-BUILTIN = "builtin"  # names the search over the constants, night/builtin.py, in the place of an agent
+BUILTIN = "builtin"  # names the search over the constants in the place of an agent
+BUILTIN_MODULE = "night.builtin"
 BASELINE = "baseline: the trainer as committed"
 UNCOMMITTED = "what lay in the trainer, uncommitted"
 
@@ -86,7 +87,7 @@ class Night:
     @property
     def agent_name(self) -> str:
         """The agent as rows and commits name it."""
-        return Path(self.agent[0]).name
+        return BUILTIN if self.agent[-1] == BUILTIN_MODULE else Path(self.agent[0]).name
 
     def seconds_left(self) -> float:
         """Return the seconds until the night ends, infinite without an `until`."""
@@ -98,7 +99,7 @@ class Night:
 def parse_agent(text: str) -> list[str]:
     """Return the agent's command as a list. Raises UserError when there is no such program."""
     if text == BUILTIN:
-        return [sys.executable, "-m", "night.builtin"]
+        return [sys.executable, "-m", BUILTIN_MODULE]
     try:
         command = shlex.split(text)
     except ValueError as error:
