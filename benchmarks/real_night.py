@@ -3,11 +3,11 @@ Real nights in small: the built-in agent from one start, under three rules of ke
 
     uv run python benchmarks/real_night.py [--experiments 22] [--budget 10] [--seeds 6] [--home DIR]
 
-Each rule gets a clone of the committed repository, a small model that is not compiled, and the whole loop: the
-agent, the dry run, the trial in git, the verdict. `old` measures the noise with three runs first and asks for
-p < 0.01 before each keep; `greedy` keeps what is below the lowest score so far; `new` is launcher/belief.py.
-At the end the trainer that each night left is run with seeds that no night used, beside the baseline, in turn.
-Leave the machine alone meanwhile. The last lines are for grep.
+Each rule gets a clone of the committed repository, a small model that is not compiled, and the whole loop:
+the agent, the dry run, the trial in git, the verdict. `old` measures the noise with three runs first and asks
+for p < 0.01 before each keep; `greedy` keeps what is below the lowest score so far; `new` is
+launcher/belief.py. At the end the trainer that each night left is run with seeds that no night used, beside
+the baseline, in turn. Leave the machine alone meanwhile. The last lines are for grep.
 """
 
 import argparse
@@ -39,7 +39,7 @@ platforms:
     track: pysource
     bf16: false
     start: {n_layer: 2, n_embd: 128, head_dim: 64, window_pattern: L, short_window: 64,
-            total_batch_size: 2048, device_batch_size: 8, eval_batch_size: 16}
+            total_batch_size: 1024, device_batch_size: 4, eval_batch_size: 16}
 """
 
 
@@ -120,7 +120,7 @@ def greedy(rows, row):
 
 
 def old_rule(rows, row):
-    """Keep what is better by more than the noise on record gives by chance, after a second seed if need be."""
+    """Keep what is better by more than the noise gives by chance, after a second seed if need be."""
     from scipy.special import stdtrit
 
     from launcher.ledger import Flag
