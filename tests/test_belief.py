@@ -13,7 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import night
-from launcher.belief import LOOKS, PRIOR, Forest, Observation, Prior, claim, effects, judge, visible_change
+from launcher.belief import (
+    LOOKS,
+    PRIOR,
+    Forest,
+    Observation,
+    Prior,
+    claim,
+    effects,
+    judge,
+    noise_of_repeats,
+    survey,
+    visible_change,
+)
 from launcher.belief import _rank_sums as rank_sums
 
 
@@ -325,3 +337,46 @@ def test_nights_end_better_than_greedy_ones(tails):
 def test_false_claims_are_as_rare_as_stated(tails):
     for claims in night.claims_of_no_gain(600, tails).values():
         assert claims.made <= 0.01 * claims.tested + 2
+
+
+# --- A board whose noise is not the prior's -----------------------------------------------------------------
+
+
+def test_three_repeats_are_enough_to_know_a_noise_thirty_times_the_priors():
+    believed = judge(runs(2.65, 2.69, 2.66))
+    assert 0.012 < believed.sigma < 0.03
+    small = judge([*runs(2.65, 2.69, 2.66), Observation("edit", 2.65, kept=False, parent="best")])
+    assert small.sigma > 0.012 and abs(small.effect) < 0.005 and 0.3 < small.p_better < 0.7
+
+
+def test_repeats_that_went_wrong_do_not_make_the_noise():
+    assert judge(runs(1.0, 1.0006, 1.05)).sigma < 0.0015
+    assert noise_of_repeats(runs(1.0, 1.0006)) is None  # too few to say
+    assert noise_of_repeats([*runs(1.0, 1.001), *runs(2.0, 2.001, source="other")]) == pytest.approx(
+        1.4826 * 0.0005 * 2**0.5
+    )
+
+
+@pytest.mark.parametrize("gain", [0.02, 0.05, 0.3])
+def test_a_first_gain_of_any_size_is_kept(gain):
+    """One child is no reason to take its parent's run for one that went wrong."""
+    decision = judge([*runs(1.6), *challengers(1.6 - gain)])
+    assert decision.action == "keep" and decision.effect == pytest.approx(-gain, rel=0.1)
+
+
+def test_a_survey_agrees_with_the_decision():
+    history = [*QUIET, *challengers(0.995, 1.004)]
+    believed, decision = survey(history), judge(history)
+    assert believed.best == decision.best and believed.sigma == decision.sigma
+    last = believed.trainers["edit 1"]
+    assert (last.effect, last.effect_error) == (decision.effect, decision.effect_error)
+    assert believed.trainers["best"].runs == 3 and last.parent == "best" and survey([]) is None
+
+
+def test_what_may_not_be_gone_back_to_is_not():
+    history = [*runs(1.0), Observation("lucky", 0.9985, kept=True, parent="best")]
+    history += [Observation(f"edit {i}", 1.003 + i * 1e-5, kept=False, parent="lucky") for i in range(8)]
+    free = judge(history)
+    assert free.build_on != "lucky"
+    barred = judge(history, candidates={"lucky", "edit 3"})
+    assert barred.build_on in ("lucky", "edit 3", "edit 7") and barred.best in ("lucky", "edit 3", "edit 7")
