@@ -57,6 +57,8 @@ def main() -> None:
     if asked.inside:
         run_inside(asked.inside, asked.experiments, asked.budget)
         return
+    if asked.home.exists():
+        parser.error(f"{asked.home} is there already: remove it, or name another --home")
     asked.home.mkdir(parents=True)
     (asked.home / "platforms.yaml").write_text(CONFIG)
     started = (ROOT / "train_cuda.py").read_bytes()
