@@ -209,6 +209,12 @@ def try_(description: str, platform: str, track: str, budget: float | None, seed
     show_default=True,
     help="Seconds to wait after a failed turn; doubles with every further one.",
 )
+@click.option(
+    "--ahead",
+    is_flag=True,
+    help="The agent thinks of the next edit while an experiment runs. On a CPU it would disturb it.",
+)
+@click.option("--no-confirm", is_flag=True, help="Leave no time at the end of --until for the claim.")
 def loop(
     agent: str,
     experiments: int | None,
@@ -219,6 +225,8 @@ def loop(
     seed: int,
     agent_seconds: float,
     pause: float,
+    ahead: bool,
+    no_confirm: bool,
 ) -> None:
     """Leave it running: the agent edits the trainer, every edit is tried, what is better is kept.
 
@@ -239,6 +247,8 @@ def loop(
         until=parse_until(until) if until is not None else None,
         agent_seconds=agent_seconds,
         pause=pause,
+        confirms=not no_confirm,
+        ahead=ahead,
     )
     sys.exit(run_night(night))
 

@@ -68,19 +68,13 @@ class TurnFiles:
         return self.folder / f"{self.stamp}.log"
 
 
-def call_agent(
-    command: Sequence[str],
-    prompt: str,
-    seconds: float,
-    files: TurnFiles,
-    settings: Mapping[str, str] | None = None,
-) -> int | None:
-    """Run an agent in the repository and wait for it. What it prints goes to files.log.
+def start_agent(
+    command: Sequence[str], prompt: str, files: TurnFiles, settings: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start an agent in the repository. What it prints goes to files.log.
 
     command: {prompt} in an argument stands for the prompt; without one, the prompt is the standard input.
     settings: variables of its environment that say on what the experiments run (RunSettings.to_env).
-
-    Returns its exit code, None when it took longer than `seconds` and was ended.
 
     Raises:
         TurnFailed: it cannot be started.
@@ -93,7 +87,7 @@ def call_agent(
     stdin = os.devnull if prompt_is_argument else files.prompt
     with open(files.log, "wb") as log, open(stdin, "rb") as given:
         try:
-            child = subprocess.Popen(
+            return subprocess.Popen(
                 arguments,
                 cwd=ROOT,
                 env={**os.environ, **(settings or {}), IN_LOOP_VARIABLE: "1", RUN_ID_VARIABLE: files.stamp},
@@ -104,14 +98,32 @@ def call_agent(
             )
         except OSError as error:
             raise TurnFailed("agent", f"{command[0]} cannot be started: {error.strerror}") from None
-        try:
-            return child.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            with ignore_signals():
-                end_group(child)
-                end_leftovers(files.stamp)
+
+
+def call_agent(
+    command: Sequence[str],
+    prompt: str,
+    seconds: float,
+    files: TurnFiles,
+    settings: Mapping[str, str] | None = None,
+) -> int | None:
+    """Run an agent and wait for it: see start_agent and wait_for_agent."""
+    return wait_for_agent(start_agent(command, prompt, files, settings), seconds, files.stamp)
+
+
+def wait_for_agent(child: subprocess.Popen[bytes], seconds: float, stamp: str) -> int | None:
+    """Wait for an agent, and end what it leaves running.
+
+    Returns its exit code, None when it took longer than `seconds` and was ended.
+    """
+    try:
+        return child.wait(timeout=max(seconds, 0.0))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with ignore_signals():
+            end_group(child)
+            end_leftovers(stamp)
 
 
 # ---------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from launcher.run import EXIT_INTERRUPTED, POWER_FLAGS, Request, dry_run
 from launcher.runs import ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
 from launcher.verdict import best_of_line, board_runs, fresh_seed, survey_board
-from night import repo
+from night import ahead, repo
 from night.agent import (
     Answer,
     Turn,
@@ -83,6 +83,7 @@ class Night:
     agent_seconds: float = 900.0  # that an agent has for a turn
     pause: float = 30.0  # seconds after a first failed turn
     confirms: bool = True  # the end of a night with an `until` is for the claim
+    ahead: bool = False  # the agent thinks of the next edit while an experiment runs
 
     @property
     def agent_name(self) -> str:
@@ -166,6 +167,8 @@ class Loop:
         self.setting = night.setting
         self.trainer = night.setting.trainer
         self.edit: Edit | None = None  # without a verdict: of this loop, or left by an earlier one
+        self.thinking: ahead.Thinking | None = None  # the agent, while an experiment runs
+        self.next_edit: ahead.NextEdit | None = None  # that it made meanwhile
         self.result = ""  # of the last experiment, for the agent
         self.complaint = ""  # about the last turn, for the agent
         self.failures = 0  # failed turns in a row
@@ -425,6 +428,7 @@ class Loop:
             NightOver: there is no time left to train.
             Stopped: the launcher was asked to end.
         """
+        self.take_next_edit()
         edited = repo.is_edited(self.trainer.name)
         if edited:
             answer = self.answer_of_edit()
@@ -478,8 +482,7 @@ class Loop:
             TurnFailed: it cannot be started, takes too long, or fails.
         """
         night = self.night
-        mode = choose_mode(ledger().rows(), self.setting.board)
-        prompt = write_turn(self.setting, self.result, self.complaint, self.panel.left(), mode)
+        prompt = self.write_prompt(self.result)
         files = TurnFiles(loop_folder(), stamp)
         # What it thinks of must still be trained in the time that is left.
         seconds = min(night.agent_seconds, max(1.0, night.seconds_left() - self.longest_run))
@@ -490,6 +493,10 @@ class Loop:
         if code != 0:
             raise TurnFailed("agent", f"the agent ended with exit code {code}: {last_line(files.log)}")
         return read_answer(files)
+
+    def write_prompt(self, result: str) -> str:
+        mode = choose_mode(ledger().rows(), self.setting.board)
+        return write_turn(self.setting, result, self.complaint, self.panel.left(), mode)
 
     def check(self, description: str) -> None:
         """Check an edit before minutes are spent on it: it compiles, is new, and survives a dry run.
@@ -552,7 +559,7 @@ class Loop:
             NightOver: there is no time left for it. An edit stays, and the next loop tries it first.
             Stopped: the run was interrupted.
         """
-        detail = RunDetail(self.setting.budget, self.panel)
+        detail = RunDetail(self.setting.budget, self.panel, lambda: self.think_ahead(answer.description))
         agent = self.night.agent_name if self.edit else ""
         description = answer.description
         request = Request(self.setting, description, self.night.seed, progress=detail, agent=agent)
@@ -561,7 +568,7 @@ class Loop:
             if enough:
                 raise NightOver(enough)
             self.panel.enter(f"training: {description}")
-            row = run_trial(request)
+            row = run_trial(request, self.collect_next_edit)
             if self.edit:
                 save_answer(row.run, answer)
             if Flag.INTERRUPTED in row.flags:
@@ -577,6 +584,43 @@ class Loop:
             "repository",
             f"«{description}» was run {NO_VERDICT_TRIES} times without a verdict: {row.reason}",
         )
+
+    # --- The next edit, while an experiment runs ------------------------------------------------------------
+
+    def think_ahead(self, running: str) -> None:
+        """Let the agent begin with the next edit. What goes wrong with it does not touch the run."""
+        night = self.night
+        if not night.ahead or self.thinking or self.next_edit:
+            return
+        result = f"{self.result}\n\n{ahead.RUNNING.format(description=running)}"
+        settings = self.setting.run_settings(night.seed).to_env()
+        turn = begin_turn()
+        self.save_state(turn)
+        try:
+            self.thinking = ahead.think(
+                self.trainer, turn, night.agent, self.write_prompt(result), night.agent_seconds, settings
+            )
+        except (TurnFailed, UserError, OSError) as error:
+            self.save_state()
+            self.panel.note(f"the agent does not think ahead: {first_line(error)}")
+
+    def collect_next_edit(self, row: Row) -> None:
+        """Wait for the agent that thinks ahead. The trainer is then as it was when the run began."""
+        if self.thinking is None:
+            return
+        thinking, self.thinking = self.thinking, None
+        self.panel.enter("the agent thinks ahead")
+        self.next_edit = ahead.collect(thinking, self.trainer, at_once=Flag.INTERRUPTED in row.flags)
+        self.save_state()
+
+    def take_next_edit(self) -> None:
+        """Put the edit that was thought of ahead on what the branch has now."""
+        if self.next_edit is None:
+            return
+        edit, self.next_edit = self.next_edit, None
+        if ahead.rebase(edit, self.trainer):
+            self.edit = Edit(repo.blob(self.trainer.name), edit.answer)
+            self.save_state()
 
 
 def undo_unfinished_turn() -> None:

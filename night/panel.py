@@ -1,6 +1,7 @@
 """What a person sees of a night: a live panel on a terminal, a line a phase elsewhere, and the counts."""
 
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from backends.protocol import Event, Start
 from launcher.belief import Standing
 from launcher.console import Progress, say
 from launcher.ledger import Row
@@ -125,9 +127,16 @@ class Panel:
 class RunDetail(Progress):
     """The progress of a run as a line of the panel. Silent where there is no panel."""
 
-    def __init__(self, budget: float, panel: Panel) -> None:
+    def __init__(self, budget: float, panel: Panel, on_start: Callable[[], None] = lambda: None) -> None:
+        """on_start: called when the training begins, beside what is shown."""
         super().__init__(budget)
         self.panel = panel
+        self.on_start = on_start
+
+    def __call__(self, event: Event | None) -> None:
+        super().__call__(event)
+        if isinstance(event, Start):
+            self.on_start()
 
     def show(self, always: bool = False) -> None:
         self.panel.detail = self.text

@@ -221,6 +221,17 @@ def commit_tree(tree: str, parent: str, message: str, dates: Mapping[str, str] |
     return os.fsdecode(git_bytes(*command, environment=dates)).strip("\n")
 
 
+def merge(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
+    """Return a text with two changes of its base, None where they conflict."""
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = [Path(scratch) / name for name in ("ours", "base", "theirs")]
+        for path, text in zip(paths, (ours, base, theirs), strict=True):
+            path.write_bytes(text)
+        command = ["git", "merge-file", "-p", "-q", *map(str, paths)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    return done.stdout if done.returncode == 0 else None
+
+
 def reword(commit: str, message: str) -> str:
     """Return a commit that is as this one, with another message. The same call makes the same commit."""
     tree, parent, author, committer = git_checked("show", "-s", "--format=%T %P %at %ct", commit).split()
