@@ -3,11 +3,12 @@ Real nights in small: the built-in agent from one start, under three rules of ke
 
     uv run python benchmarks/real_night.py [--experiments 22] [--budget 10] [--seeds 6] [--home DIR]
 
-Each rule gets a clone of the committed repository, a small model that is not compiled, and the whole loop but
-for the dry run, which would take as long as the run: the agent, the trial in git, the verdict. `old` measures the noise with three runs first and asks
-for p < 0.01 before each keep; `greedy` keeps what is below the lowest score so far; `new` is
-launcher/belief.py. At the end the trainer that each night left is run with seeds that no night used, beside
-the baseline, in turn. Leave the machine alone meanwhile. The last lines are for grep.
+Each rule gets a clone of the committed repository, a small model that is not compiled, and the whole loop
+but for the dry run, which would take as long as the run: the agent, the trial in git, the verdict. `old`
+measures the noise with three runs first and asks for p < 0.01 before each keep; `greedy` keeps what is below
+the lowest score so far; `new` is launcher/belief.py. At the end the trainer that each night left is run with
+seeds that no night used, beside the baseline, in turn. Leave the machine alone meanwhile. The last lines are
+for grep.
 """
 
 import argparse

@@ -224,6 +224,18 @@ def read_curves(rows: Iterable[Row]) -> Iterator[Curve]:
             yield Curve(row, points)
 
 
+def agents_of(rows: Iterable[Row]) -> list[str]:
+    """Return the agents that made edits, in the order of their first run; a person is none of them."""
+    return list(dict.fromkeys(row.agent for row in rows if row.agent))
+
+
+def running_best_of(rows: Sequence[Row], agent: str) -> tuple[list[int], list[float]]:
+    """Return (number of the agent's experiments, lowest val_bpb that it kept so far), from its first keep."""
+    best, _ = running_best(row for row in rows if row.agent == agent)
+    known = [(number, value) for number, value in enumerate(best, 1) if value is not None]
+    return [number for number, _ in known], [value for _, value in known]
+
+
 def running_best(rows: Iterable[Row]) -> tuple[list[float | None], list[int]]:
     """Return the best val_bpb so far after each row, None before the first, and the indices at which it fell.
 
@@ -254,6 +266,10 @@ def draw_svgs(series: Iterable[Series], curves: Sequence[Curve]) -> list[str]:
         figure = Figure(figsize=(10, 4.6))
         draw_progress(figure.subplots(), each)
         svgs.append(to_svg(figure))
+        if len(agents_of(each.rows)) > 1:
+            figure = Figure(figsize=(10, 3.2))
+            draw_agents(figure.subplots(), each)
+            svgs.append(to_svg(figure))
     if curves:
         figure = Figure(figsize=(10, 4))
         draw_curves(figure.subplots(), curves)
@@ -299,6 +315,16 @@ def draw_progress(axes: "Axes", series: Series) -> None:
         )
     axes.set_ylim(*value_limits(rows, falls))
     axes.set(title=series.title[:TITLE_CHARS], xlabel="experiment", ylabel="val_bpb")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
+
+
+def draw_agents(axes: "Axes", series: Series) -> None:
+    """Draw the running best of each agent against the number of its experiments."""
+    for color, agent in zip(CURVE_COLORS, agents_of(series.rows), strict=False):
+        numbers, so_far = running_best_of(series.rows, agent)
+        axes.step(numbers, so_far, where="post", color=color, linewidth=1.2, label=agent)
+    axes.set(title="agents against each other", xlabel="experiment of the agent", ylabel="best val_bpb kept")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
 

@@ -18,7 +18,7 @@ DIFF_LINES = 120
 
 
 def show_run(name: str) -> None:
-    """Print a run: its row, its loss curve, and how its trainer differs from the best before it."""
+    """Print a run: its row, its loss curve, and how its trainer differs from the one it was made from."""
     row = find_run(name)
     for column in COLUMNS:
         value = getattr(row, column)
@@ -52,11 +52,11 @@ def sparkline(points: Sequence[tuple[float, float]], width: int = WIDTH) -> str:
 
 
 def trainer_difference(row: Row) -> list[str]:
-    """Return the run's trainer as a diff against the best one before it, or against the committed one."""
+    """Return the run's trainer as a diff against its parent, the best one before it, or the committed one."""
     ours = trainer_of(row)
     if ours is None:
         return []
-    before = best_before(row)
+    before = parent_of(row) or best_before(row)
     theirs = trainer_of(before) if before else None
     if before and theirs:
         return unified_diff(theirs.read_text(), ours.read_text(), title(before), title(row))
@@ -75,6 +75,14 @@ def unified_diff(old: str, new: str, old_name: str, new_name: str) -> list[str]:
     return list(
         difflib.unified_diff(old.splitlines(), new.splitlines(), old_name, new_name, lineterm="", n=1)
     )
+
+
+def parent_of(row: Row) -> Row | None:
+    """Return a run of the trainer that this one's was made from, whose copy is here. None without one."""
+    if not row.parent or row.parent == row.source:
+        return None
+    runs = [other for other in ledger().rows() if other.source == row.parent and trainer_of(other)]
+    return runs[-1] if runs else None
 
 
 def best_before(row: Row) -> Row | None:

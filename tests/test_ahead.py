@@ -1,0 +1,136 @@
+"""The agent thinks ahead, and its edit is put on what the verdict leaves. Training is made up."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_loop import night, recorded, rows, subjects, trainer_text  # noqa: F401  a fixture
+
+from backends.protocol import Start
+from launcher.harness import git_output
+from launcher.processes import Stopped
+from night import ahead, loop, repo
+from night.repo import git_checked
+from night.state import state_path
+
+START = Start(device="a CPU", platform="cpu", track="tiny", seed=1, budget=300.0, num_params_M=1.0)
+TRAINER = "FIRST = 1\n# far\n# apart\n# from\n# the\n# score\nSCORE = 1.5\n"
+# Every turn moves one constant; the prompt of a turn ahead says what runs.
+AGENT = """
+import json
+prompt = sys.stdin.read()
+folder = Path(os.environ["PLANS"])
+plans = json.loads((folder / "plans.json").read_text())
+number = len(list(folder.glob("turn-*")))
+(folder / f"turn-{number}").write_text("ahead" if "It runs now" in prompt else "after")
+name, value = plans[number]
+trainer.write_text(re.sub(rf"^{name} = .*$", f"{name} = {value}", trainer.read_text(), flags=re.M))
+print(f"experiment: {name} {value}")
+"""
+
+
+@pytest.fixture
+def plan(night, repository, house, monkeypatch):  # noqa: F811
+    """plan([(constant, value), ...], experiments): a night in which the agent thinks ahead."""
+    (repository / "train_cuda.py").write_text(TRAINER)
+    git_checked("commit", "-qam", "two constants")
+    from launcher import run as runner
+
+    really = runner.supervise
+
+    def supervise(trainer, run, settings, platform, watch, on_event):
+        on_event(START)
+        return really(trainer, run, settings, platform, watch, on_event)
+
+    monkeypatch.setattr(runner, "supervise", supervise)
+    monkeypatch.setenv("PLANS", str(house))
+
+    def begin(plans, experiments):
+        (house / "plans.json").write_text(json.dumps(plans))
+        return night(AGENT, experiments, ahead=True)
+
+    return begin
+
+
+def turns():
+    folder = Path(loop.loop_folder()).parent.parent
+    return [path.read_text() for path in sorted(folder.glob("turn-*"))]
+
+
+def test_the_next_edit_stands_on_one_that_was_kept(plan, repository):
+    assert plan([("SCORE", "1.4"), ("SCORE", "1.3"), ("SCORE", "1.2"), ("SCORE", "1.1")], 4) == 0
+    assert [(row.description, row.status) for row in rows()][1:] == [
+        ("SCORE 1.4", "keep"),
+        ("SCORE 1.3", "keep"),
+        ("SCORE 1.2", "keep"),
+    ]
+    assert turns() == ["ahead"] * 4  # the first one while the baseline ran
+    assert [row.agent for row in rows()][1:] == [rows()[-1].agent] * 3 and rows()[-1].agent
+
+
+def test_the_next_edit_is_merged_where_the_running_one_was_not_kept(plan, repository):
+    assert plan([("FIRST", "2"), ("SCORE", "1.9"), ("FIRST", "3"), ("FIRST", "4")], 3) == 0
+    worse, merged = rows()[1:]
+    assert plan  # FIRST = 2 scores as before: it is not kept, and SCORE = 1.9 goes without it
+    assert (worse.description, worse.status) == ("FIRST 2", "discard")
+    assert (
+        git_output("show", f"refs/autoresearch/{merged.run}:inner/train_cuda.py")
+        == TRAINER.replace("1.5", "1.9").strip()
+    )
+    assert trainer_text(repository) == TRAINER and git_checked("status", "--porcelain") == ""
+
+
+def test_what_conflicts_is_stashed_and_the_agent_is_asked_again(plan, repository, capsys):
+    assert plan([("SCORE", "1.9"), ("SCORE", "1.8"), ("SCORE", "1.4"), ("SCORE", "1.3")], 3) == 0
+    assert [row.description for row in rows()][1:] == ["SCORE 1.9", "SCORE 1.4"]
+    assert "«SCORE 1.8» does not go together with what is there now" in capsys.readouterr().err
+    assert "SCORE = 1.8" in git_output("show", "refs/autoresearch/stray/ahead:inner/train_cuda.py")
+    assert turns()[:3] == ["ahead", "ahead", "after"]
+
+
+def test_what_the_agent_does_elsewhere_is_reverted_before_the_verdict(plan, repository, monkeypatch):
+    monkeypatch.setattr(
+        "test_ahead.AGENT", AGENT + "Path('README.md').write_text('by the agent')\n", raising=True
+    )
+    assert plan([("SCORE", "1.4"), ("SCORE", "1.3"), ("SCORE", "1.2")], 3) == 0
+    assert (repository / "README.md").read_text() == "read me\n"
+    assert subjects()[:2] == ["SCORE 1.3", "SCORE 1.4"]
+
+
+def test_an_agent_that_fails_ahead_is_asked_again_afterwards(plan, repository, monkeypatch, capsys):
+    monkeypatch.setattr("test_ahead.AGENT", AGENT.replace("name, value", "1 / (number != 1)\nname, value"))
+    assert plan([("SCORE", "1.4"), ("SCORE", "9"), ("SCORE", "1.3"), ("SCORE", "1.2")], 3) == 0
+    assert [row.description for row in rows()][1:] == ["SCORE 1.4", "SCORE 1.3"]
+    assert "ended with exit code 1, and made no edit" in capsys.readouterr().err
+    assert not recorded("failed")
+
+
+def test_an_interruption_ends_the_agent_and_leaves_the_tree_as_it_was(plan, repository, monkeypatch):
+    monkeypatch.setattr("test_ahead.AGENT", AGENT + "time.sleep(60)\n")
+    from launcher import run as runner
+
+    really = runner.supervise
+
+    def supervise(*arguments):
+        really(*arguments)
+        raise Stopped("SIGINT")
+
+    monkeypatch.setattr(runner, "supervise", supervise)
+    assert plan([("SCORE", "1.4")], 3) == 130
+    assert trainer_text(repository) == TRAINER and git_checked("status", "--porcelain") == ""
+    assert not state_path().exists()
+
+
+def test_without_the_option_the_agent_waits_for_the_result(night, repository, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(ahead, "think", None)
+    agent = "trainer.write_text(f'SCORE = {time.time() % 1 + 1:.4f}')\nprint('experiment: luck')"
+    assert night(agent, 3) == 0
+
+
+def test_changes_that_touch_different_lines_are_merged():
+    base = TRAINER.encode()
+    ours = base.replace(b"FIRST = 1", b"FIRST = 2")
+    theirs = base.replace(b"1.5", b"1.4")
+    assert repo.merge(ours, base, theirs) == theirs.replace(b"FIRST = 1", b"FIRST = 2")
+    assert repo.merge(base, base, theirs) == theirs
+    assert repo.merge(base.replace(b"1.5", b"1.6"), base, theirs) is None
