@@ -15,9 +15,11 @@ from launcher.board import gather
 from launcher.ledger import Ledger, Row
 from launcher.report import (
     MAX_CURVES,
+    agents_of,
     choose_curves,
     collect_series,
     running_best,
+    running_best_of,
     value_limits,
     write_report,
 )
@@ -212,3 +214,23 @@ def test_it_renders_in_a_real_browser(house, width):
     assert any(g > r + 40 and g > b + 20 for r, g, b in colors), "the running best is not there"
     dom = browse("--dump-dom")
     assert "<svg" in dom and "idea 8" in dom
+
+
+def test_agents_are_drawn_against_each_other_by_the_number_of_their_experiments(house):
+    agents = ["", "builtin", "claude", "builtin", "claude", "claude"]
+    values = [1.5, 1.45, 1.4, 1.44, 1.6, 1.3]
+    for number, (agent, value) in enumerate(zip(agents, values, strict=True)):
+        status = "keep" if value != 1.6 else "discard"
+        add_run(house, number, agent=agent, val_bpb=value, status=status)
+    [series] = collect_series(gather([house / "results.tsv"]))
+    assert agents_of(series.rows) == ["builtin", "claude"]
+    assert running_best_of(series.rows, "builtin") == ([1, 2], [1.45, 1.44])
+    assert running_best_of(series.rows, "claude") == ([1, 2, 3], [1.4, 1.4, 1.3])
+    page, _ = write_report([house / "results.tsv"], house / "report")
+    assert "agents against each other" in page.read_text()
+
+
+def test_one_agent_has_no_opponent_to_be_drawn_against(house):
+    add_run(house, 1, agent="builtin", val_bpb=1.5, status="keep")
+    page, _ = write_report([house / "results.tsv"], house / "report")
+    assert "agents against each other" not in page.read_text()

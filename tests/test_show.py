@@ -56,6 +56,14 @@ def test_a_run_is_shown_with_its_curve_and_what_it_changed(house, capsys):
     assert "-LR = 0.1\n+LR = 0.2" in out and "2026-1 (1.500000)" in out
 
 
+def test_a_run_is_compared_with_what_it_was_made_from_not_with_the_best_before_it(house, capsys):
+    add(house, "2026-1", "a", "LR = 0.1\n", val_bpb=1.5)
+    add(house, "2026-2", "b", "LR = 0.2\n", val_bpb=1.3, parent="a")
+    add(house, "2026-3", "c", "LR = 0.3\n", val_bpb=1.4, parent="a")
+    show_run("2026-3")
+    assert "-LR = 0.1\n+LR = 0.3" in capsys.readouterr().out
+
+
 def test_a_sparkline_goes_from_high_to_low():
     line = sparkline([(float(i), 6.0 - i / 100) for i in range(300)])
     assert len(line) == 72 and line[0] == "█" and line[-1] == "▁"
