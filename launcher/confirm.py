@@ -59,6 +59,7 @@ class Confirmation:
     claim: Claim  # on the sealed set
     pairs: list[Pair]
     stopped: str = ""  # why there were no more runs although nothing was decided
+    failed: int = 0  # runs of the best with a fresh seed that have no score: they are in no pair
 
     @property
     def sentence(self) -> str:
@@ -66,6 +67,8 @@ class Confirmation:
         answer = self.claim
         numbers = f"{answer.gain:.6f} [{answer.low:.6f}, {answer.high:.6f}] bits per byte"
         how = f"p {answer.p:.2g}, {answer.runs} runs of each"
+        if self.failed:
+            how += f"; {self.failed} more of its runs failed"
         if answer.verdict == "claim":
             return f"{numbers} better than the baseline, on text that no run was selected on ({how})"
         if answer.runs < 2:
@@ -148,7 +151,7 @@ def confirm(
             break
         seconds = max(seconds, time.monotonic() - began)
         say(f"confirm: {len(pairs)} pairs: {test(pairs).reason}")
-    confirmation = Confirmation(contest, answer, pairs, stopped)
+    confirmation = Confirmation(contest, answer, pairs, stopped, failed_runs(contest))
     record_confirmation(confirmation)
     return confirmation
 
@@ -167,6 +170,15 @@ def finished_pairs(contest: Contest) -> list[Pair]:
     baseline, best = contest.sources
     seeds = sorted(seed for source, seed in runs if source == baseline and (best, seed) in runs)
     return [pair_of(runs[baseline, seed], runs[best, seed]) for seed in seeds]
+
+
+def failed_runs(contest: Contest) -> int:
+    """Return how many runs of the best with a fresh seed crashed, took too long, or were invalid."""
+    return sum(
+        row.source == contest.best.source and Flag.CONFIRM in row.flags and row.judged and not row.scored
+        for row in ledger().rows()
+        if row.board == contest.best.board
+    )
 
 
 def pair_of(baseline: Row, best: Row) -> Pair:

@@ -52,7 +52,8 @@ def removes_code(old: bytes, new: bytes) -> bool:
 
 def git_output(*arguments: str) -> str:
     """Return what a git command in the repository prints, "" when it fails (no git, no repository)."""
-    command = ["git", "-C", str(ROOT), *arguments]
+    # No optional locks: a status that is killed while it refreshes the index would leave one.
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, errors="replace")
     except (OSError, subprocess.TimeoutExpired):

@@ -45,6 +45,21 @@ def ignore_signals() -> Iterator[None]:
 
 
 @contextmanager
+def defer_signals() -> Iterator[None]:
+    """Let a signal wait until the block is over: what is begun there is not left half done."""
+    came: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    with _handlers({number: remember for number in wanted}):
+        yield
+    if came:
+        signal.raise_signal(came[0])
+
+
+@contextmanager
 def _handlers(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher.harness import PROTECTED, git_output
+from launcher.processes import defer_signals
 from prepare import ROOT, UserError
 
 # REFS/<run>: a trial that was reverted, or an edit that was stashed before a run of it counted.
@@ -63,12 +64,15 @@ def git_bytes(
         variables["GIT_INDEX_FILE"] = str(index)
     deadline = time.monotonic() + LOCKED_SECONDS
     while True:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments],
-            input=given,
-            capture_output=True,
-            env=variables,
-        )
+        # A git that is killed in the middle leaves a lock, on which every later command fails.
+        with defer_signals():
+            done = subprocess.run(
+                ["git", "-C", str(ROOT), *arguments],
+                input=given,
+                capture_output=True,
+                env=variables,
+                start_new_session=True,
+            )
         if done.returncode == 0:
             return done.stdout
         if b".lock" not in done.stderr or time.monotonic() > deadline:
@@ -151,7 +155,7 @@ def changed_besides(trainer: str) -> list[str]:
     """Return the PROTECTED files that differ from the last commit, but for the trainer."""
     # Without `glob`, git's * crosses slashes: *.py would be any Python file in any folder.
     protected = [f":(glob){path}" for path in PROTECTED]
-    lines = git_paths("status", "--porcelain", "--no-renames", "-z", "--", *protected)
+    lines = git_paths("--no-optional-locks", "status", "--porcelain", "--no-renames", "-z", "--", *protected)
     prefix = path_prefix()
     paths = {line[3:].removeprefix(prefix) for line in lines}  # after two letters of status and a space
     return sorted(paths - {trainer})

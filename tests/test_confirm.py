@@ -136,9 +136,14 @@ def test_an_interruption_keeps_what_was_run(contest, house, monkeypatch, capsys)
 
 def test_a_trainer_that_fails_with_a_fresh_seed_is_no_claim(contest, house, monkeypatch, capsys):
     contest(0.05)
-    monkeypatch.setattr("launcher.run.find_mismatch", lambda *arguments: "it diverged")
-    assert confirm_run("best", "baseline") == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "launcher.run.find_mismatch", lambda row, *_: "it diverged" * (row.description[-1] == "t")
+        )
+        assert confirm_run("best", "baseline") == 3
     assert "claim: none: the trainer of" in capsys.readouterr().out
+    assert confirm_run("best", "baseline") == 0  # asked again it is said, as those seeds are in no pair
+    assert "; 1 more of its runs failed" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_said(scores, house):  # noqa: F811

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import signal
+import threading
 
 import pytest
 
@@ -199,3 +201,22 @@ def test_large_files_and_repositories_within_are_not_copied(repository, monkeypa
 def test_messages_name_a_few_paths():
     assert repo.list_paths(["a", "b"]) == "a, b"
     assert repo.list_paths([os.fsdecode(b"\xff"), *"bcdef"]) == "?, b, c, d, e and more"
+
+
+def test_a_signal_waits_until_git_has_ended(repository):
+    """Killed in the middle, git leaves a lock, and every later command fails."""
+    marker = repository / "ended"
+    alarm = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    alarm.start()
+    with pytest.raises(KeyboardInterrupt):
+        git_checked("-c", f"alias.slow=!sleep 1; touch '{marker}'", "slow")
+    assert marker.exists()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(repository):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        git_checked("-c", f"alias.hang-up=!kill -HUP {os.getpid()}", "hang-up")
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
