@@ -12,8 +12,8 @@ for grep.
 """
 
 import argparse
-import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -62,7 +62,8 @@ def main() -> None:
         parser.error(f"{asked.home} is there already: remove it, or name another --home")
     asked.home.mkdir(parents=True)
     (asked.home / "platforms.yaml").write_text(CONFIG)
-    started = (ROOT / "train_cuda.py").read_bytes()
+    show = ["git", "-C", str(ROOT), "show", "HEAD:./train_cuda.py"]
+    started = subprocess.run(show, capture_output=True, check=True).stdout
     trainers = {"baseline": started}
     for rule in RULES:
         clone = asked.home / rule
@@ -115,6 +116,8 @@ def run_inside(rule: str, experiments: int, budget: float) -> None:
         experiments -= 3
     if rule == "greedy":
         verdict.decide = greedy
+    if rule != "new":
+        loop.Loop.settle = lambda self: None  # it would put the belief's choice on the branch
     run_night(Night(parse_agent("builtin"), setting, experiments=experiments, confirms=False))
 
 
@@ -134,7 +137,7 @@ def old_rule(rows, row):
     from launcher.verdict import board_runs
 
     runs = board_runs(rows, row.board)
-    noise = [other.val_bpb for other in runs if Flag.NOISE in other.flags]
+    noise = [other.val_bpb for other in runs if Flag.NOISE in other.flags and other.source == runs[0].source]
     kept = [other for other in runs if other.status == "keep"]
     if Flag.NOISE in row.flags or not kept or len(noise) < 2:
         return decision(row, "keep", "the baseline")
@@ -179,9 +182,12 @@ def compare(trainers: dict[str, bytes], asked: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "launcher.cli", "run", "--platform", "small"]
             command += ["--budget", str(asked.budget), "--seed", str(seed), "--trainer", str(path)]
             more = {"AUTORESEARCH_HOME": str(home / "fresh"), "PYTHONPATH": str(ROOT)}
-            subprocess.run(command, cwd=ROOT, env={**environment(home, "fresh"), **more}, capture_output=True)
-            results = sorted((home / "fresh" / "runs").glob("*/result.json"))
-            scores[name].append(json.loads(results[-1].read_text())["val_bpb"])
+            variables = {**environment(home, "fresh"), **more}
+            done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+            scored = re.search(r"^val_bpb: (\S+)$", done.stdout, re.M)
+            if scored is None:
+                raise SystemExit(f"{name} has no score with seed {seed}: {done.stdout}{done.stderr}")
+            scores[name].append(float(scored[1]))
             print(f"  fresh seed {seed}: {name} {scores[name][-1]:.6f}", flush=True)
     print(f"noise_baseline: {stdev(scores['baseline']):.6f}")
     for rule in RULES:
