@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--experiments", type=int, default=22, help="of each night, the baseline's included")
     parser.add_argument("--budget", type=float, default=10.0, help="seconds of training of a run")
     parser.add_argument("--seeds", type=int, default=6, help="fresh seeds of each final trainer")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES, help="of which nights are run")
     parser.add_argument("--home", type=Path, default=Path("/tmp/autoresearch-nights"))
     parser.add_argument("--inside", choices=RULES, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -65,7 +66,7 @@ def main() -> None:
     show = ["git", "-C", str(ROOT), "show", "HEAD:./train_cuda.py"]
     started = subprocess.run(show, capture_output=True, check=True).stdout
     trainers = {"baseline": started}
-    for rule in RULES:
+    for rule in asked.rules:
         clone = asked.home / rule
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
         began = time.monotonic()
@@ -117,7 +118,7 @@ def run_inside(rule: str, experiments: int, budget: float) -> None:
     if rule == "greedy":
         verdict.decide = greedy
     if rule != "new":
-        loop.Loop.settle = lambda self: None  # it would put the belief's choice on the branch
+        loop.Loop.end_on_best = lambda self: None  # it would put the belief's choice on the branch
     run_night(Night(parse_agent("builtin"), setting, experiments=experiments, confirms=False))
 
 
@@ -190,7 +191,7 @@ def compare(trainers: dict[str, bytes], asked: argparse.Namespace) -> None:
             scores[name].append(float(scored[1]))
             print(f"  fresh seed {seed}: {name} {scores[name][-1]:.6f}", flush=True)
     print(f"noise_baseline: {stdev(scores['baseline']):.6f}")
-    for rule in RULES:
+    for rule in asked.rules:
         gains = [before - after for before, after in zip(scores["baseline"], scores[rule], strict=True)]
         error = stdev(gains) / len(gains) ** 0.5
         print(f"gain_{rule}: {fmean(gains):.6f} +- {error:.6f}")

@@ -34,6 +34,8 @@ TIE = 1.25  # times the believed harm of a tie is the credit for removed code: o
 ENOUGH = 0.5  # runs that other evidence must be worth before it may outweigh a run
 DIVERGED = 3.0  # a harm counts as at most so many mean harms: a run that diverged is no measure of edits
 REPEATS = 3  # runs of trainers that were run more than once, before they say how large the noise is
+ROBUST = 6  # such runs, from which their median distance says it
+SURPRISING = 3.0  # times the assumed size of effects: beyond it, large noise would look the same
 DAMPING = 0.8  # share of each update of a site that is taken
 REPLAYED = 200  # the last runs of a board are taken one by one; the older ones together
 MAX_REPEATS = 3  # runs of one trainer that the rule itself asks for
@@ -74,7 +76,9 @@ class Observation:
     source: str  # content hash of the trainer
     val_bpb: float
     kept: bool  # the verdict at the time; of the run to judge, anything
-    parent: str | None = None  # source that the edit was made on; None: the one kept last; itself: none
+    # Source that the edit was made on. None: the one kept last. The trainer itself, or one that was not run:
+    # it counts as made from none.
+    parent: str | None = None
     removes_code: bool = False  # the edit makes the trainer shorter, and so needs no gain
 
 
@@ -401,7 +405,8 @@ def history(observations: Sequence[Observation]) -> History:
     for one in observations:
         is_new = one.source not in index
         node = index.setdefault(one.source, len(index))
-        current = index.get(one.parent or "", tip)
+        # A parent that was never scored tells nothing of the edit: the new trainer is a first one.
+        current = index.get(one.parent, -1) if one.parent else tip
         if is_new:
             parent.append(-1 if current == node else current)
             removes.append(one.removes_code)
@@ -422,7 +427,9 @@ class Belief(NamedTuple):
 def noise_of_repeats(observations: Sequence[Observation]) -> float | None:
     """Return the seed noise that repeats alone show, in bpb; None where there are fewer than REPEATS.
 
-    It is robust: 1.4826 times the median distance from the median of a trainer's runs.
+    From ROBUST runs on it is 1.4826 times the median distance from the median of a trainer's runs, which a
+    run that went wrong does not move; below, the pooled standard deviation. Of three runs, two may be close
+    by luck, and a noise that is taken for too small stays so: what would say so counts as gone wrong.
     """
     groups: dict[str, list[float]] = {}
     for one in observations:
@@ -431,8 +438,11 @@ def noise_of_repeats(observations: Sequence[Observation]) -> float | None:
     runs = sum(len(values) for values in repeated)
     if runs < REPEATS:
         return None
+    freedom = runs - len(repeated)
+    if runs < ROBUST:
+        return math.sqrt(sum(variance(values) * (len(values) - 1) for values in repeated) / freedom)
     distance = median(abs(value - median(values)) for values in repeated for value in values)
-    return 1.4826 * distance * math.sqrt(runs / (runs - len(repeated)))
+    return 1.4826 * distance * math.sqrt(runs / freedom)
 
 
 def _grow(observations: Sequence[Observation], tree: History, prior: Prior) -> Belief:
@@ -544,7 +554,8 @@ class Standing(NamedTuple):
 
     mean: float
     error: float
-    counts_as: float  # what the search compares: the mean less OPTIMISM errors, and less the credit
+    merit: float  # the mean, less the credit for removed code: the lowest is what a night ends with
+    counts_as: float  # what the search compares: the merit less OPTIMISM errors
     parent: str  # "" of a first trainer
     p_better: float  # that the edit that made it lowered val_bpb
     effect: float  # of that edit
@@ -558,6 +569,7 @@ class Survey(NamedTuple):
     trainers: dict[str, Standing]  # by source, oldest first
     best: str  # source with the lowest mean
     sigma: float  # seed noise, bpb
+    noise_is_open: bool  # scores differ by far more than assumed, and no repeats say whether that is noise
 
 
 def survey(observations: Sequence[Observation], prior: Prior = PRIOR) -> Survey | None:
@@ -575,6 +587,7 @@ def survey(observations: Sequence[Observation], prior: Prior = PRIOR) -> Survey 
         trainers[source] = Standing(
             mean=origin + float(forest.mean[node]) * unit,
             error=math.sqrt(forest.var[node]) * unit,
+            merit=origin + float(score[node] + OPTIMISM * math.sqrt(forest.var[node])) * unit,
             counts_as=origin + float(score[node]) * unit,
             parent=tree.sources[parent] if parent >= 0 else "",
             p_better=edit.p_better,
@@ -582,7 +595,9 @@ def survey(observations: Sequence[Observation], prior: Prior = PRIOR) -> Survey 
             effect_error=edit.error,
             runs=tree.node.count(node),
         )
-    return Survey(trainers, tree.sources[int(forest.best()[0])], float(forest.sigma[0]) * unit)
+    best = tree.sources[int(forest.best()[0])]
+    noise_is_open = forest.scale[0] > SURPRISING and noise_of_repeats(observations) is None
+    return Survey(trainers, best, float(forest.sigma[0]) * unit, noise_is_open)
 
 
 class Visible(NamedTuple):

@@ -193,7 +193,11 @@ def try_(description: str, platform: str, track: str, budget: float | None, seed
     type=click.IntRange(min=1),
     help="End after this many; without a limit, Ctrl-C ends the loop.",
 )
-@click.option("--until", metavar="HH:MM", help="Begin no experiment that would not end by then.")
+@click.option(
+    "--until",
+    metavar="HH:MM",
+    help="Begin no experiment that would not end by then, and leave time to confirm the best.",
+)
 @experiment_options
 @click.option(
     "--agent-seconds",
@@ -442,7 +446,9 @@ def confirm(run: str, against: str) -> None:
 @track_option
 @budget_option
 def noise(repeats: int, platform: str, track: str, budget: float | None) -> None:
-    """Measure how much val_bpb differs between seeds: an improvement below that means nothing.
+    """Measure how much val_bpb differs between seeds, and what a run and a night can see.
+
+    A night learns it by itself; what is measured here counts there too.
 
     \b
     autoresearch noise --repeats 3

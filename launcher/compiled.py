@@ -25,28 +25,30 @@ def environment() -> dict[str, str]:
 
 
 def trim(most: int = MOST_BYTES, rest: int = TRIMMED_BYTES) -> int:
-    """Remove the files that were used longest ago where the folder holds too much. Returns the bytes removed.
+    """Remove the folders that were used longest ago where all hold too much. Returns the bytes removed.
 
-    PyTorch compiles again what it does not find. Files that another run removes meanwhile are passed over.
+    A folder goes whole: of a kernel of which a part is missing, Triton takes the rest for good. What is gone
+    is compiled again. Files that another run removes meanwhile are passed over.
     """
-    files = []
+    used: dict[Path, float] = {}
+    sizes: dict[Path, int] = {}
     for path in compiled_dir().rglob("*"):
         try:
             stat = path.lstat()
         except OSError:
             continue
         if not path.is_dir():
-            files.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
-    total = sum(size for _, size, _ in files)
+            used[path.parent] = max(used.get(path.parent, 0.0), stat.st_atime, stat.st_mtime)
+            sizes[path.parent] = sizes.get(path.parent, 0) + stat.st_size
+    total = sum(sizes.values())
     if total <= most:
         return 0
     removed = 0
-    for _, size, path in sorted(files):
+    for folder in sorted(used, key=used.__getitem__):
         if total - removed <= rest:
             break
-        try:
-            path.unlink()
-        except OSError:
-            continue
-        removed += size
+        for path in folder.iterdir():
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+        removed += sizes[folder]
     return removed

@@ -25,7 +25,7 @@ from launcher.verify import score_again
 from prepare import UserError
 
 TRIES = 3  # runs of a seed that something else disturbed, before it is given up
-FIRST_LOOK = 2 * LOOKS[0]  # runs before the first answer
+SEALING = 1.2  # times a run is a run with its scoring on the sealed set
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Contest:
 
     baseline: Row
     best: Row
+    is_against_baseline: bool = True  # the first trainer of the board, not another that a person named
 
     @property
     def sources(self) -> tuple[str, str]:
@@ -70,7 +71,8 @@ class Confirmation:
         if self.failed:
             how += f"; {self.failed} more of its runs failed"
         if answer.verdict == "claim":
-            return f"{numbers} better than the baseline, on text that no run was selected on ({how})"
+            than = "the baseline" if self.contest.is_against_baseline else f"run {self.contest.baseline.run}"
+            return f"{numbers} better than {than}, on text that no run was selected on ({how})"
         if answer.runs < 2:
             return f"none: {self.stopped or answer.reason}"
         why = f"; {self.stopped}" if self.stopped else ""
@@ -110,12 +112,13 @@ def find_contest(name: str, against: str) -> Contest:
         raise UserError("there is no scored run to confirm: autoresearch run")
     best = best_run(rows, comparable[-1].board) if name == "best" else find_run(name)
     assert best  # the board has a run
-    baseline = board_runs(rows, best.board)[:1] if against == "baseline" else [find_run(against)]
+    first = board_runs(rows, best.board)[:1]
+    baseline = first if against == "baseline" else [find_run(against)]
     if not best.comparable or not baseline or baseline[0].board != best.board:
         raise UserError(f"runs {best.run} and {against} are not of one board, or were not judged", 2)
     if baseline[0].source == best.source:
         raise UserError(f"run {best.run} has the trainer of {baseline[0].run}: there is nothing to claim", 2)
-    return Contest(baseline[0], best)
+    return Contest(baseline[0], best, baseline[0].source == first[0].source)
 
 
 def confirm(
@@ -134,7 +137,7 @@ def confirm(
             raise UserError(f"the trainer of run {row.run} is not here: runs/{row.run} was deleted")
     pairs = finished_pairs(contest)
     stopped = ""
-    seconds = 2 * max(contest.baseline.total_seconds, contest.best.total_seconds)
+    seconds = 2 * SEALING * max(contest.baseline.total_seconds, contest.best.total_seconds)
     say(
         f"confirm: {contest.best.run} ({contest.best.description}) against {contest.baseline.run} "
         f"({contest.baseline.description}), {len(pairs)} pairs of runs on record, {seconds:.0f} s a pair"
@@ -156,6 +159,17 @@ def confirm(
     return confirmation
 
 
+def seconds_to_first_look(contest: Contest, longest_run: float) -> float:
+    """Return what the first answer still takes, 0 where there is one, or where none can be had."""
+    if trainer_of(contest.baseline) is None or trainer_of(contest.best) is None:
+        return 0.0
+    pairs = finished_pairs(contest)
+    if test(pairs).verdict != "go on":
+        return 0.0
+    missing = max(1, LOOKS[0] - len(pairs))
+    return 2 * missing * SEALING * longest_run
+
+
 def test(pairs: Sequence[Pair]) -> Claim:
     """Return the answer of the pairs so far, on the sealed set."""
     return claim([pair.baseline_sealed for pair in pairs], [pair.best_sealed for pair in pairs])
@@ -165,11 +179,11 @@ def finished_pairs(contest: Contest) -> list[Pair]:
     """Return the pairs that earlier calls ran, in the order of their seeds."""
     runs: dict[tuple[str, int], Row] = {}
     for row in board_runs(ledger().rows(), contest.best.board):
-        if Flag.CONFIRM in row.flags and row.source in contest.sources and read_sealed(row.run) is not None:
+        if Flag.CONFIRM in row.flags and row.source in contest.sources:
             runs.setdefault((row.source, row.seed), row)
     baseline, best = contest.sources
     seeds = sorted(seed for source, seed in runs if source == baseline and (best, seed) in runs)
-    return [pair_of(runs[baseline, seed], runs[best, seed]) for seed in seeds]
+    return [pair for seed in seeds if (pair := pair_of(runs[baseline, seed], runs[best, seed]))]
 
 
 def failed_runs(contest: Contest) -> int:
@@ -181,14 +195,13 @@ def failed_runs(contest: Contest) -> int:
     )
 
 
-def pair_of(baseline: Row, best: Row) -> Pair:
-    return Pair(
-        seed=baseline.seed,
-        baseline_sealed=read_sealed(baseline.run) or 0.0,
-        best_sealed=read_sealed(best.run) or 0.0,
-        baseline_val=baseline.val_bpb,
-        best_val=best.val_bpb,
-    )
+def pair_of(baseline: Row, best: Row) -> Pair | None:
+    """Return the scores of two runs of one seed, None where a sealed one is not on record."""
+    baseline_sealed = read_sealed(baseline.run)
+    best_sealed = read_sealed(best.run)
+    if baseline_sealed is None or best_sealed is None:
+        return None
+    return Pair(baseline.seed, baseline_sealed, best_sealed, baseline.val_bpb, best.val_bpb)
 
 
 class PairFailed(Exception):
@@ -208,7 +221,10 @@ def run_pair(setting: Setting, contest: Contest, number: int) -> Pair:
         order.reverse()
     made = {row.source: run_and_seal(setting, row, seed) for row in order}
     baseline, best = contest.sources
-    return pair_of(made[baseline], made[best])
+    pair = pair_of(made[baseline], made[best])
+    if pair is None:
+        raise PairFailed("a score on the sealed set was written and cannot be read: is the disk full?")
+    return pair
 
 
 def run_and_seal(setting: Setting, known: Row, seed: int) -> Row:
@@ -242,9 +258,11 @@ def run_and_seal(setting: Setting, known: Row, seed: int) -> Row:
     run = run_dir(row.run)
     copy = run.trainer()
     assert copy  # it was just run
-    done, scores = score_again(row, copy, run.weights)
-    run.weights.unlink(missing_ok=True)
-    run.keep_weights.unlink(missing_ok=True)
+    try:
+        done, scores = score_again(row, copy, run.weights)
+    finally:
+        run.weights.unlink(missing_ok=True)
+        run.keep_weights.unlink(missing_ok=True)
     if scores is None:
         raise PairFailed(f"run {row.run} could not be scored on the sealed set (exit code {done.returncode})")
     write_json(sealed_path(row.run), {"sealed_bpb": scores.sealed_bpb, "sealed_stderr": scores.sealed_stderr})
@@ -252,7 +270,7 @@ def run_and_seal(setting: Setting, known: Row, seed: int) -> Row:
 
 
 def record_confirmation(confirmation: Confirmation) -> None:
-    """Write the answer beside the run, and a row about it into the ledger where there is one."""
+    """Write the answer beside the run, and a row about it into the ledger where it is about the baseline."""
     answer = confirmation.claim
     best = confirmation.contest.best
     if answer.runs < 2:
@@ -267,6 +285,8 @@ def record_confirmation(confirmation: Confirmation) -> None:
     folder = run_dir(best.run).path
     if folder.is_dir():
         write_json(Path(folder) / "claim.json", data)
+    if not confirmation.contest.is_against_baseline:
+        return
     row = replace(
         best,
         status=CONFIRMED if answer.verdict == "claim" else UNCONFIRMED,

@@ -22,7 +22,8 @@ VERIFIED = "verified"  # the statuses of rows that `autoresearch verify` adds ab
 REFUTED = "refuted"
 CONFIRMED = "confirmed"  # and those that `autoresearch confirm` adds
 UNCONFIRMED = "unconfirmed"
-ABOUT_RUNS = {VERIFIED, REFUTED, CONFIRMED, UNCONFIRMED}  # rows of these statuses are no runs
+MOVED = "moved"  # of a row that says which trainer a night put on the branch at its end
+ABOUT_RUNS = {VERIFIED, REFUTED, CONFIRMED, UNCONFIRMED, MOVED}  # rows of these statuses are no runs
 
 
 class Flag(StrEnum):
@@ -53,9 +54,11 @@ UNRANKED = {
     Flag.LOW_POWER: "ran in low-power mode",
     Flag.THROTTLED: "the device was throttled",
     Flag.SLEPT: "the machine slept",
+    Flag.CONFIRM: "one of the runs of a claim: the luckiest of its seeds is no result",
 }
-SERIES = {Flag.NOISE, Flag.CONFIRM}
-INCOMPARABLE = UNRANKED.keys() - {Flag.SHORT}  # a budget is part of the board: equal ones compare
+EVIDENCE = {Flag.NOISE, Flag.CONFIRM}  # runs that tell of a trainer, and decide nothing
+# A budget is part of the board, so equal ones compare.
+INCOMPARABLE = UNRANKED.keys() - {Flag.SHORT, Flag.CONFIRM}
 
 
 class BoardKey(NamedTuple):
@@ -139,7 +142,7 @@ class Row:
     @property
     def ranked(self) -> bool:
         """The run may stand on a leaderboard: it had the rules' budget too."""
-        return self.comparable and Flag.SHORT not in self.flags
+        return self.comparable and not self.flags & UNRANKED.keys()
 
     @property
     def judged(self) -> bool:

@@ -4,9 +4,12 @@ from statistics import mean, stdev
 
 from launcher.belief import visible_change
 from launcher.console import say
+from launcher.harness import source_hash
 from launcher.ledger import Flag, Row
-from launcher.run import Request, exit_code, run_once
+from launcher.run import Request, exit_code, read_trainer, run_once
+from launcher.runs import ledger
 from launcher.setting import Setting
+from launcher.verdict import fresh_seed
 
 NIGHT = 100  # experiments of a night, for the message
 
@@ -19,8 +22,9 @@ def measure_noise(setting: Setting, repeats: int) -> int:
     Returns the exit code.
     """
     rows: list[Row] = []
-    for seed in range(1, repeats + 1):
-        say(f"noise: run {seed} of {repeats}")
+    first = fresh_seed(ledger().rows(), [source_hash(read_trainer(setting.trainer))])
+    for seed in range(first, first + repeats):
+        say(f"noise: run {seed - first + 1} of {repeats}, seed {seed}")
         row = run_once(Request(setting, f"noise: seed {seed}", seed, flags=(Flag.NOISE,)))
         if not row.scored:
             return exit_code(row)

@@ -14,7 +14,7 @@ from launcher.child import Outcome, supervise
 from launcher.console import Progress, say
 from launcher.device import DeviceLock, Watch, awake
 from launcher.harness import git_output, harness_hash, harness_modified, removes_code, source_hash
-from launcher.ledger import SERIES, Flag, Row
+from launcher.ledger import EVIDENCE, Flag, Row
 from launcher.processes import Stopped
 from launcher.runs import (
     append_row,
@@ -279,7 +279,7 @@ def judge(row: Row, findings: Sequence[str]) -> None:
     row.reason = decision.reason
     if decision.build_on == row.source:
         row.status = "keep"
-    if row.flags & SERIES:
+    if row.flags & EVIDENCE:
         return  # evidence, but it decides nothing
     row.build_on = decision.build_on
     if decision.action == "repeat":

@@ -5,9 +5,10 @@ The belief itself, and the rule, are in launcher/belief.py; docs/search.md says 
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
-from launcher.belief import Decision, Observation, Survey, judge, survey
-from launcher.ledger import SERIES, BoardKey, Flag, Row, refuted_runs
+from launcher.belief import PATIENCE, Decision, Observation, Survey, judge, survey
+from launcher.ledger import EVIDENCE, MOVED, BoardKey, Flag, Row, refuted_runs
 
 
 def board_runs(rows: Sequence[Row], board: BoardKey) -> list[Row]:
@@ -43,30 +44,42 @@ def observation_of(row: Row) -> Observation:
 def decide(rows: Sequence[Row], row: Row) -> Decision:
     """Return what to do after a run. `row` is the newest, and not in `rows` yet."""
     runs = board_runs(rows, row.board)
-    return judge([*observe(runs), observation_of(row)], candidates=line_of(runs, row.parent))
+    candidates = tried_since_moved(rows, row.board, row.parent)
+    return judge([*observe(runs), observation_of(row)], candidates=candidates)
 
 
-def line_of(runs: Iterable[Row], head: str) -> set[str]:
-    """Return the sources that the search may go back to from the trainer `head`.
+def tried_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> set[str]:
+    """Return the sources that the search may go back to from the committed trainer `head`.
 
     They are those that were run since a person last moved the branch: a person's choice of a trainer is not
-    undone. A person moved it where a run was made on another trainer than the run before it said to build on.
+    undone. A person moved it where a run was made on another trainer than the row before it said to build on.
+    Runs outside git (`autoresearch run`) have no parent, and say nothing of the branch.
     """
-    line: set[str] = set()
+    refuted = refuted_runs(rows)
+    sources: set[str] = set()
     build_on = ""
-    for row in runs:
-        if row.flags & SERIES:
+    for row in rows:
+        if row.board != board or row.run in refuted:
+            continue
+        if row.status == MOVED:
+            build_on = row.build_on
+        if not row.comparable or not row.parent or row.flags & EVIDENCE:
             continue
         if row.parent != build_on:
-            line = {row.parent}
-        line.add(row.source)
+            sources = {row.parent}
+        sources.add(row.source)
         build_on = row.build_on
-    return line if head == build_on else {head}
+    return sources if head == build_on else {head}
 
 
 def survey_board(rows: Sequence[Row], board: BoardKey) -> Survey | None:
     """Return what is believed of the trainers of a board, None without a run."""
-    return survey(observe(board_runs(rows, board)))
+    return _survey(tuple(observe(board_runs(rows, board))))
+
+
+@lru_cache(maxsize=2)  # a turn asks some ten times
+def _survey(observations: tuple[Observation, ...]) -> Survey | None:
+    return survey(observations)
 
 
 def runs_of(rows: Sequence[Row], board: BoardKey, source: str) -> list[Row]:
@@ -82,19 +95,23 @@ def best_run(rows: Sequence[Row], board: BoardKey) -> Row | None:
     return min(runs_of(rows, board, believed.best), key=lambda row: row.val_bpb, default=None)
 
 
-def best_of_line(rows: Sequence[Row], board: BoardKey, head: str) -> Row | None:
+def best_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> Row | None:
     """Return the last run of the trainer that is believed best of those that the search may build on.
+
+    Another than the committed one must be lower by a tenth of its error, as in the search.
 
     head: content hash of the committed trainer. None: nothing was run.
     """
     believed = survey_board(rows, board)
     if believed is None:
         return None
-    runs = board_runs(rows, board)
-    line = line_of(runs, head) & believed.trainers.keys()
-    if not line:
+    sources = tried_since_moved(rows, board, head) & believed.trainers.keys()
+    if not sources:
         return None
-    best = min(line, key=lambda source: believed.trainers[source].mean)
+    best = min(sources, key=lambda source: believed.trainers[source].merit)
+    current = believed.trainers.get(head)
+    if current and believed.trainers[best].merit > current.merit - PATIENCE * current.error:
+        best = head
     return runs_of(rows, board, best)[-1]
 
 

@@ -72,14 +72,16 @@ def collect(thinking: Thinking, trainer: Path, at_once: bool = False) -> NextEdi
     code = wait_for_agent(thinking.child, seconds, thinking.turn.stamp)
     plain = trainer.is_file() and not trainer.is_symlink()
     text = trainer.read_bytes() if plain else b""
+    edit = None
+    if not at_once and code == 0 and plain and text != thinking.base:
+        edit = NextEdit(thinking.base, text, read_answer(thinking.files))
+        repo.set_ref("ahead", repo.commit_alone(trainer.name, edit.answer.description, text))
+        trainer.write_bytes(thinking.base)
     undo_turn(thinking.turn)
-    if at_once:
-        return None
-    if code != 0 or not plain or text == thinking.base:
+    if edit is None and not at_once:
         how = "did not end in time" if code is None else f"ended with exit code {code}"
         say(f"the agent that thought ahead {how}, and made no edit")
-        return None
-    return NextEdit(thinking.base, text, read_answer(thinking.files))
+    return edit
 
 
 def rebase(edit: NextEdit, trainer: Path) -> bool:

@@ -14,23 +14,24 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from backends.platforms import mac_state
-from launcher.belief import PRIOR, visible_change
+from launcher.belief import PRIOR, REPEATS, visible_change
 from launcher.child import last_line
-from launcher.confirm import FIRST_LOOK, Contest, confirm
+from launcher.confirm import Contest, confirm, seconds_to_first_look
 from launcher.console import say
 from launcher.device import awake
 from launcher.harness import source_hash
-from launcher.ledger import STATUSES, Flag, Row
+from launcher.ledger import EVIDENCE, MOVED, STATUSES, Flag, Row
 from launcher.processes import Stopped, ignore_signals, stop_on_signals
 from launcher.run import EXIT_INTERRUPTED, POWER_FLAGS, Request, dry_run
 from launcher.runs import ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
-from launcher.verdict import best_of_line, board_runs, fresh_seed, survey_board
+from launcher.verdict import best_since_moved, board_runs, fresh_seed, survey_board
 from night import ahead, repo
 from night.agent import (
     Answer,
@@ -43,7 +44,6 @@ from night.agent import (
     save_answer,
     undo_turn,
 )
-from night.modes import choose_mode
 from night.panel import Panel, RunDetail
 from night.program import write_turn
 from night.state import Edit, LoopState, loop_folder, read_state, record, state_path, write_state
@@ -175,6 +175,7 @@ class Loop:
         self.bad_edits = 0  # turns in a row that failed by their edit
         self.longest_run = RUN_SECONDS * night.setting.budget  # seconds
         self.total_seconds = night.seconds_left()  # of the night
+        self.reserve = 0.0  # seconds at the end of the night that are for the claim
 
     def run(self) -> tuple[str, int]:
         """Run the loop to its end. Returns (why it ended, exit code)."""
@@ -183,7 +184,7 @@ class Loop:
             self.record_begin()
             self.panel.note(self.describe_outlook())
             ended, code = self.take_turns()
-            self.settle()
+            self.end_on_best()
             self.claim()
         except Stopped as stop:
             ended, code = f"interrupted ({stop})", EXIT_INTERRUPTED
@@ -204,7 +205,7 @@ class Loop:
             self.panel.note(f"going on with a loop that was cut off after {state.done} experiments")
         rows = ledger().rows()
         self.show_best()
-        runs = [row for row in rows if row.status in STATUSES]
+        runs = [row for row in rows if row.status in STATUSES and not row.flags & EVIDENCE]
         self.result = describe_result(runs[-1]) if runs else "none: the ledger is empty"
 
     def record_begin(self) -> None:
@@ -219,10 +220,10 @@ class Loop:
     def take_turns(self) -> tuple[str, int]:
         """Take turns until there is a reason to end. Returns (the reason, exit code)."""
         while True:
-            enough = self.find_end()
-            if enough:
-                return enough, 0
             try:
+                enough = self.find_end()
+                if enough:
+                    return enough, 0
                 row = self.finish_last_turn() or self.take_turn()
             except NightOver as over:
                 return str(over), 0
@@ -234,40 +235,43 @@ class Loop:
                 self.wait(pause)
             else:
                 self.record_experiment(row)
+                self.learn_noise()
 
     def find_end(self) -> str:
         """Return why no further experiment is begun, "" when one is."""
         night = self.night
         if night.experiments and self.panel.done >= night.experiments:
             return f"{night.experiments} experiments were asked for"
-        if night.until and self.longest_run + self.reserve() > night.seconds_left():
-            claimed = " and leave time to confirm the best" if self.reserve() else ""
+        self.reserve = self.find_reserve()
+        if night.until and self.longest_run + self.reserve > night.seconds_left():
+            claimed = " and leave time to confirm the best" if self.reserve else ""
             return f"another experiment would not end by {night.until:%H:%M}{claimed}"
         return ""
 
-    def reserve(self) -> float:
+    def find_reserve(self) -> float:
         """Return the seconds at the end of the night that are for the claim: enough for its first look.
 
         None in a night that is too short for it, or while there is nothing to claim.
         """
-        seconds = FIRST_LOOK * self.longest_run
-        if not self.night.confirms or seconds > LARGEST_RESERVE * self.total_seconds < math.inf:
+        contest = self.contest() if self.night.confirms and self.night.until else None
+        if contest is None:
             return 0.0
-        return seconds if self.night.until and self.contest() else 0.0
+        seconds = seconds_to_first_look(contest, self.longest_run)
+        return seconds if seconds <= LARGEST_RESERVE * self.total_seconds else 0.0
+
+    def seconds_to_train(self) -> float:
+        """Return the seconds that are left for experiments."""
+        return max(0.0, self.night.seconds_left() - self.reserve)
 
     def contest(self) -> Contest | None:
-        """Return the trainer believed best of this line, and the baseline; None while they are the same."""
+        """Return the trainer that is believed best, and the baseline; None while they are the same."""
         rows = ledger().rows()
         board = self.setting.board
         runs = board_runs(rows, board)
-        best = best_of_line(rows, board, self.head_source())
+        best = best_since_moved(rows, board, repo.committed_source(self.trainer.name))
         if not best or best.source == runs[0].source:
             return None
         return Contest(runs[0], best)
-
-    def head_source(self) -> str:
-        """Return the content hash of the committed trainer."""
-        return source_hash(repo.content("HEAD", self.trainer.name))
 
     def describe_outlook(self) -> str:
         """Return a line about what this night can find: the noise, and the changes that it can see."""
@@ -287,31 +291,37 @@ class Loop:
             "nothing else on the device would lower it"
         )
 
-    def settle(self) -> None:
+    def end_on_best(self) -> None:
         """At the end: put the trainer that is believed best on the branch."""
-        best = best_of_line(ledger().rows(), self.setting.board, self.head_source())
-        if best and best.source != self.head_source():
-            put_on_branch(self.trainer.name, self.setting.board, best.source)
+        head = repo.committed_source(self.trainer.name)
+        try:
+            best = best_since_moved(ledger().rows(), self.setting.board, head)
+            if best and best.source != head and put_on_branch(self.trainer.name, best.board, best.source):
+                # Data, so that the next night does not take it for a move of a person's.
+                ledger().append(replace(best, status=MOVED, build_on=best.source, time=now_utc()))
+        except (UserError, OSError) as error:
+            self.panel.note(f"the branch stays where it is: {first_line(error)}")
 
     def claim(self) -> None:
         """At the end: test the best against the baseline, where there is time for it."""
+        try:
+            self.panel.claim = self.find_claim()
+        except (UserError, OSError) as error:
+            self.panel.claim = f"none was tested: {first_line(error)}"
+        record("claim", claim=self.panel.claim)
+
+    def find_claim(self) -> str:
+        """Return what a person may repeat of the night. Raises UserError, OSError, Stopped."""
         night = self.night
         contest = self.contest()
         if contest is None:
-            self.panel.claim = "none: nothing is believed better than the baseline"
-        elif not (night.confirms and night.until):
-            self.panel.claim = "none was tested: autoresearch confirm"
-        elif FIRST_LOOK * self.longest_run > night.seconds_left():
-            self.panel.claim = "none was tested, the night was too short: autoresearch confirm"
-        else:
-            self.panel.enter(f"confirming: {contest.best.description}")
-            try:
-                confirmation = confirm(self.setting, contest, lambda seconds: seconds < night.seconds_left())
-            except (UserError, OSError) as error:
-                self.panel.claim = f"none was tested: {first_line(error)}"
-            else:
-                self.panel.claim = confirmation.sentence
-        record("claim", claim=self.panel.claim)
+            return "none: nothing is believed better than the baseline"
+        if not (night.confirms and night.until):
+            return "none was tested: autoresearch confirm"
+        if seconds_to_first_look(contest, self.longest_run) > night.seconds_left():
+            return "none was tested, the night was too short: autoresearch confirm"
+        self.panel.enter(f"confirming: {contest.best.description}")
+        return confirm(self.setting, contest, lambda seconds: seconds < night.seconds_left()).sentence
 
     def record_experiment(self, row: Row) -> None:
         """Take an experiment down: for the person, the agent and the log."""
@@ -339,7 +349,11 @@ class Loop:
         """Show the trainer that is believed best, and what is believed of it."""
         rows = ledger().rows()
         believed = survey_board(rows, self.setting.board)
-        best = best_of_line(rows, self.setting.board, self.head_source())
+        try:
+            head = repo.committed_source(self.trainer.name)
+        except UserError:  # the next turn says what is wrong with git
+            return
+        best = best_since_moved(rows, self.setting.board, head)
         self.panel.best = best
         self.panel.belief = believed.trainers[best.source] if believed and best else None
 
@@ -359,24 +373,36 @@ class Loop:
         return pause
 
     def wait(self, seconds: float) -> None:
-        if seconds > self.longest_run and self.longest_run + self.reserve() < self.night.seconds_left():
-            seconds -= self.run_again()
+        if self.longest_run < min(seconds, self.seconds_to_train()):
+            seconds -= self.run_again("in a pause")  # what it tells of the noise is free then
         if seconds > 0:
             self.panel.enter(f"pausing {seconds:.0f} s")
-            time.sleep(min(seconds, self.night.seconds_left()))
+            time.sleep(min(seconds, self.seconds_to_train()))
 
-    def run_again(self) -> float:
-        """Run the committed trainer with a fresh seed: in a long pause, what it tells of the noise is free.
+    def learn_noise(self) -> None:
+        """Run the committed trainer again while scores differ much and nothing says whether that is noise.
 
-        Returns the seconds that it took.
+        Two more runs of it are enough, once on a board. Where scores differ as on most, there are none.
+        """
+        for _ in range(REPEATS - 1):
+            believed = survey_board(ledger().rows(), self.setting.board)
+            if not (believed and believed.noise_is_open) or self.longest_run > self.seconds_to_train():
+                return
+            if not self.run_again("is it noise?"):
+                return
+
+    def run_again(self, why: str) -> float:
+        """Run the committed trainer with a fresh seed, as evidence alone.
+
+        Returns the seconds that it took, 0 where it could not be run.
         """
         began = time.monotonic()
         source = repo.content("HEAD", self.trainer.name)
         seed = fresh_seed(ledger().rows(), [source_hash(source)])
-        self.panel.enter(f"pausing: the committed trainer once more, seed {seed}")
+        self.panel.enter(f"{why}: the committed trainer once more, seed {seed}")
         request = Request(
             self.setting,
-            "the committed trainer once more, in a pause",
+            f"the committed trainer once more: {why}",
             seed,
             flags=(Flag.NOISE,),
             progress=RunDetail(self.setting.budget, self.panel),
@@ -413,6 +439,7 @@ class Loop:
 
     def finish_last_turn(self) -> Row | None:
         """Finish what an error left unfinished: the undo of a turn, a trial. Returns the trial's verdict."""
+        self.thinking = None
         undo_unfinished_turn()
         row = finish_trial()
         self.save_state()
@@ -428,20 +455,40 @@ class Loop:
             NightOver: there is no time left to train.
             Stopped: the launcher was asked to end.
         """
+        if self.needs_baseline():
+            return self.run_baseline()
         self.take_next_edit()
-        edited = repo.is_edited(self.trainer.name)
-        if edited:
+        if repo.is_edited(self.trainer.name):
             answer = self.answer_of_edit()
-        elif scored_before(self.trainer.read_bytes(), self.setting) is None:
-            answer = Answer(BASELINE)
         else:
             # Before an agent is called in vain: did a person change what a run reads?
             check_edit(self.trainer)
             answer = self.ask_agent()
-            edited = True
-        if edited:
-            self.check(answer.description)
-        return self.train(answer, edited)
+        self.check(answer.description)
+        return self.train(answer)
+
+    def needs_baseline(self) -> bool:
+        """Return whether the committed trainer has no run on this board yet: nothing can be said without.
+
+        One that failed is not run again: the agent is told of it, and may mend it.
+        """
+        source = repo.committed_source(self.trainer.name)
+        board = self.setting.board
+        tried = [row for row in ledger().rows() if row.source == source and row.board == board and row.judged]
+        return source != "" and not tried
+
+    def run_baseline(self) -> Row:
+        """Run the committed trainer, whatever lies in the working tree.
+
+        Raises:
+            TurnFailed: there was no verdict.
+            NightOver, Stopped: as train.
+        """
+        source = repo.content("HEAD", self.trainer.name)
+        request = replace(self.request(BASELINE), progress=RunDetail(self.setting.budget, self.panel))
+        return self.run_to_verdict(
+            BASELINE, lambda: run_source(replace(request, parent=source), source, repo.head())
+        )
 
     def answer_of_edit(self) -> Answer:
         """Return what an agent said of the edit that lay in the trainer before the turn, if it made it."""
@@ -485,7 +532,7 @@ class Loop:
         prompt = self.write_prompt(self.result)
         files = TurnFiles(loop_folder(), stamp)
         # What it thinks of must still be trained in the time that is left.
-        seconds = min(night.agent_seconds, max(1.0, night.seconds_left() - self.longest_run))
+        seconds = min(night.agent_seconds, max(1.0, self.seconds_to_train() - self.longest_run))
         settings = self.setting.run_settings(night.seed).to_env()
         code = call_agent(night.agent, prompt, seconds, files, settings)
         if code is None:
@@ -495,8 +542,7 @@ class Loop:
         return read_answer(files)
 
     def write_prompt(self, result: str) -> str:
-        mode = choose_mode(ledger().rows(), self.setting.board)
-        return write_turn(self.setting, result, self.complaint, self.panel.left(), mode)
+        return write_turn(self.setting, result, self.complaint, self.panel.left())
 
     def check(self, description: str) -> None:
         """Check an edit before minutes are spent on it: it compiles, is new, and survives a dry run.
@@ -551,26 +597,48 @@ class Loop:
             marks=Flag.DRY,
         )
 
-    def train(self, answer: Answer, edited: bool) -> Row:
-        """Try the trainer. A run without a verdict is repeated. Returns the row of the verdict.
+    def request(self, description: str) -> Request:
+        """Return the request of an experiment."""
+        detail = RunDetail(self.setting.budget, self.panel, lambda: self.think_ahead(description))
+        return Request(self.setting, description, self.night.seed, progress=detail)
+
+    def train(self, answer: Answer) -> Row:
+        """Try the trainer's edit. Returns the row of the verdict.
 
         Raises:
-            TurnFailed: there was no verdict. An edit is then stashed.
-            NightOver: there is no time left for it. An edit stays, and the next loop tries it first.
+            TurnFailed: there was no verdict. The edit is then stashed.
+            NightOver: there is no time left for it. The edit stays, and the next loop tries it first.
             Stopped: the run was interrupted.
         """
-        detail = RunDetail(self.setting.budget, self.panel, lambda: self.think_ahead(answer.description))
-        agent = self.night.agent_name if self.edit else ""
-        description = answer.description
-        request = Request(self.setting, description, self.night.seed, progress=detail, agent=agent)
+        request = self.request(answer.description)
+        if self.edit:
+            request = replace(request, agent=self.night.agent_name)
+
+        def attempt() -> Row:
+            row = run_trial(request, self.collect_next_edit)
+            if self.edit:
+                save_answer(row.run, answer)
+            return row
+
+        try:
+            return self.run_to_verdict(answer.description, attempt)
+        except TurnFailed:
+            self.stash(f"stray/{new_run_id()}", answer.description)
+            raise
+
+    def run_to_verdict(self, description: str, attempt: Callable[[], Row]) -> Row:
+        """Call `attempt` until its run has a verdict. Returns its row.
+
+        Raises:
+            TurnFailed: there was none, time and again.
+            NightOver, Stopped: as train.
+        """
         for number in range(1, NO_VERDICT_TRIES + 1):
             enough = self.find_end()
             if enough:
                 raise NightOver(enough)
             self.panel.enter(f"training: {description}")
-            row = run_trial(request, self.collect_next_edit)
-            if self.edit:
-                save_answer(row.run, answer)
+            row = attempt()
             if Flag.INTERRUPTED in row.flags:
                 raise Stopped("during a run")
             if row.judged:
@@ -578,8 +646,6 @@ class Loop:
             if number < NO_VERDICT_TRIES:
                 self.panel.note(f"no verdict ({row.reason}): again in {self.night.pause:.0f} s")
                 self.wait(self.night.pause)
-        if edited:
-            self.stash(row.run, description)
         raise TurnFailed(
             "repository",
             f"«{description}» was run {NO_VERDICT_TRIES} times without a verdict: {row.reason}",
@@ -590,16 +656,17 @@ class Loop:
     def think_ahead(self, running: str) -> None:
         """Let the agent begin with the next edit. What goes wrong with it does not touch the run."""
         night = self.night
-        if not night.ahead or self.thinking or self.next_edit:
+        is_last = night.experiments is not None and self.panel.done + 1 >= night.experiments
+        seconds = min(night.agent_seconds, self.seconds_to_train() - 2 * self.longest_run)
+        if not night.ahead or self.thinking or self.next_edit or is_last or seconds <= 0:
             return
         result = f"{self.result}\n\n{ahead.RUNNING.format(description=running)}"
         settings = self.setting.run_settings(night.seed).to_env()
-        turn = begin_turn()
-        self.save_state(turn)
         try:
-            self.thinking = ahead.think(
-                self.trainer, turn, night.agent, self.write_prompt(result), night.agent_seconds, settings
-            )
+            turn = begin_turn()
+            self.save_state(turn)
+            prompt = self.write_prompt(result)
+            self.thinking = ahead.think(self.trainer, turn, night.agent, prompt, seconds, settings)
         except (TurnFailed, UserError, OSError) as error:
             self.save_state()
             self.panel.note(f"the agent does not think ahead: {first_line(error)}")

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from launcher.ledger import BoardKey, Row
-from night.tried import Experiment, Tried, read_tried
+from night.tried import Experiment, Tried
 
 # Experiments without a keep after which the search stalls. Where one edit of six is kept (22 of 124 in the
 # original's published night), twelve in a row fail by chance one time in ten.
@@ -13,7 +12,7 @@ STALL = 12
 # Turns that a stall asks for something else, before it is back at new ideas: an edit that combines may fail
 # by a slip, and there is more than one choice of what to combine.
 TURNS = 3
-COMBINED = 3  # near misses that are named: of more than three nobody can say which one helped
+COMBINED = 3  # near misses that are named: of more than three, one cannot say which helped
 FEWEST_MISSES = 2  # to combine
 MAYBE = 0.1  # P(better) from which a discard is worth combining; an edit without effect has 0.5
 ABLATION_EVERY = 25  # experiments: over two hours of a night, in which four edits or five are kept
@@ -36,11 +35,6 @@ class Mode:
     @property
     def runs(self) -> list[str]:
         return [run for run, _ in self.named]
-
-
-def choose_mode(rows: Sequence[Row], board: BoardKey) -> Mode:
-    """Return what the next turn asks for. rows: of the ledger; the same rows give the same mode."""
-    return mode_of(read_tried(rows, board))
 
 
 def mode_of(tried: Tried) -> Mode:

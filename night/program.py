@@ -12,6 +12,7 @@ from backends.platforms import choose_platform
 from launcher.ledger import warn
 from launcher.runs import ledger
 from launcher.setting import Setting
+from night import repo
 from night.agent import EXAMPLES
 from night.ideas import write_ideas
 from night.lab_book import best_facts, clip, notes_name, read_notes, write_lab_book
@@ -59,7 +60,7 @@ End your answer with these lines; those without anything to say may be left out:
 
 
 def write_program(setting: Setting) -> str:
-    """Return what somebody is told who works by hand.
+    """Return what is told to whoever works by hand.
 
     Raises:
         UserError: program.md is missing, or lacks a section.
@@ -74,18 +75,18 @@ def write_program(setting: Setting) -> str:
     return assemble(setting, tried, mode, parts)
 
 
-def write_turn(setting: Setting, result: str, complaint: str, left: str, mode: Mode) -> str:
+def write_turn(setting: Setting, result: str, complaint: str, left: str) -> str:
     """Return the prompt of a turn of the loop.
 
     result: what came of the last experiment
     complaint: why no experiment came of the last turn, "" when one did
     left: time and experiments that are left, as the agent reads it
-    mode: what the turn asks for (modes.choose_mode)
 
     Raises:
         UserError: program.md is missing, or lacks a section.
     """
     tried = look(setting)
+    mode = mode_of(tried)
     notes = read_notes()
     parts = opening(setting, tried, IN_LOOP)
     parts["Now"] = "\n".join([*facts(setting), f"left: {left}", *best_facts(setting, tried)])
@@ -110,7 +111,7 @@ def look(setting: Setting) -> Tried:
     rows = ledger().rows(warn)
     if not any(row.comparable for row in rows):
         return Tried(rows, [], None)  # the board would need the data, and there are none prepared yet
-    return read_tried(rows, setting.board)
+    return read_tried(rows, setting.board, repo.committed_source(setting.trainer.name))
 
 
 def opening(setting: Setting, tried: Tried, role: str) -> dict[str, str]:

@@ -15,12 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.harness import PROTECTED, git_output
+from launcher.harness import PROTECTED, git_output, source_hash
 from launcher.processes import defer_signals
 from prepare import ROOT, UserError
 
 # REFS/<run>: a trial that was reverted, or an edit that was stashed before a run of it counted.
 # REFS/stray/<time>: what an agent left outside the trainer, or an edit that no run was made of.
+# REFS/ahead: the edit that an agent made last while an experiment ran.
 REFS = "refs/autoresearch"
 LOCKED_SECONDS = 10.0  # that another git command may hold the index
 LOCK_POLL_SECONDS = 0.2
@@ -176,6 +177,11 @@ def committed_blob(trainer: str, commit: str = "HEAD") -> str:
     return git_output("rev-parse", "--verify", "-q", f"{commit}:./{trainer}")
 
 
+def committed_source(trainer: str) -> str:
+    """Return the content hash of the trainer in the last commit, "" when it is not there."""
+    return source_hash(content("HEAD", trainer)) if committed_blob(trainer) else ""
+
+
 def is_edited(trainer: str) -> bool:
     """Return whether the trainer differs from the last commit."""
     return blob(trainer) != committed_blob(trainer)
@@ -268,6 +274,11 @@ def stash_edit(trainer: str, name: str, message: str) -> Stashed:
     ref = save_ref(name, commit)
     revert(trainer)
     return Stashed(commit, ref)
+
+
+def set_ref(name: str, commit: str) -> None:
+    """Let REFS/<name> name a commit, whatever it named before."""
+    git_checked("update-ref", f"{REFS}/{name}", commit)
 
 
 def save_ref(name: str, commit: str) -> str:

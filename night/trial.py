@@ -20,11 +20,11 @@ from backends.protocol import write_json
 from launcher.console import say
 from launcher.device import acquire
 from launcher.harness import source_hash
-from launcher.ledger import STATUSES, BoardKey, Row
+from launcher.ledger import EVIDENCE, STATUSES, BoardKey, Row
 from launcher.run import Request, exit_code, print_result, refuse_in_loop, run_experiment
 from launcher.runs import id_time, ledger, read_source, record_killed_runs
 from launcher.setting import Setting
-from launcher.verdict import runs_of, survey_board
+from launcher.verdict import board_runs, runs_of, survey_board
 from night import repo
 from prepare import UserError
 
@@ -134,12 +134,7 @@ def check_edit(trainer: Path) -> None:
 def scored_before(source: bytes, setting: Setting) -> Row | None:
     """Return the last judged run of this very source on the setting's board, None when there is none."""
     digest = source_hash(source)
-    board = setting.board
-    rows = [
-        row
-        for row in ledger().rows()
-        if row.source == digest and row.scored and row.judged and row.board == board
-    ]
+    rows = [row for row in board_runs(ledger().rows(), setting.board) if row.source == digest and row.judged]
     return rows[-1] if rows else None
 
 
@@ -207,7 +202,7 @@ def finish_trial(row: Row | None = None) -> Row | None:
         row = find_verdict(trial)
         found = f"run {row.run}: {row.status}" if row else "it was not run"
         say(f"the trial of «{trial.description or trial.trainer}» was cut off: {found}")
-    if row and row.judged and row.goes_back and is_committed(trial.trainer, row.build_on):
+    if row and row.judged and row.goes_back and repo.committed_source(trial.trainer) == row.build_on:
         finish_going_back(trial)
     else:
         if trial.commit != trial.base:
@@ -224,7 +219,10 @@ def find_verdict(trial: Trial) -> Row | None:
     rows = [
         row
         for row in ledger().rows()
-        if row.commit == commit and row.run >= trial.began and row.status in STATUSES
+        if row.commit == commit
+        and row.run >= trial.began
+        and row.status in STATUSES
+        and not row.flags & EVIDENCE
     ]
     return rows[-1] if rows else None
 
@@ -289,11 +287,6 @@ def finish_going_back(trial: Trial) -> None:
     """Bring the working tree along where it was cut off after the branch went back."""
     if repo.blob(trial.trainer) == repo.committed_blob(trial.trainer, trial.base):
         repo.revert(trial.trainer)
-
-
-def is_committed(trainer: str, source: str) -> bool:
-    """Return whether the last commit has the trainer with this content hash."""
-    return bool(repo.committed_blob(trainer)) and source_hash(repo.content("HEAD", trainer)) == source
 
 
 def put_on_branch(trainer: str, board: BoardKey, source: str) -> bool:

@@ -6,7 +6,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from launcher.belief import Standing, Survey
-from launcher.ledger import SERIES, STATUSES, BoardKey, Flag, Row, refuted_runs
+from launcher.ledger import EVIDENCE, STATUSES, BoardKey, Flag, Row, refuted_runs
 from launcher.setting import Setting
 from launcher.verdict import survey_board
 from night.agent import read_saved_answer
@@ -34,6 +34,7 @@ class Tried:
     rows: Sequence[Row]  # of the ledger
     decided: list[Row]  # the row of each that had a verdict, oldest first, failures included
     survey: Survey | None  # None: nothing was scored
+    head: str = ""  # source of the committed trainer, "" where it is not known
 
     @cached_property
     def experiments(self) -> list[Experiment]:
@@ -43,7 +44,12 @@ class Tried:
 
     @cached_property
     def current(self) -> str:
-        """Return the source of the trainer to build on, "" when there is none."""
+        """Return the source of the trainer to build on, "" when there is none.
+
+        It is the committed one, or where that was not scored the one that the last run said to build on.
+        """
+        if self.survey and self.head in self.survey.trainers:
+            return self.head
         for experiment in reversed(self.experiments):
             if experiment.row.build_on:
                 return experiment.row.build_on
@@ -96,17 +102,17 @@ class Tried:
         return len(self.decided)
 
 
-def read_tried(rows: Sequence[Row], board: BoardKey) -> Tried:
-    """Return what was tried on a board. rows: of the ledger."""
+def read_tried(rows: Sequence[Row], board: BoardKey, head: str = "") -> Tried:
+    """Return what was tried on a board. rows: of the ledger. head: source of the committed trainer."""
     refuted = refuted_runs(rows)
     decided: dict[str, Row] = {}
     for row in rows:
-        if row.board != board or not row.judged or row.run in refuted or row.flags & {*SERIES, Flag.DRY}:
+        if row.board != board or not row.judged or row.run in refuted or row.flags & {*EVIDENCE, Flag.DRY}:
             continue
         key = row.source if row.scored else row.run
         decided.pop(key, None)  # a trainer that was run again is no new experiment, but its last run decides
         decided[key] = row
-    return Tried(rows, list(decided.values()), survey_board(rows, board))
+    return Tried(rows, list(decided.values()), survey_board(rows, board), head)
 
 
 def failures(rows: Sequence[Row], setting: Setting) -> list[Row]:

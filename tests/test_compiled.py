@@ -21,17 +21,21 @@ def left():
 
 
 def test_what_was_used_longest_ago_goes_first(house, monkeypatch):
-    fill(house, monkeypatch, ["fx/a", "fx/b", "triton/0/c", "d"])
+    fill(house, monkeypatch, ["fx/a", "fy/b", "triton/0/c", "d"])
     assert trim(most=4096, rest=2048) == 0 and left() == ["a", "b", "c", "d"]
     assert trim(most=4095, rest=2048) == 2048 and left() == ["c", "d"]
 
 
-def test_a_folder_that_is_not_there_and_a_file_that_is_gone_do_no_harm(house, monkeypatch):
+def test_a_folder_goes_whole_and_by_its_newest_file(house, monkeypatch):
+    """Triton takes a kernel of which a part is missing for one that is there."""
+    fill(house, monkeypatch, ["triton/0/cubin", "triton/1/cubin", "triton/1/json", "triton/0/json"])
+    assert trim(most=1, rest=2048) == 2048
+    assert sorted(path.parent.name for path in compiled_dir().rglob("*") if path.is_file()) == ["0", "0"]
+
+
+def test_a_cache_that_is_not_there_does_no_harm(house, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(house / "cache"))
     assert trim(most=0, rest=0) == 0
-    fill(house, monkeypatch, ["a", "b"])
-    monkeypatch.setattr("pathlib.Path.unlink", lambda path: (_ for _ in ()).throw(FileNotFoundError))
-    assert trim(most=1, rest=0) == 0
 
 
 def test_a_trainer_is_told_where_unless_its_user_did(house, monkeypatch):

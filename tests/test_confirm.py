@@ -105,13 +105,14 @@ def test_asked_again_it_goes_on_with_what_is_on_record(contest, house, capsys):
     """Otherwise a person would ask until luck answers."""
     contested = contest(0.004)
     time = iter([True, True, False])
+    best = contested.best.run
     short = confirm(resolve("cpu"), contested, fits=lambda seconds: next(time))
     assert short.stopped == "the time was over" and len(short.pairs) == 2
-    confirm_run("best", "baseline")
+    confirm_run(best, "baseline")
     seeds = [row.seed for row in rows(house) if Flag.CONFIRM in row.flags and row.scored]
     assert seeds[:4] == [2, 2, 3, 3] and len(set(seeds)) == len(seeds) / 2
     before = len(rows(house))
-    confirm_run("best", "baseline")  # decided: nothing is run again
+    confirm_run(best, "baseline")  # decided: nothing is run again
     assert len(rows(house)) == before + 1
 
 

@@ -23,6 +23,7 @@ from launcher.harness import git_output
 from launcher.ledger import Flag, Ledger
 from launcher.runs import home
 from launcher.setting import resolve
+from launcher.verdict import tried_since_moved
 from night import loop, repo, trial
 from night.loop import Night, parse_agent, parse_until, run_night
 from night.repo import git_checked
@@ -51,6 +52,10 @@ def night(repository, monkeypatch):
             really_sleep(seconds)
 
     monkeypatch.setattr(time, "sleep", sleep)
+
+    monkeypatch.setattr(
+        "launcher.belief.SURPRISING", 1e9
+    )  # made-up scores differ by a hundred times too much
 
     def night(agent, experiments=2, arguments=(), **more):
         script = home() / "agent.py"
@@ -158,7 +163,11 @@ def test_what_lay_in_the_trainer_is_tried_first(night, repository):
     edit(repository, "SCORE = 1.45\n")
     assert night(BETTER, 2) == 0
     descriptions = [row.description for row in rows()]
-    assert descriptions == ["what lay in the trainer, uncommitted", "a tenth better than 1.45"]
+    assert descriptions == [
+        "baseline: the trainer as committed",
+        "what lay in the trainer, uncommitted",
+    ]
+    assert trainer_text(repository) == "SCORE = 1.45\n"
 
 
 # --- Turns that fail ----------------------------------------------------------------------------------------
@@ -712,9 +721,9 @@ def test_before_a_night_a_line_says_what_it_can_find(night, repository, capsys):
 
 def test_rows_and_commits_say_who_made_the_edit(night, repository):
     edit(repository, "SCORE = 1.45\n")
-    assert night(BETTER, 2) == 0
+    assert night(BETTER, 3) == 0
     name = Path(sys.executable).name
-    assert [row.agent for row in rows()] == ["", name]
+    assert [row.agent for row in rows()] == ["", "", name]
     assert git_output("log", "-1", "--format=%(trailers:key=Agent,valueonly)") == name
 
 
@@ -723,7 +732,7 @@ def test_a_night_ends_with_the_trainer_that_is_believed_best(night, repository, 
     assert night(BETTER, 3) == 0
     start = git_output("rev-list", "--max-parents=0", "HEAD")
     best = rows()[1]
-    monkeypatch.setattr(loop, "best_of_line", lambda rows, board, head: best)
+    monkeypatch.setattr(loop, "best_since_moved", lambda rows, board, head: best)
     assert night(BETTER, 1) == 0
     assert trainer_text(repository) == "SCORE = 1.4\n" and git_checked("status", "--porcelain") == ""
     assert git_output("log", "-1", "--format=%s") == f"Go back to run {best.run}"
@@ -755,7 +764,7 @@ def test_the_end_of_a_night_is_for_the_claim(night, repository, monkeypatch, con
 
     def find_end(self):
         if next(taken, None) is None:  # much later
-            monkeypatch.setattr(Night, "seconds_left", lambda self: 2000.0)
+            monkeypatch.setattr(Night, "seconds_left", lambda self: 2400.0)
         return really(self)
 
     monkeypatch.setattr(loop.Loop, "find_end", find_end)
@@ -788,5 +797,71 @@ def test_a_long_pause_measures_the_noise(night, repository, monkeypatch):
     assert night("sys.exit('no network')", 9) == 1
     free = [row for row in rows() if Flag.NOISE in row.flags]
     assert [row.seed for row in free] == [2] and free[0].val_bpb == 1.4
-    assert free[0].description == "the committed trainer once more, in a pause"
+    assert free[0].description == "the committed trainer once more: in a pause"
     assert night.pauses[:6] == [7, 14, 28, 56, 112, 224] and len(subjects()) == 2
+
+
+def test_a_baseline_that_fails_is_told_to_the_agent_and_not_run_again(night, repository):
+    edit(repository, "CRASH\n")
+    git_checked("-c", "user.name=me", "-c", "user.email=me@here", "commit", "-qam", "broken")
+    agent = """
+assert "status: crash" in sys.stdin.read()
+trainer.write_text("SCORE = 1.4\\n")
+print("experiment: mended")
+"""
+    assert night(agent, 2) == 0
+    assert [(row.description, row.status) for row in rows()] == [
+        ("baseline: the trainer as committed", "crash"),
+        ("mended", "keep"),
+    ]
+    assert trainer_text(repository) == "SCORE = 1.4\n"
+
+
+def test_where_a_night_ended_is_known_to_the_next_one(night, repository, monkeypatch):
+    assert night(BETTER, 3) == 0
+    best = rows()[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "best_since_moved", lambda rows, board, head: best)
+        assert night(BETTER, 1) == 0
+    assert rows()[-1].status == "moved" and rows()[-1].build_on == best.source
+    board = best.board
+    assert len(tried_since_moved(rows(), board, best.source)) == 4
+
+
+def test_the_agent_does_not_think_into_the_time_of_the_claim(night, repository, monkeypatch, confirmations):
+    monkeypatch.setattr(loop, "RUN_SECONDS", 1.0)
+    asked = []
+    really = loop.call_agent
+
+    def call_agent(command, prompt, seconds, *more):
+        asked.append(seconds)
+        return really(command, prompt, seconds, *more)
+
+    monkeypatch.setattr(loop, "call_agent", call_agent)
+    monkeypatch.setattr(Night, "seconds_left", lambda self: 8 * 3600.0)
+    until = datetime.now() + timedelta(hours=8)
+    assert night(BETTER, 3, until=until, agent_seconds=1e6) == 0
+    first, second = asked
+    assert first == 8 * 3600 - 310  # nothing to claim yet
+    assert second == pytest.approx(8 * 3600 - 310 - 6 * 1.2 * 310)
+
+
+def test_where_scores_differ_much_the_noise_is_asked_for_once(night, repository, monkeypatch):
+    """Otherwise a large noise would be taken for large effects all night."""
+    monkeypatch.setattr("launcher.belief.SURPRISING", 3.0)
+    assert night(BETTER, 5) == 0
+    asked = [row for row in rows() if Flag.NOISE in row.flags]
+    assert [(row.seed, row.val_bpb) for row in asked] == [(2, 1.4), (3, 1.4)]
+    assert asked[0].description == "the committed trainer once more: is it noise?"
+    assert [row.val_bpb for row in rows() if row not in asked] == [1.5, 1.4, 1.3, 1.2, 1.1]
+
+
+def test_where_scores_differ_as_assumed_it_is_not(night, repository, monkeypatch):
+    monkeypatch.setattr("launcher.belief.SURPRISING", 3.0)
+    agent = """
+score = float(re.search(r"SCORE = ([\\d.]+)", trainer.read_text())[1])
+trainer.write_text(f"SCORE = {score - 0.001:.4f}\\n")
+print("experiment: a little better")
+"""
+    assert night(agent, 5) == 0
+    assert not [row for row in rows() if Flag.NOISE in row.flags]

@@ -4,7 +4,8 @@ import pytest
 from made_up import Night
 
 from launcher.runs import ledger
-from night.modes import ABLATION_EVERY, STALL, TURNS, choose_mode
+from night.modes import ABLATION_EVERY, STALL, TURNS, mode_of
+from night.tried import read_tried
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def night(house):
 
 
 def mode(night):
-    return choose_mode(ledger().rows(), night.setting.board)
+    return mode_of(read_tried(ledger().rows(), night.setting.board))
 
 
 def test_without_a_stall_the_search_explores(night):
@@ -97,4 +98,4 @@ def test_runs_that_decide_nothing_do_not_count(night):
 
 
 def test_an_empty_ledger_is_explored(night):
-    assert choose_mode([], night.setting.board).name == "explore"
+    assert mode_of(read_tried([], night.setting.board)).name == "explore"

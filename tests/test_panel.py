@@ -10,7 +10,7 @@ from launcher.belief import Standing
 from launcher.ledger import Row
 from night.panel import Panel, RunDetail
 
-BELIEF = Standing(1.251, 0.0005, 1.2508, "", 0.9, -0.01, 0.001, 1)
+BELIEF = Standing(1.251, 0.0005, 1.251, 1.2508, "", 0.9, -0.01, 0.001, 1)
 
 
 def shown(panel):

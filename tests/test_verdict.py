@@ -4,7 +4,17 @@ import pytest
 from conftest import row
 
 from launcher.ledger import Flag
-from launcher.verdict import best_run, board_runs, decide, fresh_seed, line_of, observe, runs_of, survey_board
+from launcher.verdict import (
+    best_run,
+    best_since_moved,
+    board_runs,
+    decide,
+    fresh_seed,
+    observe,
+    runs_of,
+    survey_board,
+    tried_since_moved,
+)
 
 BOARD = row().board
 
@@ -88,17 +98,44 @@ def test_a_survey_knows_effects_now():
 
 def test_what_was_run_since_a_person_moved_the_branch_may_be_gone_back_to():
     first_night = night(("a", "a", "a"), ("b", "a", "b"), ("c", "b", "b"))
-    assert line_of(first_night, "b") == {"a", "b", "c"}
-    assert line_of(first_night, "a") == {"a"}  # git reset: to begin anew from there
+    assert tried_since_moved(first_night, BOARD, "b") == {"a", "b", "c"}
+    assert tried_since_moved(first_night, BOARD, "a") == {"a"}  # git reset: to begin anew from there
     second = [*first_night, *night(("d", "a", "a"), ("e", "a", "e"))]
-    assert line_of(second, "e") == {"a", "d", "e"}
+    assert tried_since_moved(second, BOARD, "e") == {"a", "d", "e"}
 
 
 def test_another_run_of_the_same_trainer_moves_nothing():
     rows = night(("a", "a", "a"), ("b", "a", "b"))
     noise = row(source="b", marks=Flag.NOISE)
     confirm = row(source="z", marks=Flag.CONFIRM)
-    assert line_of([*rows, noise, confirm], "b") == {"a", "b"}
+    assert tried_since_moved([*rows, noise, confirm], BOARD, "b") == {"a", "b"}
+
+
+def test_the_end_of_a_night_is_no_move_of_a_persons():
+    rows = night(("a", "a", "a"), ("b", "a", "b"), ("c", "b", "c"))
+    assert tried_since_moved(rows, BOARD, "b") == {"b"}
+    rows.append(row(run="1", source="b", status="moved", build_on="b"))
+    assert tried_since_moved(rows, BOARD, "b") == {"a", "b", "c"}
+
+
+def test_a_run_outside_git_says_nothing_of_the_branch():
+    rows = night(("a", "a", "a"), ("b", "a", "b"))
+    assert tried_since_moved([*rows, row(source="x", build_on="x")], BOARD, "b") == {"a", "b"}
+
+
+def test_an_edit_of_a_trainer_without_a_score_is_a_beginning():
+    """It cannot be told whether it is better, and nothing of another line takes its place."""
+    rows = night(("a", "a", "a"), ("b", "a", "b"))
+    decision = decide(rows, row(run="new", source="e", parent="unknown", val_bpb=1.9, status=""))
+    assert (decision.action, decision.build_on) == ("keep", "e") and decision.effect == 0.0
+
+
+def test_a_night_ends_with_a_simplification_that_was_kept():
+    rows = night(("a", "a", "a"))
+    rows.append(row(run="s", source="s", parent="a", marks="shorter", val_bpb=1.25005, build_on="s"))
+    assert best_since_moved(rows, BOARD, "s").source == "s"
+    rows[-1].marks = ""
+    assert best_since_moved(rows, BOARD, "s").source == "a"
 
 
 def test_a_trainer_that_a_person_committed_is_kept_although_another_line_was_better():
