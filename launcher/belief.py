@@ -34,8 +34,10 @@ TIE = 1.25  # times the believed harm of a tie is the credit for removed code: o
 ENOUGH = 0.5  # runs that other evidence must be worth before it may outweigh a run
 DIVERGED = 3.0  # a harm counts as at most so many mean harms: a run that diverged is no measure of edits
 REPEATS = 3  # runs of trainers that were run more than once, before they say how large the noise is
+NOISIER = 3.0  # times the assumed noise, from which effects are assumed larger as well
 ROBUST = 6  # such runs, from which their median distance says it
 SURPRISING = 3.0  # times the assumed size of effects: beyond it, large noise would look the same
+EXTRA = 4  # sweeps of propagation alone after each run: an edit that surprises moves its site by far
 DAMPING = 0.8  # share of each update of a site that is taken
 REPLAYED = 200  # the last runs of a board are taken one by one; the older ones together
 MAX_REPEATS = 3  # runs of one trainer that the rule itself asks for
@@ -62,6 +64,7 @@ class Prior:
     gain: float = 0.0008  # mean gain of an edit that helps, bpb
     harm: float = 0.0020  # mean harm of an edit that harms, bpb
     sigma: float = 0.0006  # standard deviation of val_bpb over seeds, bpb
+    size: float = 1.0  # of all effects, in units of gain and harm
     effect_runs: float = 2.0  # edits that the sizes of gain and harm are worth
     sigma_runs: float = 0.2  # runs that sigma is worth
 
@@ -177,7 +180,7 @@ class Forest:
         self._value = np.zeros(capacity)
         self._weight = np.ones(capacity)
         self.sigma = np.full(boards, prior.sigma / prior.gain)
-        self.scale = np.ones(boards)
+        self.scale = np.full(boards, prior.size)
         self.mean = np.zeros(0)
         self.var = np.zeros(0)
 
@@ -206,6 +209,9 @@ class Forest:
             self._weigh()
             self._propagate()
             self._estimate(self._update_sites())
+        for _ in range(EXTRA):
+            self._propagate()
+            self._update_sites()
         self._propagate()
 
     def _start_sites(self) -> None:
@@ -318,7 +324,7 @@ class Forest:
         harm = np.minimum(seen.harm * (prior.gain / prior.harm), DIVERGED * self.scale[board])
         size = np.bincount(board, seen.p_gain * seen.gain + seen.p_harm * harm, boards)
         edits = np.bincount(board, seen.p_gain + seen.p_harm, boards)
-        self.scale = (prior.effect_runs + size) / (prior.effect_runs + edits)
+        self.scale = (prior.effect_runs * prior.size + size) / (prior.effect_runs + edits)
 
     def score(self) -> Floats:
         """Return what a trainer counts as: its mean less OPTIMISM errors, less the credit for removed code.
@@ -449,11 +455,12 @@ def _grow(observations: Sequence[Observation], tree: History, prior: Prior) -> B
     """Return the belief after all runs, each taken as the simulator takes it.
 
     What repeats show of the noise takes the place of the prior's: expectation maximization from that alone
-    takes more than ten runs to find a noise that is thirty times as large.
+    takes more than ten runs to find a noise that is thirty times as large. Where it is larger, effects are
+    believed to be so too: it is a board of short runs or small models.
     """
     repeated = noise_of_repeats(observations)
     if repeated:
-        prior = replace(prior, sigma=repeated)
+        prior = replace(prior, sigma=repeated, size=max(1.0, repeated / prior.sigma / NOISIER))
     forest = Forest(1, len(observations), prior)
     first = max(len(observations) - REPLAYED, 0)
     before = Belief(forest, forest.mean, forest.var)
