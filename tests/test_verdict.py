@@ -74,9 +74,10 @@ def test_what_removes_code_is_told_to_the_belief():
 
 def test_the_best_is_the_trainer_that_is_believed_lowest_not_the_luckiest_run():
     many = [row(run=f"a{i}", source="a", seed=i, val_bpb=1.0 + 0.002 * (-1) ** i) for i in range(6)]
-    once = row(run="b", source="b", parent="a", val_bpb=0.9979, status="discard")
-    assert best_run([*many, once], BOARD).run == "a1"
-    assert [one.run for one in runs_of([*many, once], BOARD, "b")] == ["b"]
+    lucky = row(run="b", source="b", parent="a", val_bpb=0.9979, status="discard")
+    unlucky = row(run="b2", source="b", parent="a", val_bpb=1.0045, seed=2, status="discard")
+    assert best_run([*many, lucky, unlucky], BOARD).run == "a1"
+    assert [one.run for one in runs_of([*many, lucky, unlucky], BOARD, "b")] == ["b", "b2"]
     assert best_run([], BOARD) is None and survey_board([], BOARD) is None
 
 
