@@ -32,7 +32,9 @@ PATIENCE = 0.1  # going back to an earlier trainer must promise more than so man
 CLIP = 2.5  # a residual counts as at most so many sigma: seed noise has heavy tails
 TIE = 1.25  # times the believed harm of a tie is the credit for removed code: one sweep is not exact
 ENOUGH = 0.5  # runs that other evidence must be worth before it may outweigh a run
-DIVERGED = 3.0  # a harm counts as at most so many mean harms: a run that diverged is no measure of edits
+DIVERGED = 3.0  # an effect counts as at most so many mean ones: a run that diverged is no measure of edits
+LARGE = 20.0  # times the usual size, that an effect has now and then,
+LARGE_SHARE = 0.05  # and how often
 REPEATS = 3  # runs of trainers that were run more than once, before they say how large the noise is
 NOISIER = 3.0  # times the assumed noise, from which effects are assumed larger as well
 ROBUST = 6  # such runs, from which their median distance says it
@@ -139,10 +141,20 @@ def _half(seen: Floats, error: Floats, size: Floats) -> Half:
     )
 
 
+def _wide(seen: Floats, error: Floats, size: Floats) -> Half:
+    """Return _half for an effect that is now and then far larger than `size`: few edits change everything."""
+    usual, large = _half(seen, error, size), _half(seen, error, LARGE * size)
+    w_usual, w_large = (1 - LARGE_SHARE) * usual.weight, LARGE_SHARE * large.weight
+    total = w_usual + w_large
+    mean = (w_usual * usual.mean + w_large * large.mean) / total
+    square = (w_usual * (usual.var + usual.mean**2) + w_large * (large.var + large.mean**2)) / total
+    return Half(total, mean, np.maximum(square - mean**2, 0.0))
+
+
 def effects(seen: Floats, var: Floats, prior: Prior, scale: Floats) -> Effects:
     """Return the posterior of effects that were seen with error variance var, in units of prior.gain."""
     error = np.sqrt(var)
-    gain, harm = _half(-seen, error, scale), _half(seen, error, scale * (prior.harm / prior.gain))
+    gain, harm = _wide(-seen, error, scale), _wide(seen, error, scale * (prior.harm / prior.gain))
     w_gain, w_harm = gain.weight * prior.better, harm.weight * (1 - prior.better - prior.equal)
     total = w_gain + w_harm + prior.equal / (error * math.sqrt(2 * math.pi))
     p_gain, p_harm = w_gain / total, w_harm / total
@@ -321,8 +333,10 @@ class Forest:
         total = prior.sigma_runs * (prior.sigma / prior.gain) ** 2 + np.bincount(board, square, boards)
         self.sigma = np.sqrt(total / (prior.sigma_runs + np.bincount(board, weight, boards)))
         board = self._board[self._edits()]
-        harm = np.minimum(seen.harm * (prior.gain / prior.harm), DIVERGED * self.scale[board])
-        size = np.bincount(board, seen.p_gain * seen.gain + seen.p_harm * harm, boards)
+        most = DIVERGED * self.scale[board]
+        gain = np.minimum(seen.gain, most)
+        harm = np.minimum(seen.harm * (prior.gain / prior.harm), most)
+        size = np.bincount(board, seen.p_gain * gain + seen.p_harm * harm, boards)
         edits = np.bincount(board, seen.p_gain + seen.p_harm, boards)
         self.scale = (prior.effect_runs * prior.size + size) / (prior.effect_runs + edits)
 
@@ -460,7 +474,8 @@ def _grow(observations: Sequence[Observation], tree: History, prior: Prior) -> B
     """
     repeated = noise_of_repeats(observations)
     if repeated:
-        prior = replace(prior, sigma=repeated, size=max(1.0, repeated / prior.sigma / NOISIER))
+        size = max(1.0, repeated / prior.sigma / NOISIER)
+        prior = replace(prior, sigma=repeated, sigma_runs=REPEATS, size=size)
     forest = Forest(1, len(observations), prior)
     first = max(len(observations) - REPLAYED, 0)
     before = Belief(forest, forest.mean, forest.var)
