@@ -21,15 +21,15 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,7 +46,7 @@ Tokens = NDArray[np.uint16]
 # Constants
 # ---------------------------------------------------------------------------
 
-RULES = 1  # raised when metric, clock or scoring change: val_bpb under different rules never rank together
+RULES = 2  # raised when metric, clock or scoring change: val_bpb under different rules never rank together
 TIME_BUDGET = 300  # training time of an experiment in seconds (5 minutes)
 MAX_VOCAB = 65535  # token ids are stored as uint16
 PACK_BUFFER = 1000  # documents that best-fit packing chooses from (the original's figure)
@@ -64,7 +64,16 @@ SPLIT_PATTERN = (
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the first, BOS, opens every document
 
 ROOT = Path(__file__).resolve().parent
-DATA_FILES = ("tokenizer.json", "token_bytes.npy", "train.bin", "val.bin", "sealed.bin")
+DATA_FILES = (
+    "tokenizer.json",
+    "token_bytes.npy",
+    "train.bin",
+    "val.bin",
+    "sealed.bin",
+    "val_documents.npy",
+    "sealed_documents.npy",
+)
+NO_DOCUMENT = -1  # the number of what a bare BOS opens
 # Modules that a package's build writes, different on each platform: never part of a corpus.
 GENERATED_MODULES = ("*_version*.py", "*__config__.py", "*_generated*.py", "*_sysconfig*.py")
 
@@ -128,6 +137,7 @@ class Track:
     seq_len: int  # tokens the model sees; a row holds one more
     val_tokens: int  # tokens scored
     packages: list[str] = field(default_factory=list)  # installed packages whose .py files are the corpus
+    held_out: list[str] = field(default_factory=list)  # those that val and sealed are taken from; none: all
     files: str = ""  # glob below the repository, or absolute: txt, md, jsonl, parquet
     hub: str = ""  # dataset on the Hugging Face hub, owner/name
     data_files: str = "*"  # glob of the dataset's files
@@ -335,6 +345,9 @@ def check_track(track: Track) -> Complaint | None:
     sources = [key for key in ("packages", "files", "hub") if getattr(track, key)]
     if len(sources) != 1:
         return (), "needs exactly one of packages, files and hub"
+    strangers = [name for name in track.held_out if name not in track.packages]
+    if strangers:
+        return "held_out", f"held_out names '{strangers[0]}', which is none of the track's packages"
     if not 256 + len(SPECIAL_TOKENS) < track.vocab_size <= MAX_VOCAB:
         return "vocab_size", f"vocab_size must be 261 to {MAX_VOCAB} (token ids are stored in 16 bits)"
     if track.seq_len < 2 or track.val_tokens < track.seq_len:
@@ -394,8 +407,8 @@ def list_files(track: Track) -> list[Path]:
     return sorted(path for path in base.glob(str(pattern)) if path.suffix in READERS and path.is_file())
 
 
-def list_package_files(track: Track) -> list[tuple[str, Path]]:
-    """Return the .py files of the installed packages, sorted by (package, name): [(name, path)].
+def list_package_files(track: Track) -> list[tuple[str, str, Path]]:
+    """Return the .py files of the installed packages, sorted: [(package, name, path)].
 
     Raises:
         UserError: a package is not installed.
@@ -413,8 +426,22 @@ def list_package_files(track: Track) -> list[tuple[str, Path]]:
         sources = [f for f in dist.files or [] if f.suffix == ".py" and ".." not in f.parts]
         for name in sorted(f.as_posix() for f in sources):
             if not any(fnmatch(Path(name).name, generated) for generated in GENERATED_MODULES):
-                found.append((name, Path(str(dist.locate_file(name)))))
+                found.append((package, name, Path(str(dist.locate_file(name)))))
     return found
+
+
+def held_out_files(track: Track) -> list[Path]:
+    """Return the files and folders with text that no trainer may read: those that val and sealed come from.
+
+    Of a track of files that is every file. Text of the hub lies in the hub's own folder.
+    """
+    if track.packages:
+        tops = {
+            (path, Path(name).parts)
+            for _, name, path in list_package_files(replace(track, packages=track.held_out))
+        }
+        return sorted({path.parents[len(parts) - 2] if len(parts) > 1 else path for path, parts in tops})
+    return list_files(track) if track.files else []
 
 
 def list_hub_files(track: Track) -> list[str]:
@@ -561,8 +588,11 @@ class Corpus:
     def __init__(self, track: Track) -> None:
         self.track = track
         self.has_val_shard = bool(track.hub) and track.val_shard >= 0
+        never_held_out: list[Path] = []
         if track.packages:
-            self.paths = [path for _, path in list_package_files(track)]
+            found = list_package_files(track)
+            self.paths = [path for _, _, path in found]
+            never_held_out = [path for package, _, path in found if package not in track.held_out]
         elif track.files:
             self.paths = list_files(track)
         else:
@@ -573,7 +603,8 @@ class Corpus:
             sizes: dict[bytes, int] = {}
             for text in self._read(self.paths):
                 sizes.setdefault(document_key(text), len(utf8(text)))
-            self._split_of = split_by_hash(sizes, track)
+            trained = self._read(never_held_out) if track.held_out else []
+            self._split_of = split_by_hash(sizes, track, {document_key(text) for text in trained})
             self.num_bytes = sum(sizes.values())
 
     def documents(self, split: str) -> Iterator[str]:
@@ -606,11 +637,14 @@ class Corpus:
                 raise UserError(f"{path} cannot be read: {e.strerror}") from None
 
 
-def split_by_hash(sizes: dict[bytes, int], track: Track) -> dict[bytes, str]:
+def split_by_hash(
+    sizes: dict[bytes, int], track: Track, trained: Set[bytes] = frozenset()
+) -> dict[bytes, str]:
     """Return the split of each document by its key, given its size in bytes.
 
-    The documents with the smallest keys are val, the next sealed, the rest train. So the split does not
-    change with the order of files. The track's val_tokens say how much text val and sealed get.
+    Of the documents that are not in `trained`, those with the smallest keys are val, the next sealed; the
+    rest is train. So the split does not change with the order of files. The track's val_tokens say how much
+    text val and sealed get.
 
     Raises:
         UserError: there is too little text, or there are too few documents.
@@ -622,9 +656,9 @@ def split_by_hash(sizes: dict[bytes, int], track: Track) -> dict[bytes, str]:
             f"track '{track.name}': {total / 1e6:.1f} MB of text is too little for val_tokens "
             f"{track.val_tokens:,}: it needs {3 * need / 1e6:.1f} MB; lower val_tokens or add text"
         )
-    split_of = {}
+    split_of = dict.fromkeys(trained, "train")
     filled = 0
-    for key in sorted(sizes):
+    for key in sorted(sizes.keys() - trained):
         split_of[key] = "val" if filled < need else "sealed" if filled < 2 * need else "train"
         filled += sizes[key]
     if "train" not in split_of.values():
@@ -725,43 +759,57 @@ def encode_batches(
 # ---------------------------------------------------------------------------
 
 
+class Piece(NamedTuple):
+    """A document, or what is left of one."""
+
+    document: int  # its number, in the order in which documents came
+    tokens: Tokens  # without BOS
+
+
 class PackBuffer:
-    """Documents that wait to be packed, ordered by length. Of equals, the one that came first goes first."""
+    """Pieces that wait to be packed, ordered by length. Of equals, the one that came first goes first."""
 
     def __init__(self) -> None:
         self._order: list[tuple[int, int]] = []  # (length with BOS, -arrival), ascending
-        self._documents: dict[int, Tokens] = {}  # by arrival
+        self._pieces: dict[int, Piece] = {}  # by arrival
         self._arrivals = 0
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def put(self, document: Tokens) -> None:
+    def put(self, piece: Piece) -> None:
         self._arrivals += 1
-        self._documents[self._arrivals] = document
-        bisect.insort(self._order, (len(document) + 1, -self._arrivals))
+        self._pieces[self._arrivals] = piece
+        bisect.insort(self._order, (len(piece.tokens) + 1, -self._arrivals))
 
-    def take_longest(self) -> Tokens:
+    def take_longest(self) -> Piece:
         return self._take(len(self) - 1)
 
-    def take_shortest(self) -> Tokens:
+    def take_shortest(self) -> Piece:
         return self._take(self._last_within(self._order[0][0]))
 
-    def take_fitting(self, gap: int) -> Tokens | None:
-        """Take the longest document that fits into `gap` tokens with its BOS. Return None when none does."""
+    def take_fitting(self, gap: int) -> Piece | None:
+        """Take the longest piece that fits into `gap` tokens with its BOS. Return None when none does."""
         index = self._last_within(gap)
         return self._take(index) if index >= 0 else None
 
     def _last_within(self, length: int) -> int:
-        """Return the index of the longest document of at most `length` tokens, -1 when there is none."""
+        """Return the index of the longest piece of at most `length` tokens, -1 when there is none."""
         return bisect.bisect_right(self._order, (length, 0)) - 1
 
-    def _take(self, index: int) -> Tokens:
+    def _take(self, index: int) -> Piece:
         _, negative_arrival = self._order.pop(index)
-        return self._documents.pop(-negative_arrival)
+        return self._pieces.pop(-negative_arrival)
 
 
-def pack_rows(batches: Iterable[list[Tokens]], capacity: int, bos: int, rule: str) -> Iterator[Tokens]:
+class PackedRow(NamedTuple):
+    """A full row, and where its text comes from."""
+
+    tokens: Tokens  # [capacity]
+    documents: list[int]  # of each BOS in it, in order: the document that it opens or goes on with
+
+
+def pack_rows(batches: Iterable[list[Tokens]], capacity: int, bos: int, rule: str) -> Iterator[PackedRow]:
     """Pack documents into rows, best fit first, and yield the rows.
 
     Each gap takes the longest buffered document that fits it. When none fits:
@@ -775,39 +823,43 @@ def pack_rows(batches: Iterable[list[Tokens]], capacity: int, bos: int, rule: st
         capacity: tokens of a row, at least 2.
         bos: token written before every document and every rest of one.
         rule: "crop" or "split".
-
-    Yields:
-        Rows, uint16 [capacity].
     """
     buffer = PackBuffer()
     batches = iter(batches)
+    arrived = 0
     row = np.empty(capacity, np.uint16)
+    documents: list[int] = []
     pos = 0
     while True:
         while len(buffer) < PACK_BUFFER and (batch := next(batches, None)) is not None:
-            for document in batch:
-                buffer.put(document)
+            for tokens in batch:
+                buffer.put(Piece(arrived, tokens))
+                arrived += 1
         if not buffer:
             break
         gap = capacity - pos
         piece = buffer.take_fitting(gap)
         if piece is None and rule == "crop":
-            piece = buffer.take_shortest()[: gap - 1]
+            shortest = buffer.take_shortest()
+            piece = Piece(shortest.document, shortest.tokens[: gap - 1])
         elif piece is None and gap == 1:
-            piece = row[:0]
+            piece = Piece(NO_DOCUMENT, row[:0])
         elif piece is None:
             longest = buffer.take_longest()
-            buffer.put(longest[gap - 1 :])
-            piece = longest[: gap - 1]
+            buffer.put(Piece(longest.document, longest.tokens[gap - 1 :]))
+            piece = Piece(longest.document, longest.tokens[: gap - 1])
+        end = pos + 1 + len(piece.tokens)
         row[pos] = bos
-        row[pos + 1 : pos + 1 + len(piece)] = piece
-        pos += 1 + len(piece)
+        row[pos + 1 : end] = piece.tokens
+        documents.append(piece.document)
+        pos = end
         if pos == capacity:
-            yield row.copy()
+            yield PackedRow(row.copy(), documents)
+            documents = []
             pos = 0
     if pos and rule == "split":
         row[pos:] = bos
-        yield row.copy()
+        yield PackedRow(row.copy(), documents + [NO_DOCUMENT] * (capacity - pos))
 
 
 # ---------------------------------------------------------------------------
@@ -1018,8 +1070,19 @@ def build_rows(
             yield text
 
     def write(split: str, batches: Iterable[list[Tokens]], limit: int | None = None) -> int:
-        rows = pack_rows(batches, track.seq_len + 1, bos_of(encoding), track.pack)
-        return write_rows(out / f"{split}.bin", islice(rows, limit))
+        documents: list[int] = []
+
+        def tokens() -> Iterator[Tokens]:
+            rows = pack_rows(batches, track.seq_len + 1, bos_of(encoding), track.pack)
+            for row in islice(rows, limit):
+                if split != "train":
+                    documents.extend(row.documents)
+                yield row.tokens
+
+        num_rows = write_rows(out / f"{split}.bin", tokens())
+        if split != "train":
+            np.save(out / f"{split}_documents.npy", np.array(documents, np.int32))
+        return num_rows
 
     need = -(-track.val_tokens // track.seq_len)
     val = batches_of(corpus.documents("val"))
@@ -1090,10 +1153,11 @@ def read_meta(path: Path) -> Meta:
 
 
 class Prepared:
-    """A track's prepared data, opened. Rows are read-only memory maps.
+    """A track's prepared data, opened. Rows are read-only memory maps, opened when they are asked for.
 
-    Rows are opened when they are asked for: a trainer that opens the validation rows before its training ends
-    is caught.
+    Args:
+        track: what was prepared.
+        path: its directory; None: where prepare_track puts it.
 
     Attributes:
         path: the directory.
@@ -1106,8 +1170,8 @@ class Prepared:
         UserError: the track is not prepared, or a file of it is missing, cut or torn.
     """
 
-    def __init__(self, track: Track) -> None:
-        self.path = prepared_path(track)
+    def __init__(self, track: Track, path: Path | None = None) -> None:
+        self.path = path or prepared_path(track)
         if not os.path.isdir(self.path):
             raise UserError(
                 f"track '{track.name}' is not prepared: autoresearch prepare --track {track.name}"
@@ -1134,6 +1198,13 @@ class Prepared:
         """
         return np.memmap(self.path / f"{split}.bin", np.uint16, "r").reshape(-1, self.seq_len + 1)
 
+    def documents(self, split: str) -> NDArray[np.int32]:
+        """Return the document of each BOS in the rows of "val" or "sealed", in order: int32 [BOS tokens].
+
+        NO_DOCUMENT where a BOS opens none. A document that was split goes on behind several of them.
+        """
+        return np.load(self.path / f"{split}_documents.npy")
+
     def token_bytes(self) -> NDArray[np.int32]:
         """Return the number of bytes of each token, int32 [vocab_size]."""
         return np.load(self.path / "token_bytes.npy")
@@ -1152,40 +1223,64 @@ class Prepared:
 # ---------------------------------------------------------------------------
 
 
-def row_totals(
-    nats: ArrayLike, targets: NDArray[np.integer], token_bytes: NDArray[np.int32]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Sum a batch by row. Tokens without bytes (BOS) are prompts, not text, and count in neither sum.
+class DocumentTotals:
+    """The sums of each document of some rows: text of one document is more alike than that of two.
+
+    Tokens without bytes (BOS) are prompts, not text, and count in no sum.
 
     Args:
-        nats: float [B, T], cross-entropy of each target in nats.
-        targets: int [B, T], token ids.
+        rows: uint16 [rows, T + 1].
+        documents: int32, of each BOS in more rows, of which these are the first (Prepared.documents).
+        bos: the token.
         token_bytes: int32 [vocab_size], bytes of each token.
 
-    Returns:
-        Nats, float64 [B], and bytes, int64 [B].
+    Attributes:
+        nats: float64 [documents], cross-entropy in nats.
+        num_bytes: int64 [documents].
     """
-    num_bytes = token_bytes[targets].astype(np.int64)
-    counted = np.where(num_bytes > 0, np.asarray(nats, np.float64), 0.0)
-    return counted.sum(axis=1), num_bytes.sum(axis=1)
+
+    def __init__(
+        self, rows: Tokens, documents: NDArray[np.int32], bos: int, token_bytes: NDArray[np.int32]
+    ) -> None:
+        opened = (rows == bos).sum(axis=1)
+        self._first = np.cumsum(opened) - opened  # BOS tokens before each row
+        self._documents = documents[: opened.sum()]
+        self._rows = rows
+        self._bos = bos
+        self._token_bytes = token_bytes
+        size = int(self._documents.max(initial=NO_DOCUMENT)) + 2  # one more, which NO_DOCUMENT means
+        self.nats = np.zeros(size)
+        self.num_bytes = np.zeros(size, np.int64)
+
+    def add(self, picked: NDArray[np.integer], nats: ArrayLike) -> None:
+        """Add rows, by their indices. nats: float [len(picked), T], cross-entropy of each target."""
+        rows = self._rows[picked]
+        targets = rows[:, 1:]
+        opened = np.cumsum(rows == self._bos, axis=1)[:, 1:] - 1
+        document = self._documents[self._first[picked][:, None] + opened].ravel() % len(self.nats)
+        num_bytes = self._token_bytes[targets].ravel()
+        counted = np.where(num_bytes > 0, np.asarray(nats, np.float64).ravel(), 0.0)
+        self.nats += np.bincount(document, counted, len(self.nats))
+        self.num_bytes += np.bincount(document, num_bytes, len(self.nats)).astype(np.int64)
 
 
-def bits_per_byte(row_nats: ArrayLike, row_bytes: ArrayLike) -> tuple[float, float]:
-    """Return bits per byte and its standard error, from the sums of each row.
+def bits_per_byte(nats: ArrayLike, num_bytes: ArrayLike) -> tuple[float, float]:
+    """Return bits per byte and its standard error, from the sums of each document.
 
     The estimate is a ratio: the sum of nats over ln 2 times the sum of bytes. So its value does not depend on
-    the vocabulary. Rows are the independent units, and the error is that of a ratio of sums over them
+    the vocabulary. Documents are the independent units, and the error is that of a ratio of sums over them
     (Cochran, Sampling Techniques, 1977, section 6.4).
 
     Args:
-        row_nats: float [rows]. A NaN makes the result NaN.
-        row_bytes: int [rows].
+        nats: float [documents]. A NaN makes the result NaN.
+        num_bytes: int [documents]. Documents without bytes do not count.
 
     Raises:
-        ValueError: no row has bytes.
+        ValueError: no document has bytes.
     """
-    nats = np.asarray(row_nats, np.float64)
-    num_bytes = np.asarray(row_bytes, np.float64)
+    num_bytes = np.asarray(num_bytes, np.float64)
+    nats = np.asarray(nats, np.float64)[num_bytes > 0]
+    num_bytes = num_bytes[num_bytes > 0]
     total = num_bytes.sum()
     n = len(num_bytes)
     if total == 0:

@@ -678,7 +678,6 @@ def main() -> None:
     torch.set_flush_denormal(True)
     model = build_model(exp.track, exp.platform)
     train_step = warm_up(model, exp)
-    model.forward = compiled(model.forward)  # type: ignore[method-assign]  # to score with
 
     gc.collect()
     gc.freeze()
@@ -690,7 +689,7 @@ def main() -> None:
         loss = train_step(exp.batch, exp.progress)
         exp.log(step, loss)
         step += 1
-    exp.finish(model, EVAL_BATCH_SIZE)
+    exp.finish(model)
 
 
 if __name__ == "__main__":

@@ -661,7 +661,7 @@ def main() -> None:
         loss = train_step(exp.batch, exp.progress)
         exp.log(step, loss)
         step += 1
-    exp.finish(model, EVAL_BATCH_SIZE)
+    exp.finish(model)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Experiment on MLX: the GPU of a Mac; on Linux the CPU, or an NVIDIA GPU with MLX's CUDA build."""
+"""MLX: the GPU of a Mac; on Linux the CPU, or an NVIDIA GPU with MLX's CUDA build."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,22 +10,21 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from backends import checks, experiment
+from backends import experiment
+from backends.device import SCORE_CHUNK, Device, check_logits
 from backends.platforms import Platform, current_platform
-from backends.protocol import Failure
 
 # What the trainer imports from here.
 __all__ = ["Experiment", "Platform", "compute_dtype", "current_platform"]
 
 MEMORY_SHARE = 0.9  # of the device's recommended working set that a run may use: the rest is the desktop's
 CACHE_SHARE = 0.25  # of it that MLX may keep for reuse
-SCORE_CHUNK = 2**25  # logits normalised at a time: 128 MiB in float32
 
 
-class Experiment(experiment.Experiment):
-    """See backends.experiment."""
+class MlxDevice(Device):
+    """See backends.device."""
 
-    def _open_device(self) -> None:
+    def open(self) -> None:
         on_cpu = self.platform.device_kind == "cpu"
         if not on_cpu and not mx.is_available(mx.gpu):
             raise SystemExit(
@@ -53,43 +53,55 @@ class Experiment(experiment.Experiment):
 
         mx.random.seed = watched
 
-    def _seed_changed(self) -> bool:
+    def seed_changed(self) -> bool:
         return self._reseeded
 
-    def check_memory(self, rows: int) -> None:
-        """End the run if `rows` rows would not fit: before the desktop freezes."""
-        held = mx.get_active_memory()
-        a_row = max(mx.get_peak_memory() - held, 1)
-        expected = held + rows * a_row
-        if not self._memory_limit or expected <= self._memory_limit:
-            return
-        fit = int((self._memory_limit - held) // a_row)
-        advice = f"lower DEVICE_BATCH_SIZE to {fit} or less" if fit > 0 else "lower N_LAYER or N_EMBD"
-        message = (
-            f"out of memory: {rows} rows need about {expected / 2**30:.1f} GiB, "
-            f"this machine gives {self._memory_limit / 2**30:.1f} GiB "
-            f"({100 * MEMORY_SHARE:.0f}% of its recommended working set): {advice}"
-        )
-        self._emit(Failure("oom", message))
-        raise SystemExit(message)
-
-    def _to_device(self, rows: np.ndarray) -> tuple[mx.array, mx.array]:
+    def copy(self, rows: np.ndarray) -> tuple[mx.array, mx.array]:
         """Return (x, y), int32 [B, T] each. MLX copies when they are first used."""
         tokens = mx.array(rows.astype(np.int32))
         return tokens[:, :-1], tokens[:, 1:]
 
-    def _arrived(self, copy: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
+    def arrived(self, copy: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
         return copy
 
-    def _read_later(self, loss: mx.array) -> Callable[[], float]:
+    def read_later(self, loss: mx.array) -> Callable[[], float]:
         return loss.item
 
-    def _nats(self, model: nn.Module, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        logits = model(mx.array(x.astype(np.int32)))
-        self._refuse(checks.proper(logits.shape, y.shape, self.track.vocab_size))
+    def synchronize(self) -> None:
+        mx.synchronize()
+
+    def shapes(self, model: nn.Module) -> dict[str, list[int]]:
+        return {name: list(array.shape) for name, array in tree_flatten(model.parameters())}
+
+    def drawn(self, model: nn.Module) -> str:
+        digest = hashlib.sha256()
+        constant = True
+        for _, array in tree_flatten(model.parameters()):
+            flat = np.array(array.astype(mx.float32)).ravel()
+            if len(flat) and (flat != flat[0]).any():
+                constant = False
+                digest.update(flat.tobytes())
+        return "" if constant else digest.hexdigest()
+
+    def num_params(self, model: nn.Module) -> int:
+        return sum(p.size for _, p in tree_flatten(model.parameters()))
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        mx.save_safetensors(str(path), dict(tree_flatten(model.parameters())))
+
+    def load(self, model: nn.Module, path: Path) -> None:
+        model.load_weights(str(path))
+
+    def ready_to_score(self, model: nn.Module) -> None:
+        model.eval()
+
+    def nats(self, model: nn.Module, rows: np.ndarray) -> np.ndarray:
+        tokens = mx.array(rows.astype(np.int32))
+        logits = self._logits(model, tokens[:, :-1])
+        shape = logits.shape[:2]
         logits = logits.flatten(0, 1)
-        targets = mx.array(y.astype(np.int32)).flatten()
-        chunk = max(1, SCORE_CHUNK // self.track.vocab_size)
+        targets = tokens[:, 1:].flatten()
+        chunk = max(1, SCORE_CHUNK // logits.shape[1])
         parts = []
         for i in range(0, len(targets), chunk):
             part = logits[i : i + chunk].astype(mx.float32)
@@ -97,31 +109,52 @@ class Experiment(experiment.Experiment):
             nats = mx.logsumexp(part, axis=1) - mx.take_along_axis(part, target, axis=1)[:, 0]
             mx.eval(nats)  # one chunk in memory at a time
             parts.append(nats)
-        return np.array(mx.concatenate(parts)).reshape(y.shape)
+        return np.array(mx.concatenate(parts)).reshape(shape)
 
-    def _num_params(self, model: nn.Module) -> int:
-        return sum(p.size for _, p in tree_flatten(model.parameters()))
+    def logits(self, model: nn.Module, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        logits = self._logits(model, mx.array(x.astype(np.int32)))
+        index = mx.array(positions.astype(np.int32))[:, :, None]
+        return np.array(mx.take_along_axis(logits, index, axis=1).astype(mx.float32))
 
-    def _save(self, model: nn.Module, path: Path) -> None:
-        mx.save_safetensors(str(path), dict(tree_flatten(model.parameters())))
+    def _logits(self, model: nn.Module, x: mx.array) -> mx.array:
+        logits = model(x)
+        check_logits(logits.shape, x.shape, self.vocab_size)
+        return logits
 
-    def _load(self, model: nn.Module, path: Path) -> None:
-        model.load_weights(str(path))
+    def free_memory(self) -> None:
+        mx.clear_cache()
 
-    def _synchronize(self) -> None:
-        mx.synchronize()
-
-    def _peak_memory_mb(self) -> float:
+    def peak_memory_mb(self) -> float:
         return mx.get_peak_memory() / 2**20
 
-    def _measured_tflops(self) -> float:
+    def measured_tflops(self) -> float:
         return matmul_tflops(mx.bfloat16 if self.bf16 else mx.float32)
 
-    def _out_of_memory(self, error: BaseException) -> bool:
+    def out_of_memory(self, error: BaseException) -> bool:
         text = str(error)
         if isinstance(error, MemoryError) or "Insufficient Memory" in text or "[malloc" in text:
             return True
         return "out of memory" in text.lower()
+
+    def too_large(self, rows: int) -> str:
+        held = mx.get_active_memory()
+        a_row = max(mx.get_peak_memory() - held, 1)
+        expected = held + rows * a_row
+        if not self._memory_limit or expected <= self._memory_limit:
+            return ""
+        fit = int((self._memory_limit - held) // a_row)
+        advice = f"lower DEVICE_BATCH_SIZE to {fit} or less" if fit > 0 else "lower N_LAYER or N_EMBD"
+        return (
+            f"out of memory: {rows} rows need about {expected / 2**30:.1f} GiB, "
+            f"this machine gives {self._memory_limit / 2**30:.1f} GiB "
+            f"({100 * MEMORY_SHARE:.0f}% of its recommended working set): {advice}"
+        )
+
+
+class Experiment(experiment.Experiment):
+    """See backends.experiment."""
+
+    device_class = MlxDevice
 
 
 def matmul_tflops(dtype: mx.Dtype, n: int = 0, seconds: float = 0.5) -> float:

@@ -7,6 +7,7 @@ here imports a framework: the launcher asks too.
 """
 
 import functools
+import json
 import os
 import platform as python_platform
 import re
@@ -16,7 +17,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backends.protocol import RunSettings
-from prepare import ROOT, STRICT, Complaint, Track, UserError, config_path, load_tracks, read_entries
+from prepare import (
+    ROOT,
+    STRICT,
+    Complaint,
+    Entry,
+    Track,
+    UserError,
+    config_path,
+    load_track,
+    load_tracks,
+    read_entries,
+)
 
 Framework = Literal["torch", "mlx"]
 DeviceKind = Literal["gpu", "cpu"]
@@ -186,9 +198,35 @@ def choose_platform(name: str = "") -> tuple[Platform, str]:
     return platforms[name], "named with --platform"
 
 
+def current_entries() -> tuple[Platform, Track]:
+    """Return platform and track of this process: those that the launcher hands over, or the machine's own.
+
+    Raises:
+        UserError: a name is unknown, or no platform fits this machine.
+    """
+    settings = RunSettings.from_env()
+    if settings.entries:
+        values = json.loads(settings.entries)
+        return from_json(Platform, values["platform"]), from_json(Track, values["track"])
+    platform, _ = choose_platform(settings.platform)
+    return platform, load_track(settings.track or platform.track)
+
+
 def current_platform() -> Platform:
-    """Return the platform of this process: the one that the launcher names, or the machine's own."""
-    return choose_platform(RunSettings.from_env().platform)[0]
+    """Return the platform of this process."""
+    return current_entries()[0]
+
+
+def entries_as_json(platform: Platform, track: Track) -> str:
+    """Return what current_entries reads."""
+    return json.dumps({"platform": asdict(platform), "track": asdict(track)})
+
+
+def from_json(cls: type[Entry], values: dict[str, Any]) -> Entry:
+    """Return an entry of platforms.yaml from its values."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls).validate_json(json.dumps(values))
 
 
 def scored_tokens(platform: Platform, track: Track) -> int:

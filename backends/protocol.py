@@ -2,8 +2,8 @@
 The contract between the launcher and a trainer's process, on one page.
 
 The launcher starts a trainer with RunSettings in its environment. The trainer answers with events, one JSON
-object a line, on the pipe that `events_fd` names. Both sides know a run's files by the properties of RunDir.
-Nothing here imports a framework.
+object a line, on the socket that `launcher_fd` names; there it receives the training rows when its clock
+starts. Both sides know a run's files by the properties of RunDir. Nothing here imports a framework.
 """
 
 import functools
@@ -22,7 +22,8 @@ from prepare import TIME_BUDGET, UserError
 ENV_PREFIX = "AUTORESEARCH_"
 RUN_ID_VARIABLE = f"{ENV_PREFIX}RUN_ID"  # every process of a run inherits it, so that a survivor can be found
 IN_LOOP_VARIABLE = f"{ENV_PREFIX}LOOP"  # set for an agent that the loop called: it starts no experiment
-EVENT_BYTES = 2**16  # of one event at most; a longer line is an error
+EVENT_BYTES = 2**18  # of one event at most; a longer line is an error
+ROWS_BYTE = b"r"  # comes with the file descriptor of the training rows
 LOG_BYTES = 2**16  # at the end of a log, which are looked at
 LINE_CHARS = 300  # of a line of a log, which are shown
 
@@ -41,12 +42,14 @@ class RunSettings:
 
     platform: str = ""  # entry of platforms.yaml; empty: the one that fits this machine
     track: str = ""  # empty: the platform's own
+    entries: str = ""  # both entries as JSON: in its box a trainer cannot look what files a track has
+    data_dir: str = ""  # of the track's prepared data; empty: where prepare.py keeps it
     seed: int = 1
     budget: float = float(TIME_BUDGET)  # seconds of training
-    val_tokens: int = 0  # validation tokens to score; 0: as many as the platform says
-    run_dir: str = ""  # folder for the result and the weights; empty: nothing is written
-    events_fd: int = -1  # file descriptor that takes the events; -1: they go to the terminal
+    weights: str = ""  # file that takes the weights; empty: they are not written
+    launcher_fd: int = -1  # socket to the launcher; -1: there is none, progress goes to the terminal
     run_id: str = ""
+    profiled: int = 0  # 1: some steps are profiled, as in a dry run
     launcher_pid: int = 0  # the process that must outlive the trainer's; 0: none
 
     def to_env(self) -> dict[str, str]:
@@ -88,7 +91,7 @@ STRICT = {"strict": True, "allow_inf_nan": False, "extra": "ignore"}  # pydantic
 
 @dataclass(frozen=True)
 class Start:
-    """The clock of the training budget starts."""
+    """The trainer is ready: the clock of the training budget starts when it has the training rows."""
 
     device: str
     platform: str
@@ -96,7 +99,12 @@ class Start:
     seed: int
     budget: Annotated[float, Gt(0)]
     num_params_M: NonNegative
+    depth: Count
+    flops_per_token: Count
+    peak_tflops: NonNegative
+    dtype: str  # of the device's matrix products
     startup: NonNegative  # seconds since Experiment() was made
+    weights: dict[str, list[int]]  # shape of each tensor of the model
     laptop: dict[str, Any] = field(default_factory=dict)  # platforms.mac_state()
     event: Literal["start"] = "start"
     __pydantic_config__ = STRICT
@@ -119,58 +127,14 @@ class Log:
 
 @dataclass(frozen=True)
 class Stop:
-    """The clock of the training budget stops."""
+    """The training is over and the weights are written. The launcher ends the trainer when it reads this."""
 
-    training_seconds: NonNegative
     num_steps: Count
     tokens: Count
+    peak_memory_mb: NonNegative
+    step_shares: dict[str, float] = field(default_factory=dict)  # of a step's time, by kind of work
     event: Literal["stop"] = "stop"
     __pydantic_config__ = STRICT
-
-
-@dataclass(frozen=True)
-class Score:
-    """Validation rows scored so far."""
-
-    done: Count
-    rows: Count
-    seconds: NonNegative
-    event: Literal["score"] = "score"
-    __pydantic_config__ = STRICT
-
-
-@dataclass(frozen=True)
-class Result:
-    """The score, and what it took.
-
-    Also the content of result.json, and the last lines that a trainer prints.
-    """
-
-    val_bpb: Annotated[float, Gt(0)]
-    val_stderr: NonNegative
-    val_tokens: Count
-    training_seconds: NonNegative
-    total_seconds: NonNegative
-    peak_memory_mb: NonNegative
-    tokens_per_second: Count
-    mfu_percent: float
-    total_tokens_M: NonNegative
-    epochs: NonNegative
-    num_steps: Count
-    num_params_M: NonNegative
-    depth: Count
-    flops_per_token: Count
-    peak_tflops: NonNegative
-    platform: str
-    device: str
-    track: str
-    seed: int
-    event: Literal["result"] = "result"
-    __pydantic_config__ = STRICT
-
-    def printed(self) -> dict[str, Any]:
-        """Return what a person reads of it, in order."""
-        return {key: value for key, value in asdict(self).items() if key != "event"}
 
 
 @dataclass(frozen=True)
@@ -192,11 +156,11 @@ class Failure:
     __pydantic_config__ = STRICT
 
 
-Event = Start | Log | Stop | Score | Result | Invalid | Failure
+Event = Start | Log | Stop | Invalid | Failure
 
 
 class EventError(ValueError):
-    """A line on the event pipe is not an event."""
+    """A line from a trainer is not an event."""
 
 
 def format_event(event: Event) -> str:
@@ -230,6 +194,39 @@ def _event_adapter() -> Any:
 
 
 # ---------------------------------------------------------------------------
+# What the launcher makes of it
+# ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """The score, and what it took: the content of result.json, and the last lines that a run prints."""
+
+    val_bpb: float
+    val_stderr: float
+    val_tokens: int
+    difference_worst: float  # nats between the losses of the two processes that scored, at one position
+    difference_bias: float  # and on average, without its sign
+    training_seconds: float
+    total_seconds: float
+    peak_memory_mb: float
+    tokens_per_second: int
+    mfu_percent: float
+    total_tokens_M: float
+    epochs: float
+    num_steps: int
+    num_params_M: float
+    depth: int
+    flops_per_token: int
+    peak_tflops: float
+    dtype: str
+    platform: str
+    device: str
+    track: str
+    seed: int
+
+
+# ---------------------------------------------------------------------------
 # Both: the files of a run
 # ---------------------------------------------------------------------------
 
@@ -260,9 +257,19 @@ class RunDir:
         return self.path / "events.jsonl"
 
     @property
+    def score_log(self) -> Path:
+        """Everything that the processes print which score."""
+        return self.path / "score.log"
+
+    @property
     def result(self) -> Path:
-        """The Result event, as the trainer writes it."""
+        """The Result."""
         return self.path / "result.json"
+
+    @property
+    def box(self) -> Path:
+        """The folder that the trainer may write in. It is removed when the run is over."""
+        return self.path / "box"
 
     @property
     def weights(self) -> Path:

@@ -1,23 +1,36 @@
-"""Run the trainer as a child process, by the launcher's own clock, and end it with all that it started."""
+"""
+Run a trainer as a boxed child process, by the launcher's own clock, and have its weights scored.
+
+The clock starts when the child is ready and two processes that score have built its model: it gets the
+training rows at that moment, and not before. The clock stops when the child says that its weights are
+written: it is killed at that moment, and the weights are scored.
+"""
 
 import json
+import math
 import os
 import selectors
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
-from backends.platforms import Platform
+import psutil
+
 from backends.protocol import (
     EVENT_BYTES,
+    ROWS_BYTE,
     Event,
     EventError,
     Failure,
     Invalid,
+    Log,
     Result,
     RunDir,
     RunSettings,
@@ -25,20 +38,36 @@ from backends.protocol import (
     Stop,
     last_lines,
     parse_event,
+    write_json,
 )
-from launcher import compiled
-from launcher.console import OnEvent
+from launcher import compiled, shared_memory
+from launcher.console import OnEvent, Scored
 from launcher.device import Watch
 from launcher.ledger import single_line
-from launcher.processes import Stopped, end_group, end_leftovers, ignore_signals, stop_on_signals
+from launcher.processes import (
+    Stopped,
+    adopt_orphans,
+    end_group,
+    end_leftovers,
+    end_orphans,
+    ignore_signals,
+    remove_tree,
+    stop_on_signals,
+)
+from launcher.score import Job, NotScored, Score, ScoringPair, child_environment
+from launcher.setting import Setting
+from launcher.walls import trainer_policy
 from prepare import ROOT
 
-GRACE = 10.0  # seconds of training beyond the budget: the last step, and waiting for the device
-CLOCK_TOLERANCE = 1.0  # seconds that the child's training clock may differ from the launcher's
-EXIT_SECONDS = 30.0  # from the result to the end of the process
-WHOLE_SECONDS = 300.0  # of a run beyond its budget: ten minutes in all
+GRACE = 10.0  # seconds beyond the budget after which the child is ended: the last step, and writing weights
+SLACK = 1.0  # seconds beyond the budget that count as in time,
+LAST_STEP = 2.0  # and as many as the longest step took, at most so many seconds
+LAST_STEP_SHARE = 0.01  # or this share of the budget,
+WRITING = 200e6  # and a second for each so many bytes of weights,
+MOST_WRITING = 2.0  # at most so many seconds
 POLL_SECONDS = 0.5  # between looks at the limits
-READS = 100  # of the pipe, at most, between looks at the limits: a trainer may send without a pause
+MOST_SHARES = 8  # kinds of work of a step that are listened to
+READS = 100  # of the socket, at most, between looks at the limits: a trainer may send without a pause
 
 
 @dataclass
@@ -50,6 +79,9 @@ class Outcome:
     training_seconds: float = 0.0  # by the launcher's clock
     total_seconds: float = 0.0
     result: Result | None = None
+    step_shares: dict[str, float] = field(
+        default_factory=dict
+    )  # of a step's time by kind of work, if profiled
     exit_code: int | None = None
 
     def fail(self, status: str, reason: str) -> None:
@@ -62,117 +94,143 @@ class Outcome:
 def supervise(
     trainer: Path,
     run_dir: RunDir,
-    settings: RunSettings,
-    platform: Platform,
+    setting: Setting,
+    seed: int,
     watch: Watch,
     on_event: OnEvent,
+    profiled: bool = False,
 ) -> Outcome:
-    """Run `trainer` in `run_dir` to its end and return what was seen of it.
+    """Run `trainer` in `run_dir` to its end, score its weights, and return what was seen of it.
+
+    profiled: some steps are measured by kind of work, which slows them down
 
     Raises:
         Stopped: the launcher was asked to end. The child is gone by then.
     """
-    return Supervision(trainer, run_dir, settings, platform, watch, on_event).run()
+    settings = replace(setting.boxed_settings(seed, run_dir.run_id), profiled=int(profiled))
+    return Supervision(trainer, run_dir, setting, settings, watch, on_event).run()
 
 
 class Supervision:
-    """One child from its start to its end.
-
-    The launcher's clock starts when it reads Start and stops when it reads Stop. Each phase of a run has a
-    deadline: start-up, training, scoring, exit, and the whole.
-    """
+    """One child from its start to its score. Start-up, training and scoring have a limit each."""
 
     def __init__(
         self,
         trainer: Path,
         run_dir: RunDir,
+        setting: Setting,
         settings: RunSettings,
-        platform: Platform,
         watch: Watch,
         on_event: OnEvent,
     ) -> None:
         self.trainer = trainer
         self.run_dir = run_dir
+        self.setting = setting
         self.settings = settings
-        self.platform = platform
         self.watch = watch
         self.on_event = on_event
         self.outcome = Outcome()
         self._began = time.monotonic()
-        self._started: float | None = None
-        self._stopped: float | None = None
+        self._start: Start | None = None
+        self._stop: Stop | None = None
+        self._started = 0.0  # on the launcher's clock
+        self._last_log = 0.0
+        self._longest_step = 0.0  # seconds between two points of the loss curve, by the same clock
+        self._rows_given = 0.0  # the same moment by the wall clock
         self._deadlines: dict[str, tuple[float, str]] = {}  # phase -> (time, what the run is told)
         self._buffer = b""
-        self._child_pid = 0
+        self._shared_before = shared_memory.files()
+        self._known = {process.pid for process in psutil.Process().children()}  # and those that score
+        self._weights = run_dir.box / run_dir.weights.name  # where the child writes them
 
     def run(self) -> Outcome:
-        """Start the child, follow it, end it. Returns the outcome."""
+        """Start the child, follow it, end it, score it. Returns the outcome."""
+        startup = self.setting.platform.startup_seconds
         self._set_deadline(
-            "startup",
-            self.platform.startup_seconds,
-            f"no exp.start within {self.platform.startup_seconds:.0f} s: "
-            "compilation or warm-up takes too long",
+            "startup", startup, f"no exp.start within {startup:.0f} s: compilation or warm-up takes too long"
         )
-        whole = self.settings.budget + WHOLE_SECONDS
-        self._set_deadline("whole", whole, f"the whole run took over {whole:.0f} s")
-        with open(self.run_dir.log, "wb") as log, open(self.run_dir.events, "w") as events, stop_on_signals():
-            reading, writing = os.pipe()
-            child = self._start_child(log.fileno(), writing)
-            self._child_pid = child.pid
-            os.close(writing)
+        adopt_orphans()
+        self.run_dir.box.mkdir()
+        with ExitStack() as stack:
+            events = stack.enter_context(open(self.run_dir.events, "w"))
+            stack.enter_context(stop_on_signals())
+            stack.callback(self._clean)
+            stack.callback(self._flush, events)
             try:
-                self._follow(child, reading, events)
+                self._train_and_score(stack, events)
             except Stopped as stop:
                 self.outcome.fail("crash", f"interrupted ({stop})")
                 raise
-            finally:
-                self._end(child)
-                os.close(reading)
-                events.flush()
-                os.fsync(events.fileno())
-        if not self.outcome.status:
-            self._judge_exit()
+            except NotScored as error:
+                self.outcome.fail(error.status, error.reason)
+        self.outcome.total_seconds = round(time.monotonic() - self._began, 2)
+        if self.outcome.result:
+            result = replace(self.outcome.result, total_seconds=self.outcome.total_seconds)
+            self.outcome.result = result
+            write_json(self.run_dir.result, asdict(result))
         return self.outcome
 
-    def _start_child(self, log_fd: int, events_fd: int) -> subprocess.Popen[bytes]:
+    def _train_and_score(self, stack: ExitStack, events: TextIO) -> None:
+        self._channel, theirs = socket.socketpair()
+        stack.callback(self._channel.close)
+        with theirs:
+            child = self._start_child(theirs.fileno())
+        try:
+            job = Job(
+                self.trainer,
+                self.run_dir,
+                self.settings,
+                self.setting.track,
+                self.setting.data,
+                self.setting.bf16,
+            )
+            self._scoring = stack.enter_context(ScoringPair(job))
+            self._known |= {self._scoring.first.pid, self._scoring.second.pid}
+            self._follow(child, events)
+        finally:
+            self._end(child)
+        if self._stop is None and not self.outcome.status:
+            self._judge_exit()
+        if self.outcome.status:
+            return
+        assert self._start and self._stop
+        self._take_weights()
+        score = self._score()
+        self.outcome.result = self._result(self._start, self._stop, score)
+
+    def _start_child(self, descriptor: int) -> subprocess.Popen[bytes]:
         settings = replace(
             self.settings,
-            run_dir=str(self.run_dir.path),
-            run_id=self.run_dir.run_id,
-            events_fd=events_fd,
+            weights=str(self._weights),
+            launcher_fd=descriptor,
             launcher_pid=os.getpid(),
         )
-        path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        environment = {
-            **os.environ,
-            **compiled.environment(),
-            **settings.to_env(),
-            "PYTHONPATH": os.pathsep.join(filter(None, path)),
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        return subprocess.Popen(
-            [sys.executable, str(self.trainer)],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log_fd,
-            stderr=subprocess.STDOUT,
-            pass_fds=(events_fd,),
-            start_new_session=True,
-        )
+        policy = trainer_policy(self.run_dir, self.trainer, self.setting.track, self.setting.data)
+        with open(self.run_dir.log, "wb") as log:
+            child = subprocess.Popen(
+                policy.command([sys.executable, str(self.trainer)]),
+                cwd=ROOT,
+                env=child_environment(settings, self.run_dir.box),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(descriptor,),
+                start_new_session=True,
+            )
+        self._child_pid = child.pid
+        return child
 
     # --- While it runs --------------------------------------------------------------------------------------
 
-    def _follow(self, child: subprocess.Popen[bytes], reading: int, events: TextIO) -> None:
-        """Read events until the child has ended, a deadline has passed, or a line is not an event."""
-        os.set_blocking(reading, False)
+    def _follow(self, child: subprocess.Popen[bytes], events: TextIO) -> None:
+        """Read events until the child has stopped or ended, a deadline has passed, or a line is no event."""
+        self._channel.setblocking(False)
         with selectors.DefaultSelector() as selector:
-            selector.register(reading, selectors.EVENT_READ)
+            selector.register(self._channel, selectors.EVENT_READ)
             try:
-                while not self._overdue():
+                while self._stop is None and not self._overdue():
                     ended = child.poll() is not None  # asked before reading: what it sent last is read too
-                    is_open = self._wait_and_read(selector, reading, events, wait=not ended)
+                    is_open = self._wait_and_read(selector, events, wait=not ended)
                     self.on_event(None)
                     if ended:
                         return
@@ -181,27 +239,30 @@ class Supervision:
             except EventError as error:
                 self.outcome.fail("invalid", f"the trainer sent something that is no event: {error}")
 
-    def _wait_and_read(
-        self, selector: selectors.BaseSelector, reading: int, events: TextIO, wait: bool
-    ) -> bool:
-        """Handle what the pipe holds. Returns False when the child has closed it. Raises EventError."""
+    def _wait_and_read(self, selector: selectors.BaseSelector, events: TextIO, wait: bool) -> bool:
+        """Handle what the socket holds. Returns False when the child has closed it. Raises EventError."""
         timeout = POLL_SECONDS if wait else 0.0
         for _ in range(READS):
-            if not selector.select(timeout):
+            if self._stop or not selector.select(timeout):
                 break
             timeout = 0.0
-            now = time.monotonic()
-            chunk = os.read(reading, EVENT_BYTES)
+            try:
+                chunk = self._channel.recv(EVENT_BYTES)
+            except ConnectionResetError:
+                return False
             if not chunk:
                 return False
             *lines, self._buffer = (self._buffer + chunk).split(b"\n")
             if len(self._buffer) > EVENT_BYTES:
                 raise EventError(f"a line of over {EVENT_BYTES} bytes")
             for line in lines:
+                now = time.monotonic()  # a line before this one may have begun the training
                 event = parse_event(line)
                 events.write(json.dumps({"at": round(now - self._began, 3), **asdict(event)}) + "\n")
                 self._handle(event, now)
                 self.on_event(event)
+                if self._stop:
+                    break
         return True
 
     def _wait_for_exit(self, child: subprocess.Popen[bytes]) -> None:
@@ -211,42 +272,36 @@ class Supervision:
             time.sleep(POLL_SECONDS)
 
     def _handle(self, event: Event, now: float) -> None:
-        if isinstance(event, Start) and self._started is None:
-            self._training_begins(now)
-        elif isinstance(event, Stop) and self._started is not None and self._stopped is None:
-            self._training_ends(event, now)
-        elif isinstance(event, Result) and self._stopped is not None and self.outcome.result is None:
-            self.outcome.result = event
-            del self._deadlines["scoring"]
-            message = f"the process did not end within {EXIT_SECONDS:.0f} s of its result"
-            self._set_deadline("exit", EXIT_SECONDS, message)
+        if isinstance(event, Start) and self._start is None:
+            self._training_begins(event)
+        elif isinstance(event, Log) and self._start is not None:
+            self._longest_step = max(self._longest_step, now - self._last_log)
+            self._last_log = now
+        elif isinstance(event, Stop) and self._start is not None:
+            self._stop = event
+            self.outcome.training_seconds = max(round(now - self._started, 3), 0.001)
+            shares = list(event.step_shares.items())[:MOST_SHARES]
+            self.outcome.step_shares = {kind[:40]: share for kind, share in shares}
         elif isinstance(event, Invalid):
             self.outcome.fail("invalid", event.message)
         elif isinstance(event, Failure):
             self.outcome.fail("crash", event.message)
 
-    def _training_begins(self, now: float) -> None:
-        self._started = now
-        del self._deadlines["startup"]
-        budget = self.settings.budget
+    def _training_begins(self, event: Start) -> None:
+        """Hand over the training rows, when all is ready: from this moment on the clock runs."""
+        self._start = event
+        deadline, _ = self._deadlines.pop("startup")
+        self._scoring.wait_until_ready(deadline - time.monotonic(), lambda: self.on_event(None))
+        self._scoring.compare_shapes(event.weights)
+        self.watch.begin(self._child_pid)
+        budget = self.setting.budget
         message = f"training went on {GRACE:.0f} s past its {budget:g} s: the loop does not end"
         self._set_deadline("training", budget + GRACE, message)
-        self.watch.begin(self._child_pid)
-
-    def _training_ends(self, event: Stop, now: float) -> None:
-        assert self._started is not None
-        self._stopped = now
-        self.watch.end()
-        del self._deadlines["training"]
-        seconds = self.platform.score_seconds
-        self._set_deadline("scoring", seconds, f"scoring took over {seconds:.0f} s")
-        ours = self.outcome.training_seconds = round(now - self._started, 3)
-        if abs(ours - event.training_seconds) > CLOCK_TOLERANCE:
-            self.outcome.fail(
-                "invalid",
-                f"the trainer's clock says {event.training_seconds} s of training, "
-                f"the launcher's {ours:.1f} s",
-            )
+        with open(self.setting.data.path / "train.bin", "rb") as rows:
+            self._rows_given = time.time()
+            self._started = self._last_log = time.monotonic()
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has ended: that is noticed elsewhere
+                socket.send_fds(self._channel, [ROWS_BYTE], [rows.fileno()])
 
     def _set_deadline(self, phase: str, seconds: float, message: str) -> None:
         self._deadlines[phase] = time.monotonic() + seconds, message
@@ -264,26 +319,95 @@ class Supervision:
         """End the child and all that it started. From here on a second Ctrl-C changes nothing."""
         with ignore_signals():
             self.watch.end()
-            end_group(child)
-            leftovers = end_leftovers(self.run_dir.run_id)
+            end_group(child, ask=False)
+            leftovers = end_leftovers(self.run_dir.run_id) + end_orphans(self._known)
         self.outcome.exit_code = child.returncode
-        self.outcome.total_seconds = round(time.monotonic() - self._began, 2)
         if leftovers:
             self.outcome.fail("invalid", f"the trainer left processes running: {', '.join(leftovers)}")
 
     def _judge_exit(self) -> None:
         """Say why a trainer ended that sent no word about it."""
         code = self.outcome.exit_code or 0
-        if code == 0 and self.outcome.result is None:
-            message = "the trainer exited 0 without a result: it must call exp.finish(model, EVAL_BATCH_SIZE)"
+        if code == 0:
+            message = "the trainer exited 0 without a result: it must call exp.finish(model)"
             self.outcome.fail("crash", message)
         elif code == -signal.SIGKILL:
             message = "the trainer was killed: out of memory? Lower DEVICE_BATCH_SIZE or the model's size"
             self.outcome.fail("crash", message)
         elif code < 0:
             self.outcome.fail("crash", f"the trainer died of signal {signal.Signals(-code).name}")
-        elif code > 0:
+        else:
             self.outcome.fail("crash", f"the trainer exited with code {code}: {last_line(self.run_dir.log)}")
+
+    def _take_weights(self) -> None:
+        """Move the weights out of the child's reach. Raises NotScored when there are none, or too late."""
+        try:
+            found = self._weights.lstat()
+        except OSError:
+            raise NotScored("invalid", "the trainer said stop and wrote no weights") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise NotScored("invalid", "the trainer's weights are no file")
+        late = self.outcome.training_seconds - self.setting.budget
+        step = min(self._longest_step, max(LAST_STEP, LAST_STEP_SHARE * self.setting.budget))
+        allowed = SLACK + step + min(512 * found.st_blocks / WRITING, MOST_WRITING)
+        if late > allowed:
+            raise NotScored(
+                "invalid",
+                f"training took {self.outcome.training_seconds:.1f} s, {late:.1f} s more than its budget "
+                f"({allowed:.1f} s are allowed for the last step and for writing the weights): end the loop "
+                "when exp.progress reaches 1, and make steps shorter (TOTAL_BATCH_SIZE)",
+            )
+        os.replace(self._weights, self.run_dir.weights)
+
+    def _score(self) -> Score:
+        def show(done: int, rows: int) -> None:
+            self.on_event(Scored(done, rows))
+
+        rows = {"val": self.setting.val_tokens // self.setting.track.seq_len}
+        seconds = self.setting.platform.score_seconds
+        return self._scoring.score(self.run_dir.weights, rows, seconds, show)[0]
+
+    def _result(self, start: Start, stop: Stop, score: Score) -> Result:
+        seconds = self.outcome.training_seconds
+        rate = stop.tokens / seconds
+        peak = start.peak_tflops * 1e12
+        data = self.setting.data
+        return Result(
+            val_bpb=round(score.bpb, 6),
+            val_stderr=round(score.stderr, 6) if math.isfinite(score.stderr) else 0.0,
+            val_tokens=score.tokens,
+            difference_worst=float(f"{score.difference.worst:.3g}"),
+            difference_bias=float(f"{score.difference.bias:.3g}"),
+            training_seconds=seconds,
+            total_seconds=0.0,  # not over yet
+            peak_memory_mb=stop.peak_memory_mb,
+            tokens_per_second=round(rate),
+            mfu_percent=round(100 * rate * start.flops_per_token / peak, 2) if peak else 0.0,
+            total_tokens_M=round(stop.tokens / 1e6, 3),
+            epochs=round(stop.tokens / (data.num_train_rows * data.seq_len), 2),
+            num_steps=stop.num_steps,
+            num_params_M=start.num_params_M,
+            depth=start.depth,
+            flops_per_token=start.flops_per_token,
+            peak_tflops=start.peak_tflops,
+            dtype=start.dtype,
+            platform=self.setting.platform.name,
+            device=self.setting.facts.device,
+            track=self.setting.track.name,
+            seed=self.settings.seed,
+        )
+
+    def _clean(self) -> None:
+        """Remove what the child wrote. Of compiled code, what it wrote before it had rows stays."""
+        with ignore_signals():
+            remove_tree(self.run_dir.box)
+            shared_memory.remove_new(self._shared_before)
+            if self._rows_given:
+                compiled.remove_since(self._rows_given)
+
+    def _flush(self, events: TextIO) -> None:
+        events.flush()
+        os.fsync(events.fileno())
 
 
 def last_line(log: Path) -> str:

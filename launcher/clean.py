@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.compiled import compiled_dir
+from launcher import compiled
 from launcher.ledger import warn
-from launcher.runs import ledger, lowest_runs, runs_dir
+from launcher.runs import ledger, runs_dir, runs_to_keep
 from prepare import cache_dir, load_tracks, prepared_path
 
 
@@ -38,18 +38,19 @@ def free_disk(apply: bool) -> None:
 
 
 def saved_weights() -> Iterator[Item]:
-    """Yield the weights of runs. Needed are those of the best runs and those that the user asked to keep."""
-    best = {row.run for row in lowest_runs(ledger().rows(warn)).values()}
+    """Yield the weights of runs. Needed are those that runs keep, and those that the user asked to keep."""
+    kept = runs_to_keep(ledger().rows(warn))
     for weights in sorted(runs_dir().glob("*/model.safetensors")):
         folder = weights.parent
-        needed = folder.name in best or (folder / "keep-weights").exists()
+        needed = folder.name in kept or (folder / "keep-weights").exists()
         yield Item(weights, needed, weights.stat().st_size)
 
 
 def compiled_code() -> Iterator[Item]:
-    """Yield the folder of compiled code, where there is one: the next run compiles what it needs."""
-    if compiled_dir().is_dir():
-        yield Item(compiled_dir(), False, folder_size(compiled_dir()))
+    """Yield the folders of compiled code, where there are any: the next run compiles what it needs."""
+    for folder in (compiled.folder(), compiled.bytecode_folder()):
+        if folder.is_dir():
+            yield Item(folder, False, folder_size(folder))
 
 
 def folder_size(folder: Path) -> int:

@@ -405,13 +405,13 @@ def report(
 @main.command()
 @click.argument("run")
 def verify(run: str) -> None:
-    """Score a saved run in a fresh process, on val and on the sealed set.
+    """Score a saved run again, on val and on the sealed set, and compare it with the baseline.
 
     \b
     autoresearch verify best
 
     \b
-    Exit codes: 0 verified, 5 refuted, 1 no verdict (no weights, other data), 2 usage.
+    Exit codes: 0 verified, 5 refuted, 6 unverifiable, 1 no weights or other data, 2 usage.
     """
     from launcher.verify import verify_run
 

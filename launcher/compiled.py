@@ -2,26 +2,94 @@
 The compiled code of earlier runs: one folder of this machine, which every run reuses, and which is bounded.
 
 A dry run compiles an edit, and the run that follows finds its code here. The system's folder for temporary
-files, where PyTorch would put it, is emptied by a reboot and grows without a bound.
+files, where PyTorch would put it, is emptied by a reboot and grows without a bound. What a run writes here
+after it has seen training rows is forgotten: nothing that was learned reaches the next run.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISDIR
 
+from launcher.processes import remove_tree
 from prepare import cache_dir
 
 MOST_BYTES = 8 * 2**30  # that the folder may hold: some hundred models, each of about 30 to 100 MB
 TRIMMED_BYTES = 6 * 2**30  # that are left when it held more
+CLOCK_TICK = 0.02  # seconds by which the time of a change may lie behind the clock
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # Triton's cache lies below it too
 
 
-def compiled_dir() -> Path:
-    return cache_dir() / "compiled"
+def folder() -> Path:
+    """Return where compiled code is kept: the user's own place, or ours."""
+    return Path(os.environ.get(VARIABLE) or cache_dir() / "compiled")
+
+
+def bytecode_folder() -> Path:
+    """Return where Python keeps the bytecode of what boxed processes import: they cannot write beside it."""
+    return cache_dir() / "bytecode"
 
 
 def environment() -> dict[str, str]:
-    """Return the variables that tell a trainer's process where to keep compiled code. A user's own stays."""
-    return {} if VARIABLE in os.environ else {VARIABLE: str(compiled_dir())}
+    """Return the variables that tell a trainer's process where to keep compiled code."""
+    return {
+        VARIABLE: str(folder()),
+        "PYTHONPYCACHEPREFIX": str(bytecode_folder()),
+        # Of FlashAttention-4, whose kernels are compiled on this machine too.
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
+        or str(folder() / "flash4"),
+    }
+
+
+def remove_since(moment: float) -> int:
+    """Remove what was written here after `moment`, seconds of the wall clock. Returns how much went.
+
+    A file's time of its last change is the kernel's: unlike the others, a process cannot set it. The files
+    beside one that changed go with it, as in trim. A folder that changed although nothing in it did was
+    renamed, and its name may say something: it goes whole.
+    """
+    moment -= CLOCK_TICK
+    changed: dict[Path, bool] = {}  # path -> whether it is a folder
+    for path in (*paths_below(folder()), *paths_below(bytecode_folder())):
+        try:
+            status = path.lstat()
+        except OSError:  # another run removed it
+            continue
+        if status.st_ctime > moment:
+            changed[path] = S_ISDIR(status.st_mode)
+    with_changes = {path.parent for path in changed}
+    renamed = [path for path, is_folder in changed.items() if is_folder and path not in with_changes]
+    for path in renamed:
+        remove_tree(path)
+    removed = len(renamed)
+    places = {path.parent for path, is_folder in changed.items() if not is_folder}
+    for place in places:
+        for path in files_in(place):
+            remove_tree(path)
+            removed += 1
+    folders = places | {path for path, is_folder in changed.items() if is_folder}
+    for path in sorted(
+        folders - {folder(), bytecode_folder()}, key=lambda path: len(path.parts), reverse=True
+    ):
+        with suppress(OSError):  # not empty
+            path.rmdir()
+    return removed
+
+
+def paths_below(place: Path) -> Iterator[Path]:
+    """Yield all that a folder holds, deep down. What goes away meanwhile is passed over."""
+    for above, folders, names in os.walk(place):
+        for name in (*folders, *names):
+            yield Path(above, name)
+
+
+def files_in(place: Path) -> list[Path]:
+    """Return what lies directly in a folder and is no folder itself."""
+    try:
+        return [path for path in place.iterdir() if path.is_symlink() or not path.is_dir()]
+    except OSError:
+        return []
 
 
 def trim(most: int = MOST_BYTES, rest: int = TRIMMED_BYTES) -> int:
@@ -32,7 +100,7 @@ def trim(most: int = MOST_BYTES, rest: int = TRIMMED_BYTES) -> int:
     """
     used: dict[Path, float] = {}
     sizes: dict[Path, int] = {}
-    for path in compiled_dir().rglob("*"):
+    for path in paths_below(folder()):
         try:
             stat = path.lstat()
         except OSError:
@@ -44,11 +112,10 @@ def trim(most: int = MOST_BYTES, rest: int = TRIMMED_BYTES) -> int:
     if total <= most:
         return 0
     removed = 0
-    for folder in sorted(used, key=used.__getitem__):
+    for place in sorted(used, key=used.__getitem__):
         if total - removed <= rest:
             break
-        for path in folder.iterdir():
-            if not path.is_dir():
-                path.unlink(missing_ok=True)
-        removed += sizes[folder]
+        for path in files_in(place):
+            path.unlink(missing_ok=True)
+        removed += sizes[place]
     return removed

@@ -19,6 +19,7 @@ from launcher.ledger import CONFIRMED, UNCONFIRMED, Flag, Row
 from launcher.processes import Stopped
 from launcher.run import EXIT_INTERRUPTED, Request, run_once
 from launcher.runs import find_run, ledger, now_utc, read_sealed, run_dir, sealed_path, trainer_of
+from launcher.score import NotScored
 from launcher.setting import Setting, resolve
 from launcher.verdict import best_run, board_runs, fresh_seed
 from launcher.verify import score_again
@@ -259,13 +260,14 @@ def run_and_seal(setting: Setting, known: Row, seed: int) -> Row:
     copy = run.trainer()
     assert copy  # it was just run
     try:
-        done, scores = score_again(row, copy, run.weights)
+        scores = score_again(row, setting, copy, run.weights)
+    except NotScored as error:
+        raise PairFailed(f"run {row.run} could not be scored on the sealed set: {error.reason}") from None
     finally:
         run.weights.unlink(missing_ok=True)
         run.keep_weights.unlink(missing_ok=True)
-    if scores is None:
-        raise PairFailed(f"run {row.run} could not be scored on the sealed set (exit code {done.returncode})")
-    write_json(sealed_path(row.run), {"sealed_bpb": scores.sealed_bpb, "sealed_stderr": scores.sealed_stderr})
+    sealed = {"sealed_bpb": scores.sealed.bpb, "sealed_stderr": scores.sealed.stderr}
+    write_json(sealed_path(row.run), sealed)
     return row
 
 

@@ -3,12 +3,21 @@
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
-from backends.protocol import Event, Log, Score, Start, Stop
+from backends.protocol import Event, Log, Start, Stop
 
 LINE_EVERY = 30.0  # seconds between progress lines when there is no terminal
 
-OnEvent = Callable[[Event | None], None]  # takes every event of a run, and None about once a second
+
+class Scored(NamedTuple):
+    """Rows that are scored so far, and rows in all."""
+
+    done: int
+    rows: int
+
+
+OnEvent = Callable[[Event | Scored | None], None]  # takes all of a run, and None about once a second
 
 
 def say(message: str) -> None:
@@ -25,7 +34,7 @@ class Progress:
         self._began = time.monotonic()
         self._last_line = self._began
 
-    def __call__(self, event: Event | None) -> None:
+    def __call__(self, event: Event | Scored | None) -> None:
         """Show what an event of the run says; None: show that time passes."""
         if isinstance(event, Start):
             self.text = (
@@ -39,11 +48,15 @@ class Progress:
                 f"mfu {event.mfu:.1f}% | {left:.0f} s left"
             )
         elif isinstance(event, Stop):
-            self.text = "checking and scoring"
-        elif isinstance(event, Score):
+            self.text = "scoring"
+        elif isinstance(event, Scored):
             self.text = f"scoring {event.done}/{event.rows} rows"
-        if event is None or isinstance(event, Log | Score):
+        if event is None or isinstance(event, Log | Scored):
             self.show()
+
+    def show_rows(self, done: int, rows: int) -> None:
+        """Show how many rows are scored."""
+        self(Scored(done, rows))
 
     def show(self, always: bool = False) -> None:
         """Print the line when it is due."""

@@ -25,6 +25,7 @@ OTHERS_CPU = 0.10  # share of all cores that other processes may use when the CP
 OTHERS_CPU_HOST = 0.50  # ... and when the device is a GPU
 OTHERS_SECONDS = 2.0  # CPU seconds of others that are never called contention: a run has as much by chance
 SLEPT_SECONDS = 2.0  # that the wall clock may gain on the monotonic one
+OURS_ON_GPU = 3  # processes of a run: the trainer, and two that wait to score
 SAMPLE_EVERY = 5.0  # seconds
 GPU_STATE = (
     "power.draw",
@@ -141,7 +142,7 @@ class Watch:
             watts, slowed = gpu_state()
             self.energy_j += watts * (now - self._sampled)
             self.throttled |= slowed
-            self.others_on_gpu |= len(gpu_processes() - self._there_before) > 1
+            self.others_on_gpu |= len(gpu_processes() - self._there_before) > OURS_ON_GPU
         elif platform.system() == "Darwin":
             self.throttled |= mac_state()["thermal_speed_limit"] < 100
         self._sampled = now

@@ -20,10 +20,18 @@ from typing import NamedTuple
 STATUSES = ("keep", "discard", "crash", "timeout", "invalid")
 VERIFIED = "verified"  # the statuses of rows that `autoresearch verify` adds about an earlier run
 REFUTED = "refuted"
+UNVERIFIABLE = "unverifiable"
 CONFIRMED = "confirmed"  # and those that `autoresearch confirm` adds
 UNCONFIRMED = "unconfirmed"
 MOVED = "moved"  # of a row that says which trainer a night put on the branch at its end
-ABOUT_RUNS = {VERIFIED, REFUTED, CONFIRMED, UNCONFIRMED, MOVED}  # rows of these statuses are no runs
+ABOUT_RUNS = {
+    VERIFIED,
+    REFUTED,
+    UNVERIFIABLE,
+    CONFIRMED,
+    UNCONFIRMED,
+    MOVED,
+}  # rows of these statuses are no runs
 
 
 class Flag(StrEnum):
@@ -44,6 +52,7 @@ class Flag(StrEnum):
     DRY = "dry"  # a dry run of a few seconds
     HARNESS_MODIFIED = "harness-modified"
     OTHER_CORPUS = "other-corpus"
+    UNBOXED = "unboxed"  # this machine cannot wall a trainer in: such rows have a board of their own
 
 
 # A run with one of these flags is shown, never ranked.
@@ -71,6 +80,7 @@ class BoardKey(NamedTuple):
     val_tokens: int
     platform: str
     device: str
+    boxed: bool = True  # the trainer ran behind walls
 
 
 @dataclass(slots=True)
@@ -169,6 +179,7 @@ class Row:
             val_tokens=self.val_tokens,
             platform=self.platform,
             device=self.device,
+            boxed=Flag.UNBOXED not in self.flags,
         )
 
 

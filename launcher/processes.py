@@ -1,10 +1,15 @@
 """Processes and signals: end what was started, with everything that it started itself."""
 
+import ctypes
 import os
+import re
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,6 +19,7 @@ from backends.protocol import RUN_ID_VARIABLE
 
 TERM_SECONDS = 5.0  # between the request to end and the kill
 LEFTOVER_SECONDS = 3.0  # that compile workers get to end by themselves
+PR_SET_CHILD_SUBREAPER = 36  # prctl
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -69,9 +75,9 @@ def _handlers(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def end_group(child: subprocess.Popen[Any]) -> None:
-    """Ask the child's process group to end, then kill what is left of it."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def end_group(child: subprocess.Popen[Any], ask: bool = True) -> None:
+    """Ask the child's process group to end, then kill what is left of it. Without `ask`, kill it at once."""
+    for number in (signal.SIGTERM, signal.SIGKILL) if ask else (signal.SIGKILL,):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, number)
         try:
@@ -80,6 +86,19 @@ def end_group(child: subprocess.Popen[Any]) -> None:
             continue
         if not group_alive(child.pid):
             return
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or folder with all that it holds, whatever permissions were set on it."""
+    if not path.is_symlink() and path.is_dir():
+        for folder, names, _ in os.walk(path):
+            for name in (".", *names):
+                with suppress(OSError):
+                    os.chmod(os.path.join(folder, name), 0o700, follow_symlinks=name == ".")
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def group_alive(group: int) -> bool:
@@ -109,6 +128,63 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
+def scoring_id(run_id: str, name: str) -> str:
+    """Return the run id that a process carries which scores the run: `name` is first or second."""
+    return f"{run_id}.{name}"
+
+
+def adopt_orphans() -> None:
+    """Have this process adopt what its descendants leave behind, where the system can: Linux."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_orphans(known: Iterable[int]) -> list[str]:
+    """Kill what a boxed process left behind: it came to this one, and not by `known` pids.
+
+    A box adds a filter of system calls, which no process can take off. Returns a description of each.
+    """
+    mine = filters_of(os.getpid())
+    described = []
+    for child in psutil.Process().children():
+        if child.pid in known or filters_of(child.pid) <= mine or not alive(child):
+            continue
+        for process in [child, *descendants_of(child)]:
+            described.append(describe(process))
+            with suppress(psutil.Error):
+                process.kill()
+        with suppress(psutil.Error):
+            child.wait(timeout=LEFTOVER_SECONDS)
+    return described
+
+
+def descendants_of(process: psutil.Process) -> list[psutil.Process]:
+    """Return all that a process started and that lives; [] when it is gone."""
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def filters_of(pid: int) -> int:
+    """Return how many filters of system calls a process has, 0 where that is not told."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^Seccomp_filters:\s*(\d+)$", status, re.M)
+    return int(found[1]) if found else 0
+
+
+def describe(process: psutil.Process) -> str:
+    """Return a process's id and the beginning of its command."""
+    try:
+        command = " ".join(process.cmdline()[:3])[:60]
+    except psutil.Error:
+        command = "gone"
+    return f"{process.pid} ({command})"
+
+
 def processes_of(run_id: str) -> list[psutil.Process]:
     """Return the processes that carry the run's id in their environment, however they were started."""
     found = []
@@ -128,11 +204,8 @@ def end_leftovers(run_id: str) -> list[str]:
     psutil.wait_procs(left, timeout=LEFTOVER_SECONDS)
     described = []
     for process in processes_of(run_id):
-        try:
-            command = " ".join(process.cmdline()[:3])[:60]
-            described.append(f"{process.pid} ({command})")
+        described.append(describe(process))
+        with suppress(psutil.Error):
             process.kill()
-        except psutil.Error:
-            pass
     psutil.wait_procs(left, timeout=LEFTOVER_SECONDS)
     return described

@@ -10,6 +10,7 @@ from pathlib import Path
 from backends.platforms import mac_state
 from backends.protocol import IN_LOOP_VARIABLE, RunDir, write_json
 from launcher import compiled, verdict
+from launcher.box import missing_walls
 from launcher.child import Outcome, supervise
 from launcher.console import Progress, say
 from launcher.device import DeviceLock, Watch, awake
@@ -175,6 +176,12 @@ def initial_flags(request: Request, laptop: dict) -> list[Flag]:
     if harness_modified():
         say("warning: the harness differs from the last commit (git status); the row is marked")
         flags.append(Flag.HARNESS_MODIFIED)
+    missing = missing_walls()
+    if missing:
+        say(
+            f"warning: unboxed: {missing}: the trainer can touch what you can; such rows have their own board"
+        )
+        flags.append(Flag.UNBOXED)
     if setting.track.fingerprint and setting.data.fingerprint != setting.track.fingerprint:
         flags.append(Flag.OTHER_CORPUS)
     for key, flag in POWER_FLAGS.items():
@@ -193,8 +200,7 @@ def train_and_score(request: Request, copy: Path, run: RunDir, watch: Watch) -> 
             f"run {run.run_id}: {setting.platform.name} ({setting.why}), track {setting.track.name}, "
             f"{setting.budget:g} s of training, seed {request.seed}"
         )
-        settings = setting.run_settings(request.seed)
-        outcome = supervise(copy, run, settings, setting.platform, watch, progress)
+        outcome = supervise(copy, run, setting, request.seed, watch, progress)
     except Stopped as stop:
         progress.close()
         say(f"interrupted ({stop}): run {run.run_id} was ended and recorded")
@@ -213,14 +219,14 @@ def record_interruption(row: Row, run: RunDir) -> None:
 
 
 def fill(row: Row, outcome: Outcome, setting: Setting) -> None:
-    """Put the result into the row, after the checks that only the launcher can make."""
+    """Put the result into the row."""
     row.training_seconds = outcome.training_seconds
     row.total_seconds = outcome.total_seconds
     result = outcome.result
-    if not outcome.status:
-        mismatch = find_mismatch(row, outcome, setting)
-        if mismatch:
-            outcome.fail("invalid", mismatch)
+    if not outcome.status and setting.data.current_fingerprint() != row.fingerprint:
+        outcome.fail(
+            "invalid", "tokenizer or rows changed on disk during the run: autoresearch prepare --force"
+        )
     if outcome.status:
         row.status = outcome.status
         row.reason = outcome.reason
@@ -237,24 +243,6 @@ def fill(row: Row, outcome: Outcome, setting: Setting) -> None:
     row.petaflops = round(1e6 * row.tokens_M * result.flops_per_token / 1e15, 3)
     if row.training_seconds:
         row.tokens_per_second = float(round(1e6 * row.tokens_M / row.training_seconds))
-
-
-def find_mismatch(row: Row, outcome: Outcome, setting: Setting) -> str:
-    """Return what about a result is not what the run was given, "" when all is."""
-    result = outcome.result
-    assert result
-    try:
-        if harness_hash() != row.harness:
-            return "the harness changed on disk during the run"
-        if setting.data.current_fingerprint() != row.fingerprint:
-            return "tokenizer or rows changed on disk during the run: autoresearch prepare --force"
-    except OSError as error:
-        return f"a file of the harness or of the data is gone: {error}"
-    if result.val_tokens != row.val_tokens:
-        return f"{result.val_tokens} tokens were scored, not {row.val_tokens}"
-    if (result.track, result.platform, result.seed) != (row.track, row.platform, row.seed):
-        return "the result names another track, platform or seed than the run was given"
-    return ""
 
 
 def judge(row: Row, findings: Sequence[str]) -> None:
@@ -320,6 +308,5 @@ def dry_run(setting: Setting, trainer: Path, seed: int = 1) -> tuple[Outcome, st
         copy = Path(scratch) / trainer.name
         copy.write_bytes(trainer.read_bytes())
         run = RunDir(Path(scratch))
-        settings = short.run_settings(seed)
-        outcome = supervise(copy, run, settings, setting.platform, Watch(kind), lambda event: None)
+        outcome = supervise(copy, run, short, seed, Watch(kind), lambda event: None, profiled=True)
         return outcome, run.log_tail()

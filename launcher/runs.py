@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from backends.protocol import Log, RunDir
+from launcher import compiled
 from launcher.console import say
 from launcher.harness import source_hash
 from launcher.ledger import ABOUT_RUNS, BoardKey, Flag, Ledger, Row, refuted_runs, warn
-from launcher.processes import alive, end_leftovers
+from launcher.processes import alive, end_leftovers, remove_tree, scoring_id
 from prepare import ROOT, UserError
 
 # Packages whose version changes a run's speed or result; run.json lists them.
@@ -182,6 +183,11 @@ def record_killed_runs() -> None:
             end_leftovers(row.run)
             append_row(row)
             run.weights.unlink(missing_ok=True)
+            compiled.remove_since(path.stat().st_mtime)
+            remove_tree(run.box)
+            for name in ("first", "second"):
+                end_leftovers(scoring_id(row.run, name))
+                remove_tree(run.path / name)
             say(f"run {row.run} was cut off when its launcher was killed; it is recorded as a crash")
 
 
@@ -217,22 +223,33 @@ def record_of(row: Row, trainer: str, why: str, facts: dict, laptop: dict) -> di
     }
 
 
+def runs_to_keep(rows: Sequence[Row]) -> set[str]:
+    """Return the runs whose weights are kept: the best of each board, and its first, which verify needs."""
+    kept = {row.run for row in lowest_runs(rows).values()}
+    boards = set()
+    for row in rows:
+        if row.comparable and row.board not in boards:
+            boards.add(row.board)
+            kept.add(row.run)
+    return kept
+
+
 def prune_weights(row: Row, asked_for: bool) -> None:
-    """Keep the weights of the best run of a board and those asked for; drop the others."""
+    """Drop the weights on a run's board that need not be kept. asked_for: the run's own stay for good."""
     run = run_dir(row.run)
     if asked_for and run.weights.exists():
         run.keep_weights.touch()
-        return
     rows = ledger().rows()
-    best = lowest_runs(rows).get(row.board)
-    if best is None or best.run != row.run:  # not the rows: the ledger rounds
-        run.weights.unlink(missing_ok=True)
-        return
+    kept = runs_to_keep(rows)
     for other in rows:
-        if other.run and other.run != row.run and other.board == row.board:
-            folder = run_dir(other.run)
-            if not folder.keep_weights.exists():
-                folder.weights.unlink(missing_ok=True)
+        folder = run_dir(other.run)
+        if (
+            other.run
+            and other.board == row.board
+            and other.run not in kept
+            and not folder.keep_weights.exists()
+        ):
+            folder.weights.unlink(missing_ok=True)
 
 
 def append_json_line(path: Path, data: dict) -> None:

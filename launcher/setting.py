@@ -2,12 +2,13 @@
 
 import importlib.util
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from backends.platforms import Facts, Platform, choose_platform, facts_for, scored_tokens
+from backends.platforms import Facts, Platform, choose_platform, entries_as_json, facts_for, scored_tokens
 from backends.protocol import RunSettings
+from launcher.box import missing_walls
 from launcher.ledger import BoardKey
 from prepare import ROOT, RULES, TIME_BUDGET, Prepared, Track, UserError, load_track, prepare_track
 
@@ -49,16 +50,25 @@ class Setting:
             val_tokens=self.val_tokens,
             platform=self.platform.name,
             device=self.facts.device,
+            boxed=not missing_walls(),
         )
 
+    @property
+    def bf16(self) -> bool:
+        """The trainer computes in bfloat16: the device has it, or on MLX the platform says so."""
+        return self.platform.bf16 if self.platform.framework == "mlx" else self.facts.bf16
+
     def run_settings(self, seed: int) -> RunSettings:
-        """Return what a trainer's process is told, but for its folder and its pipe."""
-        return RunSettings(
-            platform=self.platform.name,
-            track=self.track.name,
-            seed=seed,
-            budget=self.budget,
-            val_tokens=self.val_tokens,
+        """Return the names that these settings have, for whoever resolves them again."""
+        return RunSettings(self.platform.name, self.track.name, seed=seed, budget=self.budget)
+
+    def boxed_settings(self, seed: int, run_id: str) -> RunSettings:
+        """Return what a boxed process is told of its experiment: it can look nothing up."""
+        return replace(
+            self.run_settings(seed),
+            entries=entries_as_json(self.platform, self.track),
+            data_dir=str(self.data.path),
+            run_id=run_id,
         )
 
     def require_framework(self) -> None:

@@ -1,118 +1,178 @@
-"""`autoresearch verify`: score a saved run in a process that never trained."""
+"""
+`autoresearch verify`: score a saved run again, on val and on the sealed set, and compare with the baseline.
 
-import json
+No run was selected on the sealed set. Where a run gains less there than on val, compared with the baseline's
+weights on the same rows, by more than chance gives, its gain is in the validation rows alone.
+"""
+
 import math
-import os
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.console import say
+from launcher.console import Progress, say
 from launcher.device import DeviceLock
-from launcher.ledger import REFUTED, VERIFIED, Row
-from launcher.run import EXIT_CODES
+from launcher.harness import source_hash
+from launcher.ledger import REFUTED, UNVERIFIABLE, VERIFIED, Row
+from launcher.processes import Stopped, adopt_orphans, stop_on_signals
+from launcher.run import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
 from launcher.runs import find_run, ledger, now_utc, run_dir
-from launcher.setting import resolve
-from prepare import ROOT, UserError
+from launcher.score import Job, NotScored, Score, ScoringPair
+from launcher.setting import Setting, resolve
+from launcher.verdict import board_runs
+from prepare import UserError, bits_per_byte
 
 MATCH_TOLERANCE = 1e-3  # bits per byte: the same weights and rows, but perhaps another kernel
+REFUTING = 4.0  # standard errors by which the gain on the sealed set is smaller than the one on val
+SPLITS = ("val", "sealed")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What backends.verify writes."""
+    """Both scores of one run's weights."""
 
-    val_bpb: float = 0.0
-    val_stderr: float = 0.0
-    val_tokens: int = 0
-    sealed_bpb: float = 0.0
-    sealed_stderr: float = 0.0
-    sealed_tokens: int = 0
-    fingerprint: str = ""
+    val: Score
+    sealed: Score
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How much less a run gains on the sealed set than on val, in bits per byte."""
+
+    value: float
+    error: float
+
+    @property
+    def refutes(self) -> bool:
+        return self.value > REFUTING * self.error
 
 
 def verify_run(name: str) -> int:
-    """Score a saved run in a fresh process and record the outcome. Returns the exit code."""
+    """Score a saved run in fresh processes and record the outcome. Returns the exit code."""
     row = find_run(name)
-    run = run_dir(row.run)
-    trainer = run.trainer()
-    if trainer is None or not run.weights.exists():
+    setting = setting_of(row)
+    trainer, weights = saved(row)
+    if trainer is None or weights is None:
         raise UserError(
-            f"run {row.run} has no weights: those of the best run are kept, and those run with --keep-weights"
+            f"run {row.run} has no weights: those of the best run and of the baseline are kept, "
+            "and those run with --keep-weights"
         )
-    say(f"verifying {row.run} in a fresh process: val, then the sealed set")
-    done, scores = score_again(row, trainer, run.weights)
-    if scores is None:
-        print("\n".join(done.stdout.splitlines()[-15:]))
-        raise UserError(f"run {row.run} could not be scored again (exit code {done.returncode}): no verdict")
-    if scores.fingerprint != row.fingerprint:
+    found = setting.data.current_fingerprint()
+    if found != row.fingerprint:
         raise UserError(
-            f"the prepared data has fingerprint {scores.fingerprint}, run {row.run} had {row.fingerprint}: "
-            "no verdict"
+            f"the prepared data has fingerprint {found}, run {row.run} had {row.fingerprint}: no verdict"
         )
-    status, reason = compare(row, scores)
+    say(f"verifying {row.run} in fresh processes: val, then the sealed set")
+    try:
+        status, reason, scores = examine(row, setting, trainer, weights)
+    except Stopped as stop:
+        say(f"interrupted ({stop}): nothing is recorded")
+        return EXIT_INTERRUPTED
     record(row, status, reason, scores)
+    if status == UNVERIFIABLE:
+        return EXIT_NO_VERDICT
     return 0 if status == VERIFIED else EXIT_CODES["invalid"]
 
 
-def score_again(
-    row: Row, trainer: Path, weights: Path
-) -> tuple[subprocess.CompletedProcess[str], Scores | None]:
-    """Run backends.verify. Returns (its process, its scores or None)."""
-    setting = replace(resolve(row.platform, row.track), val_tokens=row.val_tokens)
-    kind = setting.platform.device_kind
-    with DeviceLock(kind) as lock, tempfile.TemporaryDirectory() as scratch:
-        lock.set_holder(f"{row.run} (verify)")
-        out = Path(scratch) / "scores.json"
-        done = subprocess.run(
-            [sys.executable, "-m", "backends.verify", str(trainer), str(weights), str(out)],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env={**os.environ, **setting.run_settings(row.seed).to_env(), "PYTHONPATH": str(ROOT)},
-        )
-        if done.returncode != 0 or not out.exists():
-            return done, None
-        return done, Scores(**json.loads(out.read_text()))
+def setting_of(row: Row) -> Setting:
+    """Return the setting in which a run was made."""
+    return replace(resolve(row.platform, row.track, row.budget), val_tokens=row.val_tokens)
 
 
-def compare(row: Row, scores: Scores) -> tuple[str, str]:
-    """Return (status, reason) of a second scoring."""
-    moved = abs(scores.val_bpb - row.val_bpb)
+def saved(row: Row) -> tuple[Path | None, Path | None]:
+    """Return (trainer, weights) of a run as they lie here, None for what does not."""
+    run = run_dir(row.run)
+    return run.trainer(), run.weights if run.weights.is_file() else None
+
+
+def examine(row: Row, setting: Setting, trainer: Path, weights: Path) -> tuple[str, str, Scores | None]:
+    """Return (status, reason, scores) of a run."""
+    if source_hash(trainer.read_bytes()) != row.source:
+        return REFUTED, f"the trainer in runs/{row.run} is not the one that was run", None
+    recorded = run_dir(row.run).read_result().get("val_bpb")
+    if recorded is None:
+        return UNVERIFIABLE, f"runs/{row.run}/result.json is gone", None
+    if recorded != row.val_bpb:
+        return REFUTED, f"the ledger says {row.val_bpb:.6f}, runs/{row.run}/result.json {recorded}", None
+    try:
+        scores = score_again(row, setting, trainer, weights)
+    except NotScored as error:
+        word = REFUTED if error.status == "invalid" else UNVERIFIABLE
+        return word, error.reason, None
+    moved = abs(scores.val.bpb - row.val_bpb)
     if moved > MATCH_TOLERANCE:
-        return (
-            REFUTED,
-            f"val_bpb is {scores.val_bpb:.6f} in a fresh process, the ledger says {row.val_bpb:.6f}",
+        reason = f"val_bpb is {scores.val.bpb:.6f} in a fresh process, the ledger says {row.val_bpb:.6f}"
+        return REFUTED, reason, scores
+    status, judged = compare_with_baseline(row, setting, scores)
+    return status, f"val_bpb matches to {moved:.1e}; {judged}", scores
+
+
+def score_again(row: Row, setting: Setting, trainer: Path, weights: Path) -> Scores:
+    """Score weights on both sets of rows. Raises NotScored."""
+    settings = setting.boxed_settings(row.seed, row.run)
+    progress = Progress(0)
+    adopt_orphans()
+    with DeviceLock(setting.platform.device_kind) as lock:
+        lock.set_holder(f"{row.run} (verify)")
+        job = Job(trainer, run_dir(row.run), settings, setting.track, setting.data, setting.bf16)
+        try:
+            with stop_on_signals(), ScoringPair(job) as scoring:
+                scoring.wait_until_ready(setting.platform.startup_seconds, lambda: progress(None))
+                num_rows = dict.fromkeys(SPLITS, setting.val_tokens // setting.track.seq_len)
+                seconds = 2 * setting.platform.score_seconds
+                return Scores(*scoring.score(weights, num_rows, seconds, progress.show_rows))
+        finally:
+            progress.close()
+
+
+def compare_with_baseline(row: Row, setting: Setting, scores: Scores) -> tuple[str, str]:
+    """Return (status, reason) of the gap between val and sealed, judged against the baseline's."""
+    first = board_runs(ledger().rows(), row.board)[:1]
+    trainer, weights = saved(first[0]) if first else (None, None)
+    if not first or trainer is None or weights is None:
+        difference = scores.sealed.bpb - scores.val.bpb
+        error = math.hypot(scores.sealed.stderr, scores.val.stderr)
+        return VERIFIED, (
+            f"sealed minus val is {difference:+.4f} +- {error:.4f}; "
+            "there are no weights of the baseline to judge that against"
         )
-    gap = scores.sealed_bpb - scores.val_bpb
-    error = math.hypot(scores.val_stderr, scores.sealed_stderr)
-    judged = "no sign that val is overfitted"
-    if gap >= 2 * error:
-        judged = "val looks easier than text that no run was selected on: overfitted, or another mixture"
-    return (
-        VERIFIED,
-        f"val_bpb matches to {moved:.1e}; sealed minus val is {gap:+.4f} +- {error:.4f}: {judged}",
+    if first[0].run == row.run:
+        return VERIFIED, "it is the baseline"
+    try:
+        baseline = score_again(first[0], setting, trainer, weights)
+    except NotScored as error:
+        return VERIFIED, f"the baseline {first[0].run} could not be scored again ({error.reason})"
+    gap = gap_between(scores, baseline)
+    numbers = (
+        f"its gain over the baseline is smaller on the sealed set by {gap.value:+.4f} +- {gap.error:.4f}"
     )
+    if gap.refutes:
+        return REFUTED, f"{numbers}: it learned the validation text"
+    return VERIFIED, f"{numbers}: no sign that val is overfitted"
 
 
-def record(row: Row, status: str, reason: str, scores: Scores) -> None:
+def gap_between(scores: Scores, baseline: Scores) -> Gap:
+    """Return how much smaller the gain over the baseline is on the sealed set than on val."""
+    val, val_error = difference_of(scores.val, baseline.val)
+    sealed, sealed_error = difference_of(scores.sealed, baseline.sealed)
+    return Gap(sealed - val, math.hypot(val_error, sealed_error))
+
+
+def difference_of(score: Score, baseline: Score) -> tuple[float, float]:
+    """Return how much higher a score is than the baseline's on the same documents, with its error."""
+    return bits_per_byte(score.nats - baseline.nats, score.num_bytes)
+
+
+def record(row: Row, status: str, reason: str, scores: Scores | None) -> None:
     """Add the outcome to the ledger and print it."""
-    ledger().append(
-        replace(
-            row,
-            status=status,
-            val_bpb=round(scores.val_bpb, 6),
-            val_stderr=round(scores.val_stderr, 6),
-            sealed_bpb=round(scores.sealed_bpb, 6),
-            reason=reason,
-            time=now_utc(),
-        )
-    )
-    for key, value in vars(scores).items():
-        print(f"{key}: {value:.6f}" if isinstance(value, float) else f"{key}: {value}")
+    outcome = replace(row, status=status, reason=reason, time=now_utc())
+    if scores:
+        outcome.val_bpb = round(scores.val.bpb, 6)
+        outcome.val_stderr = round(scores.val.stderr, 6)
+        outcome.sealed_bpb = round(scores.sealed.bpb, 6)
+        for split in SPLITS:
+            score: Score = getattr(scores, split)
+            print(f"{split}_bpb: {score.bpb:.6f}")
+            print(f"{split}_stderr: {score.stderr:.6f}")
+            print(f"{split}_tokens: {score.tokens}")
+    ledger().append(outcome)
     print(f"run: {row.run}\nstatus: {status}\nreason: {reason}")

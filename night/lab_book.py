@@ -1,5 +1,6 @@
 """What the runs of a board say, as an agent reads it: a fact a line, changes as diffs, within a limit."""
 
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from launcher.belief import visible_change
 from launcher.ledger import Row
-from launcher.runs import loss_curve, runs_dir, trainer_of
+from launcher.runs import append_json_line, loss_curve, run_dir, runs_dir, trainer_of
 from launcher.setting import Setting
 from launcher.verdict import runs_of
 from night.agent import read_saved_answer
@@ -156,8 +157,13 @@ def sizes(setting: Setting, row: Row) -> list[str]:
         "tokens_M": row.tokens_M,
         "tokens_per_second": round(row.tokens_per_second),
         "mfu_percent": row.mfu_percent,
+        "dtype": run_dir(row.run).read_result().get("dtype"),
     }
     lines = [f"{name}: {value}" for name, value in values.items() if value]
+    shares = shares_of(row.source)
+    if shares:
+        told = ", ".join(f"{kind} {100 * share:.0f}%" for kind, share in shares.items())
+        lines.append(f"step: {told}")
     if row.memory_gb:
         total = setting.facts.memory_gb
         free = f" of {total:g} ({total - row.memory_gb:.1f} free)" if total > row.memory_gb else ""
@@ -167,6 +173,31 @@ def sizes(setting: Setting, row: Row) -> list[str]:
     if started:
         lines.append(f"sizes: {', '.join(started)}")
     return lines and [f"of the best run, {row.run}:", *("  " + line for line in lines)]
+
+
+def shares_path() -> Path:
+    """Return the file with the share of each kind of work in a step, by trainer: what dry runs measured."""
+    return runs_dir() / "loop" / "step_shares.jsonl"
+
+
+def remember_shares(source: str, shares: dict[str, float]) -> None:
+    """Keep what a dry run measured of a trainer, given by its content hash."""
+    if shares:
+        append_json_line(shares_path(), {"source": source, "shares": shares})
+
+
+def shares_of(source: str) -> dict[str, float]:
+    """Return what was measured of a trainer last, {} when nothing was."""
+    shares: dict[str, float] = {}
+    lines = read_text(shares_path()).splitlines() if shares_path().exists() else []
+    for line in lines:
+        try:
+            data = json.loads(line)
+            if data["source"] == source:
+                shares = {str(kind): float(share) for kind, share in data["shares"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # torn
+    return shares
 
 
 def how_it_goes(tried: Tried) -> list[str]:

@@ -13,6 +13,7 @@ import math
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ from night.agent import (
     save_answer,
     undo_turn,
 )
+from night.lab_book import remember_shares
 from night.panel import Panel, RunDetail
 from night.program import write_turn
 from night.state import Edit, LoopState, loop_folder, read_state, record, state_path, write_state
@@ -485,10 +487,20 @@ class Loop:
             NightOver, Stopped: as train.
         """
         source = repo.content("HEAD", self.trainer.name)
+        self.measure_step(source)
         request = replace(self.request(BASELINE), progress=RunDetail(self.setting.budget, self.panel))
         return self.run_to_verdict(
             BASELINE, lambda: run_source(replace(request, parent=source), source, repo.head())
         )
+
+    def measure_step(self, source: bytes) -> None:
+        """Do a dry run of a trainer: the agent is told the shares of its step. The run reuses its code."""
+        self.panel.enter(f"dry run: {BASELINE}")
+        with tempfile.TemporaryDirectory(prefix="dry-") as folder:
+            trainer = Path(folder) / self.trainer.name
+            trainer.write_bytes(source)
+            outcome, _ = dry_run(self.setting, trainer, self.night.seed)
+        remember_shares(source_hash(source), outcome.step_shares)
 
     def answer_of_edit(self) -> Answer:
         """Return what an agent said of the edit that lay in the trainer before the turn, if it made it."""
@@ -566,6 +578,7 @@ class Loop:
         self.panel.enter(f"dry run: {description}")
         outcome, log_tail = dry_run(self.setting, self.trainer, self.night.seed)
         if not outcome.status:
+            remember_shares(source_hash(self.trainer.read_bytes()), outcome.step_shares)
             return
         row = self.dry_row(description)
         row.status = outcome.status

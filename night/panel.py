@@ -11,7 +11,7 @@ from rich.text import Text
 
 from backends.protocol import Event, Start
 from launcher.belief import Standing
-from launcher.console import Progress, say
+from launcher.console import Progress, Scored, say
 from launcher.ledger import Row
 
 REFRESHES_A_SECOND = 2.0
@@ -133,7 +133,7 @@ class RunDetail(Progress):
         self.panel = panel
         self.on_start = on_start
 
-    def __call__(self, event: Event | None) -> None:
+    def __call__(self, event: Event | Scored | None) -> None:
         super().__call__(event)
         if isinstance(event, Start):
             self.on_start()

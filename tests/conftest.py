@@ -7,19 +7,20 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from backends.protocol import Result, RunDir, RunSettings, write_json
+from backends.protocol import Result, RunDir, Start, write_json
 from launcher.ledger import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
 tracks:
   tiny:
-    packages: [mpmath]
+    packages: [mpmath, pygments]
+    held_out: [pygments]
     vocab_size: 512
     seq_len: 128
     val_tokens: 16384
@@ -61,6 +62,7 @@ def house(tiny_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CONFIG", str(tiny_cache / "platforms.yaml"))
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tiny_cache / "cache"))
     monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # PyTorch sets it in a process that compiles
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # what is compiled is tested where it says so
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     from backends import platforms
@@ -148,6 +150,8 @@ RESULT = Result(
     val_bpb=1.5,
     val_stderr=0.01,
     val_tokens=16384,
+    difference_worst=1e-6,
+    difference_bias=1e-9,
     training_seconds=300.0,
     total_seconds=310.0,
     peak_memory_mb=100.0,
@@ -160,10 +164,26 @@ RESULT = Result(
     depth=2,
     flops_per_token=1000,
     peak_tflops=1.0,
+    dtype="float32",
     platform="cpu",
     device="a CPU",
     track="tiny",
     seed=1,
+)
+
+START = Start(
+    device="a CPU",
+    platform="cpu",
+    track="tiny",
+    seed=1,
+    budget=300.0,
+    num_params_M=2.5,
+    depth=2,
+    flops_per_token=1000,
+    peak_tflops=1.0,
+    dtype="float32",
+    startup=12.0,
+    weights={"w": [2, 3]},
 )
 
 
@@ -194,7 +214,7 @@ def repository(house, monkeypatch):
 calls: list[str] = []  # the trainers that `supervise` was given
 
 
-def supervise(trainer: Path, run_dir: RunDir, settings: RunSettings, platform, watch, on_event):
+def supervise(trainer: Path, run_dir: RunDir, setting, seed, watch, on_event):
     """Stand in for launcher.child.supervise: training, made up from what the trainer's text says."""
     from launcher.child import Outcome
     from launcher.processes import Stopped
@@ -216,12 +236,12 @@ def supervise(trainer: Path, run_dir: RunDir, settings: RunSettings, platform, w
     outcome.result = replace(
         RESULT,
         val_bpb=score,
-        val_tokens=settings.val_tokens,
-        platform=settings.platform,
-        track=settings.track,
-        seed=settings.seed,
+        val_tokens=setting.val_tokens,
+        platform=setting.platform.name,
+        track=setting.track.name,
+        seed=seed,
     )
-    write_json(run_dir.result, outcome.result.printed())
+    write_json(run_dir.result, asdict(outcome.result))
     return outcome
 
 

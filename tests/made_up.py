@@ -39,6 +39,8 @@ class Night:
         Without `old`, the edit adds a line. curve: losses, at equal distances in the budget.
         """
         parent = self.trainer
+        board = self.setting.board._asdict()
+        del board["boxed"]  # a flag of the row
         edited = parent.replace(old, new) if old else parent + f"# {self.number}\n" * (self.number > 0)
         row = Row(
             run=f"r{self.number:03}",
@@ -48,7 +50,7 @@ class Night:
             time=f"2026-01-01T{self.number // 60:02}:{self.number % 60:02}:00Z",
             source=source_hash(edited.encode()),
             parent=source_hash(parent.encode()),
-            **self.setting.board._asdict(),
+            **board,
         )
         if status == "keep":
             self.trainer = edited

@@ -4,18 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import START
 from test_loop import night, recorded, rows, subjects, trainer_text  # noqa: F401  a fixture
 
-from backends.protocol import Start
 from launcher.harness import git_output
 from launcher.processes import Stopped
 from night import ahead, loop, repo
 from night.repo import git_checked
 from night.state import state_path
 
-START = Start(
-    device="a CPU", platform="cpu", track="tiny", seed=1, budget=300.0, num_params_M=1.0, startup=1.0
-)
 TRAINER = "FIRST = 1\n# far\n# apart\n# from\n# the\n# score\nSCORE = 1.5\n"
 # Every turn moves one constant; the prompt of a turn ahead says what runs.
 AGENT = """
@@ -40,9 +37,9 @@ def plan(night, repository, house, monkeypatch):  # noqa: F811
 
     really = runner.supervise
 
-    def supervise(trainer, run, settings, platform, watch, on_event):
+    def supervise(trainer, run, setting, seed, watch, on_event):
         on_event(START)
-        return really(trainer, run, settings, platform, watch, on_event)
+        return really(trainer, run, setting, seed, watch, on_event)
 
     monkeypatch.setattr(runner, "supervise", supervise)
     monkeypatch.setenv("PLANS", str(house))

@@ -38,6 +38,7 @@ def record(setting, source, score, number=0, copy=True, **more):
     """Add a run to the ledger, and its copy of the trainer."""
     run = f"20260101-000000-{number:04x}"
     board = setting.board._asdict()
+    del board["boxed"]  # a flag of the row
     values = {"run": run, "val_bpb": score or 0.0, "source": source_hash(source), **board}
     row = Row(**{**values, "status": "discard" if score else "crash", **more})
     Ledger(home() / "results.tsv").append(row)

@@ -12,6 +12,7 @@ import pytest
 from conftest import wait_for_line
 
 from backends.protocol import RunDir
+from launcher import child
 from launcher.child import supervise
 from launcher.device import Watch
 from launcher.ledger import Flag, Ledger
@@ -29,6 +30,7 @@ def make_train_step(model, optimizer):
         return torch.zeros(())
     return train_step
 train_cuda.make_train_step = make_train_step
+build_model = train_cuda.build_model
 if __name__ == "__main__":
     train_cuda.main()
 """
@@ -138,35 +140,48 @@ def test_startup_has_a_limit(autoresearch, house, tiny_cache, monkeypatch):
 
 
 EVENTS = """
-import json, os, sys, time
-pipe = os.fdopen(int(os.environ["AUTORESEARCH_EVENTS_FD"]), "wb", buffering=0)
+import json, os, socket, sys, time
 start = {"event": "start", "device": "d", "platform": "cpu", "track": "tiny", "seed": 1, "budget": 300.0,
-         "num_params_M": 1.0, "startup": 1.0}
+         "num_params_M": 1.0, "depth": 2, "flops_per_token": 10, "peak_tflops": 1.0, "dtype": "float32",
+         "startup": 1.0, "weights": {"w": [2]}}
+EVAL_BATCH_SIZE = 8
+def build_model(track, platform):
+    import torch
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.zeros(2))
+    model.forward = lambda x: torch.zeros(*x.shape, track.vocab_size)
+    return model
 def send(**event):
-    pipe.write(json.dumps(event).encode() + b"\\n")
+    launcher.sendall(json.dumps(event).encode() + b"\\n")
+def main():
+    global launcher
+    launcher = socket.socket(fileno=int(os.environ["AUTORESEARCH_LAUNCHER_FD"]))
 """
+
+
+def hostile(house, acts):
+    """A trainer that speaks to the launcher itself. Scoring can build its model."""
+    lines = [f"    {line}" for line in acts.strip().splitlines()]
+    end = "\n\nif __name__ == '__main__':\n    main()\n"
+    path = house / "hostile.py"
+    path.write_text(EVENTS + "\n".join(lines) + end)
+    return path
 
 
 @pytest.mark.parametrize(
     "acts, says",
     [
-        ("pipe.write(b'{]\\n')", "Invalid JSON"),
-        ("send(**start); send(event='log', step=1)", "log.loss: Field required"),
-        (
-            "send(**start); send(event='stop', training_seconds='long', num_steps=1, tokens=1)",
-            "training_seconds",
-        ),
-        ("pipe.write(b'x' * 10**6)", "a line of over 65536 bytes"),
-        (
-            "send(**start); send(event='result', val_bpb=float('nan'))",
-            "val_bpb: Input should be a finite number",
-        ),
+        ("launcher.sendall(b'{]\\n')", "Invalid JSON"),
+        ("send(event='log', step=1)", "log.loss: Field required"),
+        ("send(event='stop', num_steps='many', tokens=1, peak_memory_mb=1.0)", "num_steps"),
+        ("launcher.sendall(b'x' * 10**6)", "a line of over 262144 bytes"),
+        ("send(**start | {'peak_tflops': float('nan')})", "peak_tflops: Input should be a finite number"),
         ("send(event='invalid', message=[1])", "invalid.message"),
     ],
 )
 def test_a_hostile_event_ends_the_run_as_invalid(autoresearch, house, acts, says):
-    (house / "hostile.py").write_text(EVENTS + acts + "\ntime.sleep(100)\n")
-    done = autoresearch("run", "--budget", "20", "--trainer", house / "hostile.py")
+    trainer = hostile(house, acts + "\ntime.sleep(100)")
+    done = autoresearch("run", "--budget", "20", "--trainer", trainer)
     assert done.returncode == 5 and "Traceback" not in done.stderr, done.stderr
     [row] = Ledger(house / "results.tsv").rows()
     assert row.status == "invalid" and "sent something that is no event" in row.reason and says in row.reason
@@ -175,45 +190,57 @@ def test_a_hostile_event_ends_the_run_as_invalid(autoresearch, house, acts, says
 
 def test_events_out_of_order_change_nothing(autoresearch, house):
     acts = """
-stop = {"event": "stop", "training_seconds": 5.0, "num_steps": 1, "tokens": 1}
-send(**stop); send(**start); send(**start); send(event="score", done=1, rows=2, seconds=1.0)
+stop = {"event": "stop", "num_steps": 1, "tokens": 1, "peak_memory_mb": 1.0}
+send(**stop); send(**start); send(**start)
 """
-    (house / "odd.py").write_text(EVENTS + acts)
-    done = autoresearch("run", "--budget", "20", "--trainer", house / "odd.py")
-    assert (
-        done.returncode == 1 and "exited 0 without a result" in done.stdout and "Traceback" not in done.stderr
-    )
+    done = autoresearch("run", "--budget", "20", "--trainer", hostile(house, acts))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "exited 0 without a result" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_a_flood_of_events_does_not_hide_the_limits(house):
-    flood = "while True: send(event='score', done=1, rows=2, seconds=1.0)\n"
-    (house / "flood.py").write_text(EVENTS + "send(**start)\n" + flood)
-    setting = resolve("cpu")
-    platform = replace(setting.platform, startup_seconds=60.0)
-    told = replace(setting.run_settings(1), budget=-9.0)  # with the grace, a second
-    outcome = supervise(house / "flood.py", RunDir(house), told, platform, Watch("cpu"), lambda event: None)
+@pytest.mark.parametrize(
+    "acts, says",
+    [
+        ("", "wrote no weights"),
+        ("os.symlink('/etc/passwd', os.environ['AUTORESEARCH_WEIGHTS'])", "are no file"),
+        ("os.mkfifo(os.environ['AUTORESEARCH_WEIGHTS'])", "are no file"),
+        ("open(os.environ['AUTORESEARCH_WEIGHTS'], 'w').write('nonsense')", "in a fresh process"),
+    ],
+)
+def test_weights_that_are_none_are_not_scored(autoresearch, house, acts, says):
+    end = "send(event='stop', num_steps=1, tokens=1, peak_memory_mb=1.0); time.sleep(60)"
+    trainer = hostile(house, f"send(**start); launcher.recv(1)\n{acts}\n{end}")
+    done = autoresearch("run", "--budget", "20", "--trainer", trainer)
+    [row] = Ledger(house / "results.tsv").rows()
+    assert not row.scored and says in row.reason and "Traceback" not in done.stderr, row.reason
+
+
+def test_a_flood_of_events_does_not_hide_the_limits(house, monkeypatch):
+    flood = "send(**start)\nlog = dict(event='log', step=1, loss=1.0, smooth=1.0, tokens=1, elapsed=1.0, "
+    flood += "tokens_per_s=1.0, mfu=1.0)\nwhile True: send(**log)"
+    monkeypatch.setattr(child, "GRACE", 0.5)
+    setting = replace(resolve("cpu"), budget=0.5)
+    outcome = supervise(hostile(house, flood), RunDir(house), setting, 1, Watch("cpu"), lambda event: None)
     assert outcome.status == "timeout" and "the loop does not end" in outcome.reason
     assert outcome.total_seconds < 30
 
 
 def test_what_a_child_sends_last_is_read(house):
-    """It ends while the launcher is busy elsewhere: the pipe still holds its word."""
-    (house / "late.py").write_text(
-        EVENTS + "time.sleep(0.6); send(event='invalid', message='my last word')\n"
-    )
-    setting = resolve("cpu")
-    run = RunDir(house)
+    """It ends while the launcher is busy elsewhere: the socket still holds its word."""
+    trainer = hostile(house, "time.sleep(0.6); send(event='invalid', message='my last word')")
 
     def busy(event):
         time.sleep(0.4)
 
-    outcome = supervise(house / "late.py", run, setting.run_settings(1), setting.platform, Watch("cpu"), busy)
+    outcome = supervise(trainer, RunDir(house), resolve("cpu"), 1, Watch("cpu"), busy)
     assert (outcome.status, outcome.reason) == ("invalid", "my last word")
 
 
 def test_a_trainer_that_deletes_its_folder_is_a_crash(autoresearch, house):
     (house / "wipes.py").write_text(
-        "import os, shutil, sys; shutil.rmtree(os.environ['AUTORESEARCH_RUN_DIR']); sys.exit(3)"
+        "import os, shutil, sys\n"
+        "shutil.rmtree(os.path.dirname(os.environ['AUTORESEARCH_WEIGHTS']), ignore_errors=True)\n"
+        "sys.exit(3)"
     )
     done = autoresearch("run", "--budget", "20", "--trainer", house / "wipes.py")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr

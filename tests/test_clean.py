@@ -1,7 +1,7 @@
 """`autoresearch clean`: it shows what goes, and frees it only when asked."""
 
 from launcher.clean import free_disk
-from launcher.compiled import compiled_dir
+from launcher.compiled import folder
 from launcher.ledger import Ledger, Row
 from launcher.runs import run_dir
 from prepare import cache_dir, load_track, prepare_track
@@ -14,7 +14,7 @@ def test_it_frees_what_is_not_needed_and_nothing_else(house, monkeypatch, capsys
     old.mkdir()
     (old / "train.bin").write_bytes(b"x" * 2**20)
     (old / "meta.json").touch()
-    compiled = compiled_dir() / "fx" / "graph"
+    compiled = folder() / "fx" / "graph"
     compiled.parent.mkdir(parents=True)
     compiled.write_bytes(b"x" * 2**20)
     (cache_dir() / "a-strangers-data-0123456789ab").mkdir()

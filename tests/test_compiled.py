@@ -1,23 +1,24 @@
 """The compiled code of earlier runs: found again, and bounded."""
 
 import os
+import time
 
 from launcher import compiled
-from launcher.compiled import compiled_dir, environment, trim
+from launcher.compiled import environment, folder, remove_since, trim
 
 
 def fill(house, monkeypatch, names):
     """Write a file of a KiB for each name, used in that order."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(house / "cache"))
     for age, name in enumerate(reversed(names)):
-        path = compiled_dir() / name
+        path = folder() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x" * 1024)
         os.utime(path, (1e9 - age, 1e9 - age))
 
 
 def left():
-    return sorted(path.name for path in compiled_dir().rglob("*") if path.is_file())
+    return sorted(path.name for path in folder().rglob("*") if path.is_file())
 
 
 def test_what_was_used_longest_ago_goes_first(house, monkeypatch):
@@ -30,7 +31,7 @@ def test_a_folder_goes_whole_and_by_its_newest_file(house, monkeypatch):
     """Triton takes a kernel of which a part is missing for one that is there."""
     fill(house, monkeypatch, ["triton/0/cubin", "triton/1/cubin", "triton/1/json", "triton/0/json"])
     assert trim(most=1, rest=2048) == 2048
-    assert sorted(path.parent.name for path in compiled_dir().rglob("*") if path.is_file()) == ["0", "0"]
+    assert sorted(path.parent.name for path in folder().rglob("*") if path.is_file()) == ["0", "0"]
 
 
 def test_a_cache_that_is_not_there_does_no_harm(house, monkeypatch):
@@ -40,6 +41,24 @@ def test_a_cache_that_is_not_there_does_no_harm(house, monkeypatch):
 
 def test_a_trainer_is_told_where_unless_its_user_did(house, monkeypatch):
     monkeypatch.delenv(compiled.VARIABLE, raising=False)
-    assert environment() == {"TORCHINDUCTOR_CACHE_DIR": str(compiled_dir())}
+    assert environment()[compiled.VARIABLE] == str(folder())
     monkeypatch.setenv(compiled.VARIABLE, "/mine")
-    assert environment() == {}
+    assert environment()[compiled.VARIABLE] == "/mine" == str(folder())
+
+
+def test_what_was_written_after_a_moment_is_forgotten(house, monkeypatch):
+    """A run that has seen training rows leaves nothing here: no file, no name of a folder, no time of one."""
+    fill(house, monkeypatch, ["fx/a", "fy/b", "fz/c", "triton/0/cubin", "triton/1/cubin"])
+    time.sleep(0.05)
+    moment = time.time()
+    time.sleep(0.05)
+    (folder() / "fx" / "weights").write_bytes(b"learned")  # beside another file
+    (folder() / "a-name-that-says-much").mkdir()
+    (folder() / "fz").rename(folder() / "learned")
+    (folder() / "triton" / "2").mkdir()
+    (folder() / "triton" / "2" / "cubin").write_bytes(b"learned")
+    os.utime(folder() / "triton" / "1" / "cubin", (1, 123456789))
+    (folder() / "link").symlink_to("learned-text")
+    assert remove_since(moment) > 0
+    rest = sorted(str(path.relative_to(folder())) for path in folder().rglob("*"))
+    assert rest == ["fy", "fy/b", "triton", "triton/0", "triton/0/cubin"]

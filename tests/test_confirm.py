@@ -2,12 +2,13 @@
 
 import json
 import random
-import subprocess
 
+import numpy as np
 import pytest
 from test_run import attempt, rows, scores  # noqa: F401  a fixture
 
 from launcher import confirm as confirming
+from launcher import run as runner
 from launcher.belief import LOOKS
 from launcher.board import gather, list_ranked
 from launcher.confirm import confirm, confirm_run, find_contest
@@ -15,6 +16,7 @@ from launcher.ledger import CONFIRMED, UNCONFIRMED, Flag
 from launcher.processes import Stopped
 from launcher.run import EXIT_INTERRUPTED
 from launcher.runs import read_sealed, run_dir
+from launcher.score import Difference, Score
 from launcher.setting import resolve
 from launcher.verify import Scores
 from prepare import UserError
@@ -33,22 +35,24 @@ def contest(scores, house, monkeypatch):  # noqa: F811
         attempt(house, "baseline", flags=(Flag.NOISE,))
         attempt(house, "best")
 
-        def supervise(trainer, run, told, platform, watch, on_event):
+        def supervise(trainer, run, setting, seed, watch, on_event):
             score = 1.5 + rng.gauss(0, SIGMA) - (gain if trainer.read_text() == "best" else 0.0)
             sealed[run.run_id] = score + 0.3
             scores.append(score)
-            return really(trainer, run, told, platform, watch, on_event)
-
-        from launcher import run as runner
+            return really(trainer, run, setting, seed, watch, on_event)
 
         really = runner.supervise
         monkeypatch.setattr(runner, "supervise", supervise)
         return find_contest("best", "baseline")
 
-    def score_again(row, trainer, weights):
+    def score_again(row, setting, trainer, weights):
         assert weights.exists() and trainer.read_text() in ("baseline", "best")
-        done = subprocess.CompletedProcess([], 0, "", "")
-        return done, Scores(row.val_bpb, 0.01, 1000, sealed[row.run], 0.01, 1000, row.fingerprint)
+        nothing = np.empty(0)
+        val, sealed_score = (
+            Score(bpb, 0.01, 1000, Difference(0.0, 0.0), nothing, nothing)
+            for bpb in (row.val_bpb, sealed[row.run])
+        )
+        return Scores(val, sealed_score)
 
     monkeypatch.setattr(confirming, "score_again", score_again)
     return begin
@@ -138,9 +142,15 @@ def test_an_interruption_keeps_what_was_run(contest, house, monkeypatch, capsys)
 def test_a_trainer_that_fails_with_a_fresh_seed_is_no_claim(contest, house, monkeypatch, capsys):
     contest(0.05)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "launcher.run.find_mismatch", lambda row, *_: "it diverged" * (row.description[-1] == "t")
-        )
+        really = runner.supervise
+
+        def diverge(trainer, *arguments):
+            outcome = really(trainer, *arguments)
+            if trainer.read_text() == "best":
+                outcome.fail("crash", "it diverged")
+            return outcome
+
+        patch.setattr(runner, "supervise", diverge)
         assert confirm_run("best", "baseline") == 3
     assert "claim: none: the trainer of" in capsys.readouterr().out
     assert confirm_run("best", "baseline") == 0  # asked again it is said, as those seeds are in no pair

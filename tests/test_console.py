@@ -4,12 +4,12 @@ import io
 import sys
 
 import pytest
+from conftest import START
 
-from backends.protocol import Log, Score, Start, Stop
+from backends.protocol import Log, Stop
 from launcher import console
-from launcher.console import Progress
+from launcher.console import Progress, Scored
 
-START = Start("a CPU", "cpu", "tiny", 1, 300.0, 2.5, 12.0)
 LOG = Log(7, 3.5, 3.6, 8192, 60.0, 29463.0, 53.9)
 
 
@@ -47,13 +47,13 @@ def test_on_a_terminal_one_line_is_drawn_over_itself(clock, monkeypatch):
     progress = Progress(300.0)
     progress(None)
     progress(LOG)
-    progress(Stop(300.0, 10, 10))
+    progress(Stop(10, 10, 1.0))
     progress(None)
-    progress(Score(16, 128, 1.5))
+    progress(Scored(16, 128))
     progress.close()
     drawn = terminal.getvalue().split("\r")
     assert "\n" not in terminal.getvalue()
-    says = ("starting", "240 s left", "checking and scoring", "scoring 16/128 rows")
+    says = ("starting", "240 s left", "scoring", "scoring 16/128 rows")
     for text, line in zip(says, drawn[1:], strict=False):
         assert text in line
     assert drawn[-1] == "\x1b[K"  # the line is gone at the end

@@ -66,8 +66,8 @@ def test_sleep_and_heat_on_a_mac(monkeypatch):
 
 
 def test_another_process_on_the_gpu(monkeypatch):
-    """Recorded answers of nvidia-smi: our own process appears, then another."""
-    apps = iter(["", "101\n", "101\n202\n"])
+    """Recorded answers of nvidia-smi: the trainer and two that will score appear, then another."""
+    apps = iter(["", "101\n102\n103\n", "101\n102\n103\n202\n"])
 
     def output_of(*command):
         return next(apps) if "--query-compute-apps=pid" in command else "350.0, Not Active, Not Active\n"

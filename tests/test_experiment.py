@@ -1,8 +1,7 @@
 """The trainer's side of a run, without a framework: batches and epochs, the clock, the loss lag, refusals."""
 
-import json
 import math
-import os
+import socket
 import sys
 import time
 
@@ -10,91 +9,101 @@ import numpy as np
 import pytest
 
 from backends import experiment
-from backends.experiment import LOSS_LAG, BrokenRule, RowOrder
-from backends.protocol import RunSettings, parse_event
+from backends.device import Device
+from backends.experiment import LOSS_LAG, Refused, RowOrder
+from backends.protocol import ROWS_BYTE, RunSettings, parse_event
 from prepare import load_track, prepare_track
 
 
-class Toy(experiment.Experiment):
-    """An experiment whose device is numpy, and whose model is a number: its loss in nats."""
+class ToyDevice(Device):
+    """A device that is numpy, and whose models are numbers."""
 
-    def _open_device(self):
+    def open(self):
+        self.bf16 = False
         self.seeded = False
 
-    def _seed_changed(self):
+    def seed_changed(self):
         return self.seeded
 
-    def _to_device(self, rows):
+    def copy(self, rows):
         return rows
 
-    def _arrived(self, copy):
+    def arrived(self, copy):
         return copy[:, :-1], copy[:, 1:]
 
-    def _read_later(self, loss):
+    def read_later(self, loss):
         return loss if callable(loss) else lambda: loss
 
-    def _nats(self, model, x, y):
-        return np.full(y.shape, model, np.float32)
+    def synchronize(self):
+        pass
 
-    def _num_params(self, model):
+    def shapes(self, model):
+        return {"number": [int(model)]}
+
+    def num_params(self, model):
         return 2_500_000
 
-    def _save(self, model, path):
+    def save(self, model, path):
         path.write_bytes(b"weights")
 
-    def _load(self, model, path):
-        pass
+    def load(self, model, path):
+        raise NotImplementedError
 
-    def _synchronize(self):
-        pass
+    drawn = ready_to_score = nats = logits = free_memory = load
 
-    def _peak_memory_mb(self):
+    def peak_memory_mb(self):
         return 100.0
 
-    def _measured_tflops(self):
+    def measured_tflops(self):
         return 1.0
 
-    def _out_of_memory(self, error):
+    def out_of_memory(self, error):
         return isinstance(error, MemoryError)
 
 
-UNTRAINED = math.log(512)  # the tiny track has 512 tokens
+class Toy(experiment.Experiment):
+    device_class = ToyDevice
+
+
+MODEL = 6.0
 
 
 @pytest.fixture
 def make(house, monkeypatch):
-    """make(seed=..., budget=...) -> (experiment, a function that returns its events so far)."""
-    prepare_track(load_track("tiny"))
+    """make(seed=..., budget=...) -> (experiment, a function that returns its events so far).
+
+    The launcher's end of the socket has sent the training rows already, and will close.
+    """
+    data = prepare_track(load_track("tiny"))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(Toy, "_watch_held_out_rows", lambda self: None)  # audit hooks would pile up
-    monkeypatch.setattr(Toy, "_end_with_the_launcher", lambda self: None)
-    pipes = []
+    ends = []
 
     def make(num_rows=None, **settings):
-        reading, writing = os.pipe()
-        os.set_blocking(reading, False)
-        pipes.append(reading)
-        run_dir = house / "run"
-        run_dir.mkdir(exist_ok=True)
-        told = RunSettings("cpu", run_dir=str(run_dir), events_fd=writing, **settings)
+        ours, theirs = socket.socketpair()
+        ends.append(ours)
+        told = RunSettings("cpu", weights=str(house / "weights"), launcher_fd=theirs.detach(), **settings)
         for name, value in told.to_env().items():
             monkeypatch.setenv(name, value)
         exp = Toy()
+        with open(data.path / "train.bin", "rb") as rows:
+            socket.send_fds(ours, [ROWS_BYTE], [rows.fileno()])
+        ours.shutdown(socket.SHUT_WR)  # exp.finish waits for the end
         if num_rows:
             exp._train_rows = np.arange(num_rows)[:, None].repeat(exp.track.seq_len + 1, axis=1)
             exp._order = RowOrder(num_rows, exp.seed)
 
         def events():
+            ours.setblocking(False)
             try:
-                return [parse_event(line) for line in os.read(reading, 2**20).splitlines()]
+                return [parse_event(line) for line in ours.recv(2**20).splitlines()]
             except BlockingIOError:
                 return []
 
         return exp, events
 
     yield make
-    for pipe in pipes:
-        os.close(pipe)
+    for end in ends:
+        end.close()
 
 
 def drawn(exp, sizes):
@@ -139,6 +148,7 @@ def test_row_order_is_numpys_permutation_of_each_epoch():
 
 def test_x_and_y_are_a_row_shifted_by_one(make):
     exp, _ = make()
+    exp.start(MODEL, depth=2, flops_per_token=1000)
     x, y = exp.batch(3)
     assert x.shape == y.shape == (3, exp.track.seq_len) and (x[:, 1:] == y[:, :-1]).all()
     picked = np.random.default_rng([1, 0]).permutation(exp.track.num_train_rows)[:3]
@@ -147,7 +157,7 @@ def test_x_and_y_are_a_row_shifted_by_one(make):
 
 def test_losses_are_read_late_and_in_order(make):
     exp, events = make(budget=100.0)
-    exp.start(UNTRAINED, depth=2, flops_per_token=1000)
+    exp.start(MODEL, depth=2, flops_per_token=1000)
     read = []
 
     def loss(step):
@@ -156,7 +166,7 @@ def test_losses_are_read_late_and_in_order(make):
     for step in range(5):
         exp.log(step, loss(step))
         assert read == list(range(max(0, step + 1 - LOSS_LAG)))
-    exp.finish(UNTRAINED, 8)
+    exp.finish(MODEL)
     assert read == [0, 1, 2, 3, 4]
     logs = [event for event in events() if event.event == "log"]
     assert logs[0].step == 0 and logs[-1].step == 4  # the first and the last are always points of the curve
@@ -165,7 +175,7 @@ def test_losses_are_read_late_and_in_order(make):
 
 def test_a_loss_that_is_not_finite_ends_the_run(make):
     exp, events = make()
-    exp.start(UNTRAINED, depth=2, flops_per_token=1000)
+    exp.start(MODEL, depth=2, flops_per_token=1000)
     for loss in (4.0, math.nan, 4.0):
         exp.log(0, loss)
     with pytest.raises(SystemExit, match="the loss is nan at step 0: lower the learning rates"):
@@ -179,54 +189,89 @@ def test_the_clock(make, monkeypatch):
         print(exp.progress)
     now = [time.monotonic() + 1000]
     monkeypatch.setattr(experiment.time, "monotonic", lambda: now[0])
-    exp.start(UNTRAINED, depth=2, flops_per_token=1000)
+    exp.start(MODEL, depth=2, flops_per_token=1000)
     assert exp.progress == 0
     now[0] += 3
     assert exp.progress == 0.75
     exp.batch(8)
     exp.log(0, 4.0)
     now[0] += 2
-    exp.finish(UNTRAINED, 8)
+    exp.finish(MODEL)
     now[0] += 60
     assert exp.elapsed == 5 and exp.progress == 1.25  # it has stopped
     stop = next(event for event in events() if event.event == "stop")
-    assert (stop.training_seconds, stop.num_steps, stop.tokens) == (5.0, 1, 8 * exp.track.seq_len)
+    assert (stop.num_steps, stop.tokens) == (1, 8 * exp.track.seq_len)
 
 
-def test_the_result_is_sent_and_written(make, house, capsys):
+def test_the_weights_are_there_when_the_clock_stops(make, house, monkeypatch):
     exp, events = make(budget=4.0)
-    exp.start(UNTRAINED, depth=3, flops_per_token=1000)
+    exp.start(MODEL, depth=3, flops_per_token=1000)
     exp.batch(8)
     exp.log(0, 4.0)
-    exp.finish(UNTRAINED, 8)
-    result = events()[-1]
-    assert (
-        result.event == "result"
-        and result.depth == 3
-        and result.num_params_M == 2.5
-        and result.num_steps == 1
+    really = ToyDevice.save
+
+    def save(self, model, path):
+        assert exp._stop is None and "stop" not in [event.event for event in events()]
+        really(self, model, path)
+
+    monkeypatch.setattr(ToyDevice, "save", save)
+    exp.finish(MODEL)
+    assert (house / "weights").read_bytes() == b"weights"
+    assert [event.event for event in events()] == ["log", "stop"]
+
+
+def test_the_start_says_what_the_run_is(make):
+    exp, events = make(budget=4.0)
+    exp.start(MODEL, depth=3, flops_per_token=1000)
+    [start] = events()
+    assert (start.depth, start.num_params_M, start.dtype, start.weights) == (
+        3,
+        2.5,
+        "float32",
+        {"number": [6]},
     )
-    assert json.loads((house / "run" / "result.json").read_text()) == result.printed()
-    assert f"val_bpb: {result.val_bpb}\n" in capsys.readouterr().out
-    lengths = exp.track.token_bytes()[exp.track.rows("val")[:128, 1:]]
-    uniform = math.log2(512) * (lengths > 0).sum() / lengths.sum()
-    assert result.val_bpb == pytest.approx(uniform, rel=1e-5) and result.val_tokens == 16384
+
+
+def test_another_model_at_the_end_is_refused(make):
+    """Scoring builds what build_model gives, so what was trained beside it would not be scored."""
+    exp, events = make()
+    exp.start(MODEL, depth=3, flops_per_token=1000)
+    with pytest.raises(Refused, match="another model than exp.start"):
+        exp.finish(MODEL + 1)
+    assert events()[-1].event == "invalid"
 
 
 @pytest.mark.parametrize(
     "break_rule, says",
     [
-        (lambda exp: None, "trained before exp.start"),
         (lambda exp: exp.batch(4), "exp.batch was called before exp.start"),
-        (lambda exp: setattr(exp, "seeded", True), "its own random seed"),
+        (lambda exp: setattr(exp._device, "seeded", True), "its own random seed"),
     ],
 )
 def test_what_must_not_happen_before_the_start(make, break_rule, says):
     exp, events = make()
-    break_rule(exp)
-    with pytest.raises(BrokenRule, match=says):
-        exp.start(2.0 if "trained" in says else UNTRAINED, depth=2, flops_per_token=1000)
+    with pytest.raises(Refused, match=says):
+        break_rule(exp)
+        exp.start(MODEL, depth=2, flops_per_token=1000)
     assert says in events()[-1].message
+
+
+def test_a_launcher_that_is_gone_ends_the_run(make, house):
+    exp, _ = make()
+    socket.recv_fds(exp._launcher, 1, 1)  # the rows are lost, and nothing follows
+    with pytest.raises(SystemExit, match="the launcher is gone"):
+        exp.start(MODEL, depth=2, flops_per_token=1000)
+
+
+def test_alone_a_trainer_reads_the_rows_and_is_not_scored(house, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    exp = Toy()
+    exp.start(MODEL, depth=2, flops_per_token=1000)
+    exp.batch(8)
+    exp.log(0, 4.0)
+    exp.finish(MODEL)
+    out = capsys.readouterr().out
+    assert "num_steps: 1\n" in out and "not scored: autoresearch run" in out and "val_bpb" not in out
 
 
 @pytest.mark.parametrize(
@@ -234,8 +279,8 @@ def test_what_must_not_happen_before_the_start(make, break_rule, says):
 )
 def test_numbers_that_no_ledger_can_hold_are_refused_at_the_start(make, depth, flops):
     exp, events = make()
-    with pytest.raises(BrokenRule, match="exp.start: depth"):
-        exp.start(UNTRAINED, depth, flops)
+    with pytest.raises(Refused, match="exp.start: depth"):
+        exp.start(MODEL, depth, flops)
     assert [event.event for event in events()] == ["invalid"]
 
 

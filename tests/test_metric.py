@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from prepare import bits_per_byte, make_encoding, row_totals, token_byte_lengths, train_tokenizer
+from prepare import (
+    DocumentTotals,
+    bits_per_byte,
+    make_encoding,
+    pack_rows,
+    token_byte_lengths,
+    train_tokenizer,
+)
 
 TEXT = "naïve café 日本語のテキスト 🙂🙃👩‍👩‍👧 plain words 12345 " * 30
 
@@ -18,8 +25,11 @@ def encoding():
 def test_uniform_logits_give_log2_vocab_times_tokens_over_bytes(encoding):
     tokens = np.array(encoding.encode_ordinary(TEXT))
     lengths = token_byte_lengths(encoding)
-    nats = np.full((1, len(tokens)), math.log(encoding.n_vocab), np.float32)
-    bpb, _ = bits_per_byte(*row_totals(nats, tokens[None], lengths))
+    bos = encoding.n_vocab - 1
+    rows = np.array([bos, *tokens], np.uint16)[None]
+    totals = DocumentTotals(rows, np.zeros(1, np.int32), bos, lengths)
+    totals.add(np.arange(1), np.full((1, len(tokens)), math.log(encoding.n_vocab), np.float32))
+    bpb, _ = bits_per_byte(totals.nats, totals.num_bytes)
     assert bpb == pytest.approx(math.log2(encoding.n_vocab) * len(tokens) / len(TEXT.encode()), rel=1e-7)
 
 
@@ -31,26 +41,41 @@ def test_characters_split_across_tokens_count_their_raw_bytes(encoding):
     assert len(encoding.encode_ordinary("🦄")) > 1  # never seen: it is in pieces, none of which is UTF-8
 
 
-def test_against_brute_force_and_tokens_without_bytes_do_not_count():
+def test_against_brute_force_by_document():
+    """Documents that were split over rows add up, in any order; tokens without bytes count in no sum."""
     rng = np.random.default_rng(0)
-    lengths = np.array([0, 1, 2, 3, 7], np.int32)
-    targets = rng.integers(0, 5, (13, 17))
-    nats = rng.gamma(2.0, size=(13, 17)).astype(np.float32)
-    total_nats = total_bytes = 0.0
-    for row in range(13):
-        for t in range(17):
-            if lengths[targets[row, t]] > 0:
-                total_nats += float(nats[row, t])
-                total_bytes += int(lengths[targets[row, t]])
-    bpb, _ = bits_per_byte(*row_totals(nats, targets, lengths))
-    assert bpb == pytest.approx(total_nats / total_bytes / math.log(2), rel=1e-12)
-    parts = [row_totals(nats[i : i + 4], targets[i : i + 4], lengths) for i in range(0, 13, 4)]
-    in_parts, _ = bits_per_byte(*(np.concatenate(sums) for sums in zip(*parts, strict=True)))
-    assert in_parts == pytest.approx(bpb, rel=1e-12)
+    lengths = np.array([0, 1, 2, 3, 7, 0], np.int32)
+    bos, T = 5, 16
+    documents = [rng.integers(0, 5, size).astype(np.uint16) for size in (3, 70, 1, 24, 15, 40, 2)]
+    packed = list(pack_rows([documents], T + 1, bos, "split"))
+    rows = np.array([row.tokens for row in packed])
+    named = np.array([number for row in packed for number in row.documents], np.int32)
+    nats = rng.gamma(2.0, size=(len(rows), T)).astype(np.float32)
+
+    expected = {number: [0.0, 0] for number in range(len(documents))}
+    pieces = iter(named)
+    for row, losses in zip(rows, nats, strict=True):
+        for t, token in enumerate(row):
+            if token == bos:
+                document = int(next(pieces))
+            elif t and lengths[token] > 0:
+                expected[document][0] += float(losses[t - 1])
+                expected[document][1] += int(lengths[token])
+    totals = DocumentTotals(rows, named, bos, lengths)
+    order = rng.permutation(len(rows))
+    for start in range(0, len(rows), 3):
+        picked = order[start : start + 3]
+        totals.add(picked, nats[picked])
+    assert totals.num_bytes[:-1].tolist() == [expected[i][1] for i in range(len(documents))]
+    assert totals.nats[:-1] == pytest.approx([expected[i][0] for i in range(len(documents))], rel=1e-12)
+    assert totals.num_bytes[-1] == totals.nats[-1] == 0
+    bpb, _ = bits_per_byte(totals.nats, totals.num_bytes)
+    sums = np.array(list(expected.values())).sum(axis=0)
+    assert bpb == pytest.approx(sums[0] / sums[1] / math.log(2), rel=1e-12)
 
 
 def test_standard_error_is_that_of_many_draws():
-    """The stated error against the spread of the estimate over fresh samples of rows."""
+    """The stated error against the spread of the estimate over fresh samples of documents."""
     rng = np.random.default_rng(1)
     estimates, errors = [], []
     for _ in range(600):

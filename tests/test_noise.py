@@ -38,7 +38,7 @@ def test_runs_that_do_not_compare_measure_nothing(scores, house, monkeypatch, ca
 
 
 def test_a_run_that_fails_ends_it_with_its_exit_code(scores, house, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("launcher.run.find_mismatch", lambda *arguments: "something is off")
+    monkeypatch.setattr("prepare.Prepared.current_fingerprint", lambda self: "something is off")
     scores += [1.5, 1.6]
     assert measure_noise(resolve("cpu"), 2) == 5
     assert len(rows(house)) == 1

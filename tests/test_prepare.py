@@ -71,8 +71,14 @@ lengths = st.lists(st.integers(1, 90), min_size=1, max_size=300)
 @settings(max_examples=150, deadline=None)
 def test_split_rows_are_full_and_lose_nothing(sizes, capacity):
     docs = documents(sizes)
-    rows = list(pack_rows(batched(docs), capacity, BOS, "split"))
+    packed = list(pack_rows(batched(docs), capacity, BOS, "split"))
+    rows = [row.tokens for row in packed]
     assert all(len(row) == capacity and row[0] == BOS for row in rows)
+    owner = {int(token): number for number, doc in enumerate(docs) for token in doc}
+    for row, named in packed:  # each BOS names the document that follows it
+        opened = np.cumsum(row == BOS) - 1
+        assert len(named) == opened[-1] + 1
+        assert all(named[piece] == owner[int(t)] for piece, t in zip(opened, row, strict=True) if t != BOS)
     seen = np.concatenate(rows)
     seen = seen[seen != BOS]
     assert Counter(seen.tolist()) == Counter(np.concatenate(docs).tolist())  # each token once
@@ -88,14 +94,16 @@ def test_split_rows_are_full_and_lose_nothing(sizes, capacity):
 @settings(max_examples=150, deadline=None)
 def test_crop_equals_the_originals_rule(sizes, capacity):
     docs = documents(sizes)
-    assert [row.tolist() for row in pack_rows(batched(docs), capacity, BOS, "crop")] == crop_reference(
+    assert [row.tokens.tolist() for row in pack_rows(batched(docs), capacity, BOS, "crop")] == crop_reference(
         docs, capacity
     )
 
 
 def test_crop_equals_the_originals_rule_when_the_buffer_refills():
     docs = documents(np.random.default_rng(0).integers(1, 40, size=2500) % 23 + 1)
-    assert [row.tolist() for row in pack_rows(batched(docs), 33, BOS, "crop")] == crop_reference(docs, 33)
+    assert [row.tokens.tolist() for row in pack_rows(batched(docs), 33, BOS, "crop")] == crop_reference(
+        docs, 33
+    )
 
 
 @pytest.fixture
@@ -545,13 +553,13 @@ def test_pysource_is_pinned(monkeypatch, tmp_path):
     monkeypatch.delenv("AUTORESEARCH_CONFIG", raising=False)
     track = load_tracks()["pysource"]
     files = prepare.list_package_files(track)
-    assert sum(path.stat().st_size for _, path in files) > 30e6
-    assert not [name for name, _ in files if name.endswith(("_version.py", "__config__.py"))]
+    assert sum(path.stat().st_size for _, _, path in files) > 30e6
+    assert not [name for _, name, _ in files if name.endswith(("_version.py", "__config__.py"))]
     assert track.fingerprint
 
 
 def test_a_track_keeps_its_directory():
-    """Prepared data of earlier versions is found: nothing that enters the name has changed."""
+    """Prepared data of earlier versions is found: nothing that enters the name has changed since RULES 2."""
     climbmix = prepare.Track(
         name="climbmix",
         vocab_size=8192,
@@ -563,7 +571,7 @@ def test_a_track_keeps_its_directory():
         val_shard=6542,
         pack="crop",
     )
-    assert prepare.prepared_path(climbmix).name == "climbmix-f868c54ae754"
+    assert prepare.prepared_path(climbmix).name == "climbmix-6109ce6d9050"
 
 
 def test_only_numpy_is_imported_at_once():

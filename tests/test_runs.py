@@ -115,10 +115,11 @@ def test_a_refuted_run_is_not_the_best(house):
 
 
 def test_of_several_seeds_the_weights_of_the_best_stay(house):
-    for run, bpb in (("a", 1.5), ("b", 1.4), ("c", 1.6)):
+    for run, bpb in (("first", 1.6), ("a", 1.5), ("b", 1.4), ("c", 1.6)):
         prune_weights(add(house, run, val_bpb=bpb, status="keep"), False)
     assert find_run("best").run == "b" and run_dir("b").weights.exists()
     assert not run_dir("a").weights.exists() and not run_dir("c").weights.exists()
+    assert run_dir("first").weights.exists()  # verify compares with it
 
 
 def test_weights_of_the_best_and_those_asked_for_stay(house):
@@ -130,7 +131,7 @@ def test_weights_of_the_best_and_those_asked_for_stay(house):
         ("d", 1.7, "discard"),
     ):
         prune_weights(add(house, run, val_bpb=bpb, status=status), run in asked)
-    assert [run for run in "abcd" if run_dir(run).weights.exists()] == ["b", "c"]
+    assert [run for run in "abcd" if run_dir(run).weights.exists()] == ["a", "b", "c"]
 
 
 def test_the_weights_of_the_best_stay_whatever_the_ledger_rounds(house):

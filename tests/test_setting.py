@@ -2,6 +2,7 @@
 
 import pytest
 
+from backends.platforms import current_entries
 from launcher.setting import resolve
 from prepare import RULES, TIME_BUDGET, UserError
 
@@ -20,10 +21,18 @@ def test_the_board_is_what_its_runs_are_ranked_by(house):
     assert board.fingerprint == setting.data.fingerprint and board.val_tokens == setting.val_tokens
 
 
-def test_the_trainer_is_told_the_same(house):
+def test_the_trainer_is_told_the_same(house, monkeypatch):
+    """By names where these can be looked up, in a box in full."""
+    entries = resolve("cpu").platform, resolve("cpu").track
     told = resolve("cpu", budget=10.0).run_settings(seed=3)
     assert (told.platform, told.track, told.seed, told.budget) == ("cpu", "tiny", 3, 10.0)
-    assert told.val_tokens == 16384
+    assert told.entries == ""
+    boxed = resolve("cpu", budget=10.0).boxed_settings(3, "a")
+    assert (boxed.platform, boxed.seed, boxed.run_id) == ("cpu", 3, "a")
+    monkeypatch.setenv("AUTORESEARCH_CONFIG", "/nowhere")
+    for name, value in boxed.to_env().items():
+        monkeypatch.setenv(name, value)
+    assert current_entries() == entries
 
 
 @pytest.mark.parametrize(

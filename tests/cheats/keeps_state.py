@@ -1,7 +1,8 @@
 """Learns from the rows that it is scored on: the second scoring of a row is better than the first."""
 import train_cuda
 
-EXPECT = "invalid", "twice differs"
+WALL = "scorer"
+EXPECT = "invalid", "a second process"
 honest = train_cuda.GPT.forward
 
 
@@ -9,7 +10,7 @@ def forward(self, idx):
     logits = honest(self, idx)
     if not self.training_now:
         self.calls = getattr(self, "calls", 0) + 1
-        logits = logits * (1 + 0.002 * max(0, self.calls - 8))
+        logits = logits * (1 + 0.02 * max(0, self.calls - 8))
     return logits
 
 

@@ -4,6 +4,7 @@ import sys
 
 import train_cuda
 
+WALL = "clock"
 EXPECT = "invalid", "left processes running"
 build_model = train_cuda.build_model
 if __name__ == "__main__":

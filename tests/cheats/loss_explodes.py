@@ -1,6 +1,7 @@
 """A learning rate that ends in NaN."""
 import train_cuda
 
+WALL = "clock"
 EXPECT = "crash", "the loss is"
 honest = train_cuda.make_train_step
 calls = []

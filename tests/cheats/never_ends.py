@@ -3,6 +3,7 @@ import time
 
 import train_cuda
 
+WALL = "clock"
 EXPECT = "timeout", "the loop does not end"
 
 

@@ -1,7 +1,8 @@
 """A position looks at the same position of the other rows of its batch, as a normalisation over the batch would."""
 import train_cuda
 
-EXPECT = "invalid", "not independent"
+WALL = "scorer"
+EXPECT = "invalid", "a second process"
 honest = train_cuda.GPT.trunk
 
 

@@ -3,7 +3,8 @@ import torch
 
 import train_cuda
 
-EXPECT = "invalid", "its own random seed"
+WALL = "scorer"
+EXPECT = "invalid", "own random seed"
 honest = train_cuda.build_model
 
 

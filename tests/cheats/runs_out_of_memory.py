@@ -1,6 +1,7 @@
 """A batch that no machine holds."""
 import train_cuda
 
+WALL = "clock"
 EXPECT = "crash", "DEVICE_BATCH_SIZE"
 
 

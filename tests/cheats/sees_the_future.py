@@ -1,7 +1,8 @@
 """A mask that is off by one: position t sees token t + 1."""
 import train_cuda
 
-EXPECT = "invalid", "not causal"
+WALL = "scorer"
+EXPECT = "invalid", "sees its future"
 honest = train_cuda.block_attention
 
 

@@ -1,0 +1,5 @@
+"""Reads the ledger."""
+
+
+def act(places):
+    places.ledger.read_text()

@@ -1,0 +1,5 @@
+"""Reads the validation rows."""
+
+
+def act(places):
+    (places.data / "val.bin").read_bytes()
