@@ -293,6 +293,7 @@ class Supervision:
         deadline, _ = self._deadlines.pop("startup")
         self._scoring.wait_until_ready(deadline - time.monotonic(), lambda: self.on_event(None))
         self._scoring.compare_shapes(event.weights)
+        compiled.write_back()
         self.watch.begin(self._child_pid)
         budget = self.setting.budget
         message = f"training went on {GRACE:.0f} s past its {budget:g} s: the loop does not end"

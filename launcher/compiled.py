@@ -7,6 +7,7 @@ after it has seen training rows is forgotten: nothing that was learned reaches t
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from prepare import cache_dir
 
 MOST_BYTES = 8 * 2**30  # that the folder may hold: some hundred models, each of about 30 to 100 MB
 TRIMMED_BYTES = 6 * 2**30  # that are left when it held more
+NEW_SECONDS = 600.0  # the longest start-up, and more
 CLOCK_TICK = 0.02  # seconds by which the time of a change may lie behind the clock
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # Triton's cache lies below it too
 
@@ -40,6 +42,16 @@ def environment() -> dict[str, str]:
         "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
         or str(folder() / "flash4"),
     }
+
+
+def write_back() -> None:
+    """Write what is new here to the disk: a later write through a map of a file then changes its time."""
+    for path in (*paths_below(folder()), *paths_below(bytecode_folder())):
+        with suppress(OSError):
+            if path.is_symlink() or not path.is_file() or path.lstat().st_ctime < time.time() - NEW_SECONDS:
+                continue
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def remove_since(moment: float) -> int:

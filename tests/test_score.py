@@ -152,6 +152,28 @@ def test_a_lie_about_few_rows_does_not_go_unseen(rows):
     assert 7 in picked and len(set(picked)) == len(picked) == 128
 
 
+class Accomplice(Process):
+    """Lies like the first process wherever the text shows it the target."""
+
+    def logits(self, x, positions):
+        logits = super().logits(x, positions).astype(np.float64)
+        logits -= np.log(np.exp(logits).sum(axis=2))[:, :, None]
+        for i, row in enumerate(x):
+            for k, at in enumerate(positions[i, :-1]):
+                token = row[at + 1]
+                sure = np.exp(logits[i, k, token] + self.lies)
+                rest = np.log((1 - sure) / (1 - np.exp(logits[i, k, token])))
+                logits[i, k] += rest
+                logits[i, k, token] = np.log(sure)
+        return logits.astype(np.float32)
+
+
+def test_two_processes_that_lie_alike_differ_where_the_target_is_hidden(score, data):
+    """By less than bfloat16 rounds at one position, and on average by more."""
+    with pytest.raises(NotScored):
+        score(Process(Model(data), lies=0.25), Accomplice(Model(data), lies=0.25), bf16=True)
+
+
 def test_another_model_in_the_second_process_is_refused(score, data):
     with pytest.raises(NotScored):
         score(Process(Model(data)), Process(Model(data, seed=1)))
@@ -185,7 +207,8 @@ def test_a_cut_hides_what_the_first_process_was_sure_of(data):
     nats = np.full((len(rows), data.seq_len), 5.0, np.float32)
     nats[:, 100] = 0.01
     sample = Sample.draw(rows, nats, data.vocab_size, np.random.default_rng(0))
-    assert np.mean(sample.positions[:, -1] == 100) > 0.5
+    hits = sample.positions[:, -1] == 100
+    assert np.mean(hits[1::2]) > 0.5 and np.mean(hits[::2]) < 0.2  # and any token in every second row
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])
