@@ -802,6 +802,21 @@ class PackBuffer:
         return self._pieces.pop(-negative_arrival)
 
 
+def take_piece(buffer: PackBuffer, gap: int, rule: str) -> Piece:
+    """Take what goes into a gap of so many tokens, its BOS included: see pack_rows."""
+    fitting = buffer.take_fitting(gap)
+    if fitting is not None:
+        return fitting
+    if rule == "crop":
+        shortest = buffer.take_shortest()
+        return Piece(shortest.document, shortest.tokens[: gap - 1])
+    if gap == 1:
+        return Piece(NO_DOCUMENT, np.empty(0, np.uint16))
+    longest = buffer.take_longest()
+    buffer.put(Piece(longest.document, longest.tokens[gap - 1 :]))
+    return Piece(longest.document, longest.tokens[: gap - 1])
+
+
 class PackedRow(NamedTuple):
     """A full row, and where its text comes from."""
 
@@ -837,17 +852,7 @@ def pack_rows(batches: Iterable[list[Tokens]], capacity: int, bos: int, rule: st
                 arrived += 1
         if not buffer:
             break
-        gap = capacity - pos
-        piece = buffer.take_fitting(gap)
-        if piece is None and rule == "crop":
-            shortest = buffer.take_shortest()
-            piece = Piece(shortest.document, shortest.tokens[: gap - 1])
-        elif piece is None and gap == 1:
-            piece = Piece(NO_DOCUMENT, row[:0])
-        elif piece is None:
-            longest = buffer.take_longest()
-            buffer.put(Piece(longest.document, longest.tokens[gap - 1 :]))
-            piece = Piece(longest.document, longest.tokens[: gap - 1])
+        piece = take_piece(buffer, capacity - pos, rule)
         end = pos + 1 + len(piece.tokens)
         row[pos] = bos
         row[pos + 1 : end] = piece.tokens
