@@ -206,7 +206,8 @@ class Result:
     val_stderr: float
     val_tokens: int
     difference_worst: float  # nats between the losses of the two processes that scored, at one position
-    difference_bias: float  # and on average, without its sign
+    difference_spread: float  # its standard deviation over positions
+    difference_bias: float  # and its mean, without its sign
     training_seconds: float
     total_seconds: float
     peak_memory_mb: float
@@ -334,6 +335,12 @@ def last_lines(log: Path) -> list[str]:
     except OSError:
         return []
     return [line[:LINE_CHARS] for line in text.splitlines()]
+
+
+def last_line(log: Path, otherwise: str = "it printed nothing") -> str:
+    """Return the last line of a log with something in it, `otherwise` when there is none."""
+    lines = [line.strip() for line in last_lines(log) if line.strip()]
+    return lines[-1] if lines else otherwise
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -27,10 +27,8 @@ import numpy as np
 
 from backends.device import BrokenRule, Device
 from backends.platforms import current_entries
-from backends.protocol import RunSettings
+from backends.protocol import RunDir, RunSettings
 from prepare import Prepared
-
-WEIGHTS = "model.safetensors"
 
 
 def load_trainer(path: Path) -> ModuleType:
@@ -53,7 +51,7 @@ class Scorer:
         backend = importlib.import_module(f"backends.{'mlx' if platform.framework == 'mlx' else 'cuda'}")
         self.device: Device = backend.Experiment.device_class(platform, data.vocab_size, settings.seed)
         module = load_trainer(trainer)
-        self.weights = folder / WEIGHTS
+        self.weights = RunDir(folder).weights
         self.model = module.build_model(data, platform)
         self.batch = int(getattr(module, "EVAL_BATCH_SIZE", platform.start.eval_batch_size))
         self.shapes = self.device.shapes(self.model)

@@ -4,9 +4,9 @@ The box: what a child of the launcher may read, write and ask of the system. The
     python box.py POLICY COMMAND ...     restrict this process, then become the command
 
 On Linux, Landlock (5.13 and newer; no privilege, works in containers) decides which files can be opened and,
-from 6.12, that no signal leaves the box; a seccomp filter takes the network away, and what outlives a process
-outside of files. On macOS `sandbox-exec` does both. Nothing is copied and nothing is mounted, so a boxed run
-is as fast as another. What a machine cannot enforce `missing_walls` says, and the row is marked.
+from 6.12, that no signal leaves the box. A seccomp filter refuses the network, and calls that store something
+outside of files which outlives the process. On macOS `sandbox-exec` does both. Nothing is copied and nothing is mounted, so a boxed run
+is as fast as another. `missing_walls` says what a machine cannot enforce; the row is then marked.
 
 This file is also run by itself, before the command: it imports the standard library alone.
 """
@@ -30,19 +30,29 @@ GPUS = ("nvidia*", "dri", "kfd")  # below /dev
 SHARED_MEMORY = "/dev/shm"
 
 # Landlock: include/uapi/linux/landlock.h. The system calls have these numbers on every architecture.
-CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+CREATE_RULESET = 444
+ADD_RULE = 445
+RESTRICT_SELF = 446
 RULE_PATH_BENEATH = 1
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-TRUNCATE, IOCTL_DEV = 1 << 14, 1 << 15
+EXECUTE = 1 << 0
+WRITE_FILE = 1 << 1
+READ_FILE = 1 << 2
+READ_DIR = 1 << 3
+TRUNCATE = 1 << 14
+IOCTL_DEV = 1 << 15
 OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # how many rights an ABI knows; 16 from the fifth on
-SCOPED_SIGNALS, SCOPED_SOCKETS = 1 << 1, 1 << 0  # abstract Unix sockets
+SCOPED_SOCKETS = 1 << 0  # abstract Unix sockets
+SCOPED_SIGNALS = 1 << 1
 SCOPES_FROM = 6  # ABI
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+PR_SET_NO_NEW_PRIVS = 38
+PR_SET_SECCOMP = 22
+SECCOMP_MODE_FILTER = 2
 
 # What is refused beside files: the network, and memory, queues and keys that outlive the process. io_uring
 # would do the same past the filter. Numbers: asm/unistd.h of each architecture, by AUDIT_ARCH.
-X86_64, AARCH64 = 0xC000003E, 0xC00000B7
+X86_64 = 0xC000003E
+AARCH64 = 0xC00000B7
 REFUSED = {
     "connect": (42, 203),
     "shmget": (29, 194),
@@ -175,12 +185,12 @@ def without(paths: Iterable[str], hidden: Iterable[str]) -> tuple[list[str], lis
     by its entries. Links in it are left out: what they point to has a place of its own.
     """
     left_out = {os.path.realpath(path) for path in hidden}
-    above = {parent for path in left_out for parent in _parents(path)}
+    above = {parent for path in left_out for parent in parents(path)}
     kept: list[str] = []
     opened: list[str] = []
 
     def add(path: str) -> None:
-        if path in left_out or any(parent in left_out for parent in _parents(path)):
+        if path in left_out or any(parent in left_out for parent in parents(path)):
             return
         if path not in above:
             kept.append(path)
@@ -197,7 +207,8 @@ def without(paths: Iterable[str], hidden: Iterable[str]) -> tuple[list[str], lis
     return kept, opened
 
 
-def _parents(path: str) -> list[str]:
+def parents(path: str) -> list[str]:
+    """Return the folders that a path lies in."""
     return [str(parent) for parent in Path(path).parents]
 
 
@@ -206,36 +217,39 @@ def _parents(path: str) -> list[str]:
 # ---------------------------------------------------------------------------
 
 
+# Classic BPF, from linux/filter.h and linux/seccomp.h. A line is (operation, lines to skip if it is true, lines
+# to skip if it is false, operand).
+LOAD = 0x20
+AND = 0x54
+EQUAL = 0x15
+AT_LEAST = 0x35
+RETURN = 0x06
+ALLOW = 0x7FFF0000
+REFUSE = 0x00050000 | errno.EPERM
+KILL = 0x80000000
+X32 = 0x40000000  # calls of the x32 interface, numbered from here: the same ones once more
+AF_UNIX = 1
+DATAGRAM = 2
+KIND_OF_SOCKET = 0xF  # the bits of a socket's type that are no flags
+ITSELF = 0  # the process that asks
+
+
 def seccomp_program(architecture: int, column: int) -> bytes:
     """Return the filter, in classic BPF: what REFUSED, SOCKET and PRLIMIT name ends with EPERM.
 
-    Source: linux/seccomp.h and linux/filter.h. struct seccomp_data holds the number of the call at 0, the
+    struct seccomp_data holds the number of the call at 0, the
     architecture at 4, and the lower halves of the first two arguments at 16 and 24.
     """
-    LOAD, AND, EQUAL, AT_LEAST, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
-    ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
-    X32 = 0x40000000  # calls of the x32 interface, numbered from here: the same ones once more
-    AF_UNIX, DATAGRAM, KIND_OF_SOCKET = 1, 2, 0xF
-    ITSELF = 0
-    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
-    program += [(AT_LEAST, 0, 1, X32), (RETURN, 0, 0, REFUSE)]
+    refuse = (RETURN, 0, 0, REFUSE)
+    allow = (RETURN, 0, 0, ALLOW)
+    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
+    program += [(LOAD, 0, 0, 0), (AT_LEAST, 0, 1, X32), refuse]
     for pair in REFUSED.values():
-        program += [(EQUAL, 0, 1, pair[column]), (RETURN, 0, 0, REFUSE)]
-    program += [(EQUAL, 0, 4, PRLIMIT[column]), (LOAD, 0, 0, 16), (EQUAL, 0, 1, ITSELF)]
-    program += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
-    program += [
-        (EQUAL, 0, 7, SOCKET[column]),
-        (LOAD, 0, 0, 16),
-        (EQUAL, 1, 0, AF_UNIX),
-        (RETURN, 0, 0, REFUSE),
-    ]
-    program += [
-        (LOAD, 0, 0, 24),
-        (AND, 0, 0, KIND_OF_SOCKET),
-        (EQUAL, 0, 1, DATAGRAM),
-        (RETURN, 0, 0, REFUSE),
-    ]
-    program += [(RETURN, 0, 0, ALLOW)]
+        program += [(EQUAL, 0, 1, pair[column]), refuse]
+    program += [(EQUAL, 0, 4, PRLIMIT[column]), (LOAD, 0, 0, 16), (EQUAL, 0, 1, ITSELF), allow, refuse]
+    program += [(EQUAL, 0, 7, SOCKET[column]), (LOAD, 0, 0, 16), (EQUAL, 1, 0, AF_UNIX), refuse]
+    program += [(LOAD, 0, 0, 24), (AND, 0, 0, KIND_OF_SOCKET), (EQUAL, 0, 1, DATAGRAM), refuse]
+    program += [allow]
     return b"".join(struct.pack("HBBI", *line) for line in program)
 
 

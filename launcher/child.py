@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
-import psutil
-
 from backends.protocol import (
     EVENT_BYTES,
     ROWS_BYTE,
@@ -36,12 +34,13 @@ from backends.protocol import (
     RunSettings,
     Start,
     Stop,
-    last_lines,
+    last_line,
     parse_event,
     write_json,
 )
 from launcher import compiled, shared_memory
-from launcher.console import OnEvent, Scored
+from launcher.box import Policy
+from launcher.console import OnEvent
 from launcher.device import Watch
 from launcher.ledger import single_line
 from launcher.processes import (
@@ -54,17 +53,17 @@ from launcher.processes import (
     remove_tree,
     stop_on_signals,
 )
-from launcher.score import Job, NotScored, Score, ScoringPair, child_environment
+from launcher.score import Job, NotScored, Score, ScoringPair
 from launcher.setting import Setting
-from launcher.walls import trainer_policy
-from prepare import ROOT
+from launcher.walls import common_policy, start_boxed, trainer_policy
 
-GRACE = 10.0  # seconds beyond the budget after which the child is ended: the last step, and writing weights
-SLACK = 1.0  # seconds beyond the budget that count as in time,
-LAST_STEP = 2.0  # and as many as the longest step took, at most so many seconds
-LAST_STEP_SHARE = 0.01  # or this share of the budget,
-WRITING = 200e6  # and a second for each so many bytes of weights,
-MOST_WRITING = 2.0  # at most so many seconds
+GRACE = 10.0  # seconds beyond the budget after which the child is ended
+# What a run may take beyond its budget is a sum of three parts.
+SLACK = 1.0  # seconds, always
+LAST_STEP = 2.0  # seconds at most for the last step, which may take as long as the longest one did
+LAST_STEP_SHARE = 0.01  # share of the budget that the last step may take, where that is more
+WRITING = 200e6  # bytes of weights that are written in a second
+MOST_WRITING = 2.0  # seconds at most for writing them
 POLL_SECONDS = 0.5  # between looks at the limits
 MOST_SHARES = 8  # kinds of work of a step that are listened to
 READS = 100  # of the socket, at most, between looks at the limits: a trainer may send without a pause
@@ -79,9 +78,8 @@ class Outcome:
     training_seconds: float = 0.0  # by the launcher's clock
     total_seconds: float = 0.0
     result: Result | None = None
-    step_shares: dict[str, float] = field(
-        default_factory=dict
-    )  # of a step's time by kind of work, if profiled
+    # Shares of a step's time by kind of work, where steps were profiled.
+    step_shares: dict[str, float] = field(default_factory=dict)
     exit_code: int | None = None
 
     def fail(self, status: str, reason: str) -> None:
@@ -137,18 +135,18 @@ class Supervision:
         self._last_log = 0.0
         self._longest_step = 0.0  # seconds between two points of the loss curve, by the same clock
         self._rows_given = 0.0  # the same moment by the wall clock
-        self._deadlines: dict[str, tuple[float, str]] = {}  # phase -> (time, what the run is told)
+        self._deadline = math.inf  # of the start-up or of the training
+        self._overdue_message = ""  # what the run is told then
         self._buffer = b""
         self._shared_before = shared_memory.files()
-        self._known = {process.pid for process in psutil.Process().children()}  # and those that score
-        self._weights = run_dir.box / run_dir.weights.name  # where the child writes them
+        self._scoring: ScoringPair | None = None
+        self._weights = RunDir(run_dir.box).weights  # where the child writes them
 
     def run(self) -> Outcome:
         """Start the child, follow it, end it, score it. Returns the outcome."""
         startup = self.setting.platform.startup_seconds
-        self._set_deadline(
-            "startup", startup, f"no exp.start within {startup:.0f} s: compilation or warm-up takes too long"
-        )
+        message = f"no exp.start within {startup:.0f} s: compilation or warm-up takes too long"
+        self._set_deadline(startup, message)
         adopt_orphans()
         self.run_dir.box.mkdir()
         with ExitStack() as stack:
@@ -173,19 +171,13 @@ class Supervision:
     def _train_and_score(self, stack: ExitStack, events: TextIO) -> None:
         self._channel, theirs = socket.socketpair()
         stack.callback(self._channel.close)
+        setting = self.setting
+        policy = common_policy(self.trainer, setting.track, setting.data)
         with theirs:
-            child = self._start_child(theirs.fileno())
+            child = self._start_child(policy, theirs.fileno())
         try:
-            job = Job(
-                self.trainer,
-                self.run_dir,
-                self.settings,
-                self.setting.track,
-                self.setting.data,
-                self.setting.bf16,
-            )
+            job = Job(self.trainer, self.run_dir, self.settings, policy, setting.data, setting.bf16)
             self._scoring = stack.enter_context(ScoringPair(job))
-            self._known |= {self._scoring.first.pid, self._scoring.second.pid}
             self._follow(child, events)
         finally:
             self._end(child)
@@ -198,25 +190,17 @@ class Supervision:
         score = self._score()
         self.outcome.result = self._result(self._start, self._stop, score)
 
-    def _start_child(self, descriptor: int) -> subprocess.Popen[bytes]:
+    def _start_child(self, policy: Policy, descriptor: int) -> subprocess.Popen[bytes]:
+        box = self.run_dir.box
         settings = replace(
             self.settings,
             weights=str(self._weights),
             launcher_fd=descriptor,
             launcher_pid=os.getpid(),
         )
-        policy = trainer_policy(self.run_dir, self.trainer, self.setting.track, self.setting.data)
+        command = [sys.executable, str(self.trainer)]
         with open(self.run_dir.log, "wb") as log:
-            child = subprocess.Popen(
-                policy.command([sys.executable, str(self.trainer)]),
-                cwd=ROOT,
-                env=child_environment(settings, self.run_dir.box),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(descriptor,),
-                start_new_session=True,
-            )
+            child = start_boxed(trainer_policy(policy, box), command, settings, box, log, descriptor)
         self._child_pid = child.pid
         return child
 
@@ -289,39 +273,40 @@ class Supervision:
 
     def _training_begins(self, event: Start) -> None:
         """Hand over the training rows, when all is ready: from this moment on the clock runs."""
+        assert self._scoring  # it was made before an event was read
         self._start = event
-        deadline, _ = self._deadlines.pop("startup")
-        self._scoring.wait_until_ready(deadline - time.monotonic(), lambda: self.on_event(None))
+        self._scoring.wait_until_ready(self._deadline - time.monotonic(), self.on_event)
         self._scoring.compare_shapes(event.weights)
-        compiled.write_back()
+        compiled.write_back(time.time() - (time.monotonic() - self._began))
         self.watch.begin(self._child_pid)
         budget = self.setting.budget
         message = f"training went on {GRACE:.0f} s past its {budget:g} s: the loop does not end"
-        self._set_deadline("training", budget + GRACE, message)
+        self._set_deadline(budget + GRACE, message)
         with open(self.setting.data.path / "train.bin", "rb") as rows:
             self._rows_given = time.time()
             self._started = self._last_log = time.monotonic()
             with suppress(BrokenPipeError, ConnectionResetError):  # it has ended: that is noticed elsewhere
                 socket.send_fds(self._channel, [ROWS_BYTE], [rows.fileno()])
 
-    def _set_deadline(self, phase: str, seconds: float, message: str) -> None:
-        self._deadlines[phase] = time.monotonic() + seconds, message
+    def _set_deadline(self, seconds: float, message: str) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._overdue_message = message
 
     def _overdue(self) -> bool:
-        now = time.monotonic()
-        late = [message for deadline, message in self._deadlines.values() if now > deadline]
+        late = time.monotonic() > self._deadline
         if late:
-            self.outcome.fail("timeout", late[0])
-        return bool(late)
+            self.outcome.fail("timeout", self._overdue_message)
+        return late
 
     # --- The end --------------------------------------------------------------------------------------------
 
     def _end(self, child: subprocess.Popen[bytes]) -> None:
         """End the child and all that it started. From here on a second Ctrl-C changes nothing."""
+        scoring = {self._scoring.first.pid, self._scoring.second.pid} if self._scoring else set()
         with ignore_signals():
             self.watch.end()
             end_group(child, ask=False)
-            leftovers = end_leftovers(self.run_dir.run_id) + end_orphans(self._known)
+            leftovers = end_leftovers(self.run_dir.run_id) + end_orphans(scoring)
         self.outcome.exit_code = child.returncode
         if leftovers:
             self.outcome.fail("invalid", f"the trainer left processes running: {', '.join(leftovers)}")
@@ -361,12 +346,10 @@ class Supervision:
         os.replace(self._weights, self.run_dir.weights)
 
     def _score(self) -> Score:
-        def show(done: int, rows: int) -> None:
-            self.on_event(Scored(done, rows))
-
+        assert self._scoring
         rows = {"val": self.setting.val_tokens // self.setting.track.seq_len}
         seconds = self.setting.platform.score_seconds
-        return self._scoring.score(self.run_dir.weights, rows, seconds, show)[0]
+        return self._scoring.score(self.run_dir.weights, rows, seconds, self.on_event)[0]
 
     def _result(self, start: Start, stop: Stop, score: Score) -> Result:
         seconds = self.outcome.training_seconds
@@ -378,6 +361,7 @@ class Supervision:
             val_stderr=round(score.stderr, 6) if math.isfinite(score.stderr) else 0.0,
             val_tokens=score.tokens,
             difference_worst=float(f"{score.difference.worst:.3g}"),
+            difference_spread=float(f"{score.difference.spread:.3g}"),
             difference_bias=float(f"{score.difference.bias:.3g}"),
             training_seconds=seconds,
             total_seconds=0.0,  # not over yet
@@ -409,9 +393,3 @@ class Supervision:
     def _flush(self, events: TextIO) -> None:
         events.flush()
         os.fsync(events.fileno())
-
-
-def last_line(log: Path) -> str:
-    """Return the last line with something in it of what a child printed."""
-    lines = [line.strip() for line in last_lines(log) if line.strip()]
-    return lines[-1] if lines else "it printed nothing"

@@ -7,7 +7,6 @@ after it has seen training rows is forgotten: nothing that was learned reaches t
 """
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,6 @@ from prepare import cache_dir
 
 MOST_BYTES = 8 * 2**30  # that the folder may hold: some hundred models, each of about 30 to 100 MB
 TRIMMED_BYTES = 6 * 2**30  # that are left when it held more
-NEW_SECONDS = 600.0  # the longest start-up, and more
 CLOCK_TICK = 0.02  # seconds by which the time of a change may lie behind the clock
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # Triton's cache lies below it too
 
@@ -44,32 +42,39 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_back() -> None:
-    """Write what is new here to the disk: a later write through a map of a file then changes its time."""
+def changed_since(moment: float) -> dict[Path, bool]:
+    """Return what was written here after `moment`, seconds of the wall clock: {path: whether it is a folder}.
+
+    A file's time of its last change is the kernel's: unlike the others, a process cannot set it.
+    """
+    changed = {}
     for path in (*paths_below(folder()), *paths_below(bytecode_folder())):
+        with suppress(OSError):  # another run removed it
+            status = path.lstat()
+            if status.st_ctime > moment - CLOCK_TICK:
+                changed[path] = S_ISDIR(status.st_mode)
+    return changed
+
+
+def write_back(moment: float) -> None:
+    """Write to the disk what was written here after `moment`, seconds of the wall clock.
+
+    Only then does another write through a map of such a file change its time again.
+    """
+    for path in changed_since(moment):
         with suppress(OSError):
-            if path.is_symlink() or not path.is_file() or path.lstat().st_ctime < time.time() - NEW_SECONDS:
-                continue
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            if path.is_file() and not path.is_symlink():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
 
 
 def remove_since(moment: float) -> int:
     """Remove what was written here after `moment`, seconds of the wall clock. Returns how much went.
 
-    A file's time of its last change is the kernel's: unlike the others, a process cannot set it. The files
-    beside one that changed go with it, as in trim. A folder that changed although nothing in it did was
-    renamed, and its name may say something: it goes whole.
+    The files beside one that changed go with it, as in trim. A folder that changed although nothing in it did
+    was renamed, and its name may say something: it goes whole.
     """
-    moment -= CLOCK_TICK
-    changed: dict[Path, bool] = {}  # path -> whether it is a folder
-    for path in (*paths_below(folder()), *paths_below(bytecode_folder())):
-        try:
-            status = path.lstat()
-        except OSError:  # another run removed it
-            continue
-        if status.st_ctime > moment:
-            changed[path] = S_ISDIR(status.st_mode)
+    changed = changed_since(moment)
     with_changes = {path.parent for path in changed}
     renamed = [path for path, is_folder in changed.items() if is_folder and path not in with_changes]
     for path in renamed:
@@ -81,9 +86,8 @@ def remove_since(moment: float) -> int:
             remove_tree(path)
             removed += 1
     folders = places | {path for path, is_folder in changed.items() if is_folder}
-    for path in sorted(
-        folders - {folder(), bytecode_folder()}, key=lambda path: len(path.parts), reverse=True
-    ):
+    folders -= {folder(), bytecode_folder()}
+    for path in sorted(folders, key=lambda path: len(path.parts), reverse=True):
         with suppress(OSError):  # not empty
             path.rmdir()
     return removed

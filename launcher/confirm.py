@@ -260,13 +260,13 @@ def run_and_seal(setting: Setting, known: Row, seed: int) -> Row:
     copy = run.trainer()
     assert copy  # it was just run
     try:
-        scores = score_again(row, setting, copy, run.weights)
+        [score] = score_again(row, setting, copy, run.weights, ["sealed"])
     except NotScored as error:
         raise PairFailed(f"run {row.run} could not be scored on the sealed set: {error.reason}") from None
     finally:
         run.weights.unlink(missing_ok=True)
         run.keep_weights.unlink(missing_ok=True)
-    sealed = {"sealed_bpb": scores.sealed.bpb, "sealed_stderr": scores.sealed.stderr}
+    sealed = {"sealed_bpb": score.bpb, "sealed_stderr": score.stderr}
     write_json(sealed_path(row.run), sealed)
     return row
 

@@ -54,10 +54,6 @@ class Progress:
         if event is None or isinstance(event, Log | Scored):
             self.show()
 
-    def show_rows(self, done: int, rows: int) -> None:
-        """Show how many rows are scored."""
-        self(Scored(done, rows))
-
     def show(self, always: bool = False) -> None:
         """Print the line when it is due."""
         now = time.monotonic()

@@ -140,9 +140,10 @@ def adopt_orphans() -> None:
 
 
 def end_orphans(known: Iterable[int]) -> list[str]:
-    """Kill what a boxed process left behind: it came to this one, and not by `known` pids.
+    """Kill what boxed processes left behind, and this one adopted. `known`: pids that it started itself.
 
-    A box adds a filter of system calls, which no process can take off. Returns a description of each.
+    A process in a box has one filter of system calls more than this one, and cannot remove it. Returns a
+    description of each.
     """
     mine = filters_of(os.getpid())
     described = []

@@ -6,6 +6,7 @@ weights on the same rows, by more than chance gives, its gain is in the validati
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from launcher.runs import find_run, ledger, now_utc, run_dir
 from launcher.score import Job, NotScored, Score, ScoringPair
 from launcher.setting import Setting, resolve
 from launcher.verdict import board_runs
+from launcher.walls import common_policy
 from prepare import UserError, bits_per_byte
 
 MATCH_TOLERANCE = 1e-3  # bits per byte: the same weights and rows, but perhaps another kernel
@@ -94,7 +96,7 @@ def examine(row: Row, setting: Setting, trainer: Path, weights: Path) -> tuple[s
     if recorded != row.val_bpb:
         return REFUTED, f"the ledger says {row.val_bpb:.6f}, runs/{row.run}/result.json {recorded}", None
     try:
-        scores = score_again(row, setting, trainer, weights)
+        scores = Scores(*score_again(row, setting, trainer, weights, SPLITS))
     except NotScored as error:
         word = REFUTED if error.status == "invalid" else UNVERIFIABLE
         return word, error.reason, None
@@ -106,20 +108,23 @@ def examine(row: Row, setting: Setting, trainer: Path, weights: Path) -> tuple[s
     return status, f"val_bpb matches to {moved:.1e}; {judged}", scores
 
 
-def score_again(row: Row, setting: Setting, trainer: Path, weights: Path) -> Scores:
-    """Score weights on both sets of rows. Raises NotScored."""
+def score_again(
+    row: Row, setting: Setting, trainer: Path, weights: Path, splits: Sequence[str]
+) -> list[Score]:
+    """Return the score of weights on each of the splits. Raises NotScored."""
     settings = setting.boxed_settings(row.seed, row.run)
+    policy = common_policy(trainer, setting.track, setting.data)
+    job = Job(trainer, run_dir(row.run), settings, policy, setting.data, setting.bf16)
+    num_rows = dict.fromkeys(splits, setting.val_tokens // setting.track.seq_len)
+    seconds = len(splits) * setting.platform.score_seconds
     progress = Progress(0)
     adopt_orphans()
     with DeviceLock(setting.platform.device_kind) as lock:
         lock.set_holder(f"{row.run} (verify)")
-        job = Job(trainer, run_dir(row.run), settings, setting.track, setting.data, setting.bf16)
         try:
             with stop_on_signals(), ScoringPair(job) as scoring:
-                scoring.wait_until_ready(setting.platform.startup_seconds, lambda: progress(None))
-                num_rows = dict.fromkeys(SPLITS, setting.val_tokens // setting.track.seq_len)
-                seconds = 2 * setting.platform.score_seconds
-                return Scores(*scoring.score(weights, num_rows, seconds, progress.show_rows))
+                scoring.wait_until_ready(setting.platform.startup_seconds, progress)
+                return scoring.score(weights, num_rows, seconds, progress)
         finally:
             progress.close()
 
@@ -138,7 +143,7 @@ def compare_with_baseline(row: Row, setting: Setting, scores: Scores) -> tuple[s
     if first[0].run == row.run:
         return VERIFIED, "it is the baseline"
     try:
-        baseline = score_again(first[0], setting, trainer, weights)
+        baseline = Scores(*score_again(first[0], setting, trainer, weights, SPLITS))
     except NotScored as error:
         return VERIFIED, f"the baseline {first[0].run} could not be scored again ({error.reason})"
     gap = gap_between(scores, baseline)

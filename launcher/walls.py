@@ -8,15 +8,18 @@ corpus of held-out text, or the home folder.
 
 import os
 import site
+import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
+from typing import IO
 
-from backends.protocol import RunDir
+from backends.protocol import RunSettings
 from launcher import compiled
-from launcher.box import DEVICES, GPUS, SHARED_MEMORY, SYSTEM, Policy
+from launcher.box import DEVICES, GPUS, SHARED_MEMORY, SYSTEM, Policy, parents
 from launcher.runs import home
 from prepare import ROOT, Prepared, Track, cache_dir, config_path, held_out_files
 
@@ -31,25 +34,8 @@ SYSTEM_PACKAGES = (
 PREPARED = ("meta.json", "tokenizer.json", "token_bytes.npy")  # what a trainer may read of prepared data
 
 
-def trainer_policy(run: RunDir, trainer: Path, track: Track, data: Prepared) -> Policy:
-    """Return what a trainer may touch."""
-    write = (str(run.box), str(compiled.folder()), str(compiled.bytecode_folder()), SHARED_MEMORY, *devices())
-    return policy_of(trainer, track, data, write)
-
-
-def scorer_policy(trainer: Path, folder: Path, compiles: bool, track: Track, data: Prepared) -> Policy:
-    """Return what a process may touch that scores: `folder` holds the weights and its temporary files.
-
-    Only one that compiles may write outside its folder: two that could would tell each other of the rows.
-    """
-    write = (str(folder), *devices())
-    if compiles:
-        write += (str(compiled.folder()), SHARED_MEMORY)
-    return policy_of(trainer, track, data, write)
-
-
-def policy_of(trainer: Path, track: Track, data: Prepared, write: tuple[str, ...]) -> Policy:
-    """Return a policy with what all of them read: the system, Python, the harness, the data's description."""
+def common_policy(trainer: Path, track: Track, data: Prepared) -> Policy:
+    """Return what all of them may touch: the system, Python, the harness, the data's description."""
     python = [sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
     read = [*SYSTEM, *python, *packages(), str(compiled.bytecode_folder()), *map(str, kernels())]
     files = [*ROOT.glob("*.py"), *(ROOT / "backends").glob("*.py"), config_path(), trainer]
@@ -60,16 +46,71 @@ def policy_of(trainer: Path, track: Track, data: Prepared, write: tuple[str, ...
     below = [path for path in map(os.path.realpath, hidden(track, data)) if readable & {path, *parents(path)}]
     return Policy(
         read=tuple(read),
-        write=write,
+        write=tuple(devices()),
         hidden=tuple(below),
         files=tuple(map(str, files)),
         names=tuple(map(str, names)),
     )
 
 
-def parents(path: str) -> list[str]:
-    """Return the folders that a path lies in."""
-    return [str(parent) for parent in Path(path).parents]
+def trainer_policy(common: Policy, folder: Path) -> Policy:
+    """Return what a trainer may touch: it writes in `folder`, compiled code, and bytecode."""
+    more = (folder, compiled.folder(), compiled.bytecode_folder(), SHARED_MEMORY)
+    return replace(common, write=(*common.write, *map(str, more)))
+
+
+def scorer_policy(common: Policy, folder: Path, compiles: bool) -> Policy:
+    """Return what a process may touch that scores: `folder` holds the weights and its temporary files.
+
+    Only one that compiles may write outside its folder: two that could would tell each other of the rows.
+    """
+    more = (folder, compiled.folder(), SHARED_MEMORY) if compiles else (folder,)
+    return replace(common, write=(*common.write, *map(str, more)))
+
+
+def start_boxed(
+    policy: Policy,
+    command: Sequence[str],
+    settings: RunSettings,
+    folder: Path,
+    log: IO[bytes],
+    descriptor: int,
+) -> subprocess.Popen[bytes]:
+    """Start a process that runs an experiment's code.
+
+    Args:
+        policy: what it may touch.
+        command: with its arguments.
+        settings: what it is told.
+        folder: its own, which is there.
+        log: takes what it prints.
+        descriptor: of its end of a socket; it inherits no other.
+    """
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
+    for place in (compiled.folder(), compiled.bytecode_folder()):
+        place.mkdir(parents=True, exist_ok=True)
+    environment = {
+        **os.environ,
+        **compiled.environment(),
+        **settings.to_env(),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "",  # it goes where compiled.environment() says
+        "PYTHONNOUSERSITE": "1",
+        "HF_HUB_OFFLINE": "1",  # there is no network: what is not there is known at once
+        "TMPDIR": str(temporary),
+    }
+    return subprocess.Popen(
+        policy.command(command),
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        pass_fds=(descriptor,),
+        start_new_session=True,
+    )
 
 
 def packages() -> Iterator[str]:
@@ -81,7 +122,7 @@ def packages() -> Iterator[str]:
 
 
 def kernels() -> Iterator[Path]:
-    """Yield the kernels and models that were downloaded from the hub; its datasets are no one's to read."""
+    """Yield the kernels and models that were downloaded from the hub; its datasets stay hidden."""
     yield from hub_cache().glob("models--*")
 
 

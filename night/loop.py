@@ -21,8 +21,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from backends.platforms import mac_state
+from backends.protocol import last_line
 from launcher.belief import PRIOR, REPEATS, visible_change
-from launcher.child import last_line
 from launcher.confirm import Contest, confirm, seconds_to_first_look
 from launcher.console import say
 from launcher.device import awake

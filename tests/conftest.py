@@ -151,6 +151,7 @@ RESULT = Result(
     val_stderr=0.01,
     val_tokens=16384,
     difference_worst=1e-6,
+    difference_spread=1e-7,
     difference_bias=1e-9,
     training_seconds=300.0,
     total_seconds=310.0,

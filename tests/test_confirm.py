@@ -18,7 +18,6 @@ from launcher.run import EXIT_INTERRUPTED
 from launcher.runs import read_sealed, run_dir
 from launcher.score import Difference, Score
 from launcher.setting import resolve
-from launcher.verify import Scores
 from prepare import UserError
 
 SIGMA = 0.002
@@ -45,14 +44,11 @@ def contest(scores, house, monkeypatch):  # noqa: F811
         monkeypatch.setattr(runner, "supervise", supervise)
         return find_contest("best", "baseline")
 
-    def score_again(row, setting, trainer, weights):
+    def score_again(row, setting, trainer, weights, splits):
+        assert splits == ["sealed"]
         assert weights.exists() and trainer.read_text() in ("baseline", "best")
         nothing = np.empty(0)
-        val, sealed_score = (
-            Score(bpb, 0.01, 1000, Difference(0.0, 0.0), nothing, nothing)
-            for bpb in (row.val_bpb, sealed[row.run])
-        )
-        return Scores(val, sealed_score)
+        return [Score(sealed[row.run], 0.01, 1000, Difference(0.0, 0.0, 0.0), nothing, nothing)]
 
     monkeypatch.setattr(confirming, "score_again", score_again)
     return begin

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from launcher.score import DIFFERENCE_FP32, NotScored, Sample, ScoringPair, suspicious_and_random
+from launcher.score import MOST_FP32, NotScored, Sample, ScoringPair, suspicious_and_random
 from prepare import DocumentTotals, bits_per_byte, load_track, prepare_track
 
 BATCH = 8
@@ -95,9 +95,8 @@ def score(data):
         pair = object.__new__(ScoringPair)
         pair.job = SimpleNamespace(data=data, bf16=bf16)
         pair.first, pair.second = first, second
-        pair._late = False
-        pair._end_first = lambda: first.asked.append(None)
-        [result] = pair.score(None, {"val": rows}, 60.0, lambda done, rows: None)
+        pair._end_first = lambda since: first.asked.append(None)
+        [result] = pair.score(None, {"val": rows}, 60.0, lambda event: None)
         assert first.asked.pop() is None  # it had ended before the second was asked
         return result
 
@@ -139,7 +138,7 @@ def test_a_model_that_is_no_function_of_the_past_is_refused(score, data, model, 
 
 def test_a_loss_that_is_not_that_of_the_logits_is_refused(score, data):
     with pytest.raises(NotScored):
-        score(Process(Model(data), lies=2 * DIFFERENCE_FP32[1]), Process(Model(data)))
+        score(Process(Model(data), lies=2 * MOST_FP32.bias), Process(Model(data)))
 
 
 @pytest.mark.parametrize("rows", [128, 4000])

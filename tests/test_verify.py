@@ -67,7 +67,7 @@ def scores(val, sealed, rng, baseline=None):
             num_bytes = before.num_bytes
             own = before.nats / np.log(2) / num_bytes - (1.5, 1.9)[split] + rng.normal(0.0, 0.01, 200)
         both.append(
-            Score(mean, 0.0, 1, Difference(0.0, 0.0), np.log(2) * num_bytes * (mean + own), num_bytes)
+            Score(mean, 0.0, 1, Difference(0.0, 0.0, 0.0), np.log(2) * num_bytes * (mean + own), num_bytes)
         )
     return Scores(*both)
 
