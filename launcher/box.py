@@ -5,8 +5,9 @@ The box: what a child of the launcher may read, write and ask of the system. The
 
 On Linux, Landlock (5.13 and newer; no privilege, works in containers) decides which files can be opened and,
 from 6.12, that no signal leaves the box. A seccomp filter refuses the network, and calls that store something
-outside of files which outlives the process. On macOS `sandbox-exec` does both. Nothing is copied and nothing is mounted, so a boxed run
-is as fast as another. `missing_walls` says what a machine cannot enforce; the row is then marked.
+outside of files which outlives the process. On macOS `sandbox-exec` does both. Nothing is copied and nothing
+is mounted, so a boxed run is as fast as another. `missing_walls` says what a machine cannot enforce; the row
+is then marked.
 
 This file is also run by itself, before the command: it imports the standard library alone.
 """
@@ -217,8 +218,8 @@ def parents(path: str) -> list[str]:
 # ---------------------------------------------------------------------------
 
 
-# Classic BPF, from linux/filter.h and linux/seccomp.h. A line is (operation, lines to skip if it is true, lines
-# to skip if it is false, operand).
+# Classic BPF, from linux/filter.h and linux/seccomp.h. A line is (operation, lines to skip if it is true,
+# lines to skip if it is false, operand).
 LOAD = 0x20
 AND = 0x54
 EQUAL = 0x15

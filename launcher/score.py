@@ -3,9 +3,9 @@ The score of saved weights, by two processes that never trained. This one holds 
 
 The first process is asked for the losses of all rows, in random order. The second, which shares nothing with
 it, is then asked about a sample. There the text behind a cut is another row's, and other rows lie beside it.
-The loss is taken here, from logits, with targets that the process was never shown. Its losses must be those of
-the first. So a look ahead, a memory of rows, a state, random numbers, rows that see each other and a changed
-loss function all show, however they are done.
+The loss is taken here, from logits, with targets that the process was never shown. Its losses must be those
+of the first. So a look ahead, a memory of rows, a state, random numbers, rows that see each other and a
+changed loss function all show, however they are done.
 """
 
 import json
@@ -358,8 +358,8 @@ class ScoringPair(ExitStack):
         raise NotScored(
             "invalid",
             f"a second process gives other losses, by {found.worst:.2g} nats at a position, "
-            f"{found.spread:.2g} in general and {found.bias:.2g} on average (rounding stays below {most.worst:.2g}, "
-            f"{most.spread:.2g} and {most.bias:.2g}): {why}",
+            f"{found.spread:.2g} in general and {found.bias:.2g} on average (rounding stays below "
+            f"{most.worst:.2g}, {most.spread:.2g} and {most.bias:.2g}): {why}",
         )
 
     def _losses(self, rows: np.ndarray, sample: "Sample") -> np.ndarray:
