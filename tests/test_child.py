@@ -104,7 +104,8 @@ def test_two_experiments_share_no_device(start, house):
     wait_for_line(first, "training on")
     second = start("run", "--budget", "1", "--trainer", sleeper(house))
     line = wait_for_line(second, "waiting")
-    assert os.listdir(house / "runs")[0] in line
+    [holder] = [path.name for path in (house / "runs").iterdir() if path.is_dir()]
+    assert holder in line
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
     second.communicate(timeout=120)
