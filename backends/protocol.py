@@ -21,7 +21,7 @@ from prepare import TIME_BUDGET, UserError
 
 ENV_PREFIX = "AUTORESEARCH_"
 RUN_ID_VARIABLE = f"{ENV_PREFIX}RUN_ID"  # every process of a run inherits it, so that a survivor can be found
-IN_LOOP_VARIABLE = f"{ENV_PREFIX}LOOP"  # set for an agent that the loop called: it starts no experiment
+IN_LOOP_VARIABLE = f"{ENV_PREFIX}LOOP"  # the folder of an agent that the loop called: it starts no experiment
 EVENT_BYTES = 2**18  # of one event at most; a longer line is an error
 ROWS_BYTE = b"r"  # comes with the file descriptor of the training rows
 LOG_BYTES = 2**16  # at the end of a log, which are looked at

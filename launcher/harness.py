@@ -2,16 +2,33 @@
 
 import ast
 import hashlib
+import os
+import stat
 import subprocess
 from pathlib import Path
 
-from prepare import ROOT, config_path
+from prepare import ROOT, UserError, config_path
 
 # What a run imports or reads, beside the trainer: its content hash goes into the row.
 FOLDERS = ("backends", "launcher")
 FILES = ("prepare.py", "train_cuda_kernels.py")
 # What no trial may change, as git names paths: all code and configuration but the trainer.
 PROTECTED = ("*.py", "*.yaml", "backends", "launcher", "night", "pyproject.toml", "uv.lock")
+
+LARGEST_TRAINER = 2**20  # bytes; source text needs a tenth of it
+# What a git hook or an alias leaves in the environment: with it, git would work on another repository.
+GIT_LOCAL = (
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+    "GIT_COMMON_DIR",
+    "GIT_DIR",
+    "GIT_GRAFT_FILE",
+    "GIT_INDEX_FILE",
+    "GIT_NAMESPACE",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_PREFIX",
+    "GIT_SHALLOW_FILE",
+    "GIT_WORK_TREE",
+)
 
 
 def harness_files() -> list[Path]:
@@ -50,12 +67,58 @@ def removes_code(old: bytes, new: bytes) -> bool:
     return statements_after < statements_before and len(after) < len(before)
 
 
+def read_trainer(path: Path, follow: bool = True) -> bytes:
+    """Return a trainer's source.
+
+    Whatever lies there, this ends: a pipe or a device is not waited for.
+
+    follow: a link is followed
+
+    Raises:
+        UserError: there is none, it is no plain file, or it is too large to be source text.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise UserError(f"there is no trainer {path} ({error.strerror})", 2) from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{path} is no plain file", 2)
+        with open(descriptor, "rb", closefd=False) as f:
+            source = f.read(LARGEST_TRAINER + 1)
+    finally:
+        os.close(descriptor)
+    if len(source) > LARGEST_TRAINER:
+        raise UserError(f"{path} is larger than {LARGEST_TRAINER:,} bytes: that is no source text", 2)
+    return source
+
+
+def without_git_variables() -> dict[str, str]:
+    """Return this process's environment without what names a git repository."""
+    return {name: value for name, value in os.environ.items() if name not in GIT_LOCAL}
+
+
+def git_environment() -> dict[str, str]:
+    """Return the environment for git: it finds its repository by the folder, and speaks English."""
+    return {**without_git_variables(), "LC_ALL": "C.UTF-8"}
+
+
 def git_output(*arguments: str) -> str:
     """Return what a git command in the repository prints, "" when it fails (no git, no repository)."""
-    # No optional locks: a status that is killed while it refreshes the index would leave one.
+    # No optional locks: a status that is killed while it refreshes the index would leave one. Its own
+    # session: a Ctrl-C is not for it.
     command = ["git", "--no-optional-locks", "-C", str(ROOT), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, errors="replace")
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            errors="replace",
+            env=git_environment(),
+            start_new_session=True,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

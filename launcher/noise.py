@@ -4,9 +4,9 @@ from statistics import mean, stdev
 
 from launcher.belief import visible_change
 from launcher.console import say
-from launcher.harness import source_hash
+from launcher.harness import read_trainer, source_hash
 from launcher.ledger import Flag, Row
-from launcher.run import Request, exit_code, read_trainer, run_once
+from launcher.run import Request, exit_code, run_once
 from launcher.runs import ledger
 from launcher.setting import Setting
 from launcher.verdict import fresh_seed

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,14 @@ from launcher.box import missing_walls
 from launcher.child import Outcome, supervise
 from launcher.console import Progress, say
 from launcher.device import DeviceLock, Watch, awake
-from launcher.harness import git_output, harness_hash, harness_modified, removes_code, source_hash
+from launcher.harness import (
+    git_output,
+    harness_hash,
+    harness_modified,
+    read_trainer,
+    removes_code,
+    source_hash,
+)
 from launcher.ledger import EVIDENCE, Flag, Row
 from launcher.processes import Stopped
 from launcher.runs import (
@@ -26,6 +32,7 @@ from launcher.runs import (
     record_killed_runs,
     record_of,
     run_dir,
+    scratch_folder,
     trainer_of,
 )
 from launcher.setting import Setting
@@ -136,14 +143,6 @@ def refuse_in_loop() -> None:
     """Raise UserError for an agent that the loop called: it starts no experiment of its own."""
     if os.environ.get(IN_LOOP_VARIABLE):
         raise UserError("autoresearch loop runs the experiments: edit the trainer, say what you did, and end")
-
-
-def read_trainer(trainer: Path) -> bytes:
-    """Return a trainer's source. Raises UserError when there is none."""
-    try:
-        return trainer.read_bytes()
-    except OSError as error:
-        raise UserError(f"there is no trainer {trainer} ({error.strerror})", 2) from None
 
 
 def new_row(request: Request, source: bytes) -> Row:
@@ -294,8 +293,8 @@ def print_result(row: Row) -> None:
     sys.stdout.flush()
 
 
-def dry_run(setting: Setting, trainer: Path, seed: int = 1) -> tuple[Outcome, str]:
-    """Train for a few seconds and score two rows: does the edit run at all?
+def dry_run(setting: Setting, source: bytes, seed: int = 1) -> tuple[Outcome, str]:
+    """Train for a few seconds and score two rows: does a trainer run at all, given its source?
 
     Returns (outcome, end of the log). Nothing is recorded, and nothing of it stays.
     """
@@ -303,10 +302,10 @@ def dry_run(setting: Setting, trainer: Path, seed: int = 1) -> tuple[Outcome, st
     short = replace(setting, budget=DRY_BUDGET, val_tokens=2 * setting.track.seq_len)
     setting.data  # noqa: B018  prepares it
     kind = setting.platform.device_kind
-    with DeviceLock(kind) as lock, tempfile.TemporaryDirectory(prefix="dry-") as scratch:
+    with DeviceLock(kind) as lock, scratch_folder() as scratch:
         lock.set_holder("dry run")
-        copy = Path(scratch) / trainer.name
-        copy.write_bytes(trainer.read_bytes())
-        run = RunDir(Path(scratch))
+        copy = scratch / setting.trainer.name
+        copy.write_bytes(source)
+        run = RunDir(scratch)
         outcome = supervise(copy, run, short, seed, Watch(kind), lambda event: None, profiled=True)
         return outcome, run.log_tail()

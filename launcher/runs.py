@@ -5,8 +5,10 @@ import json
 import os
 import secrets
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from prepare import ROOT, UserError
 
 # Packages whose version changes a run's speed or result; run.json lists them.
 PACKAGES = ("torch", "triton", "mlx", "numpy", "tiktoken", "flash-attn-4", "quack-kernels", "kernels")
+
+SCRATCH = "scratch"  # the folder of temporary files, in runs/
 
 
 # ---------------------------------------------------------------------------
@@ -42,6 +46,28 @@ def runs_dir() -> Path:
 
 def run_dir(run_id: str) -> RunDir:
     return RunDir(runs_dir() / run_id)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield an empty folder that is removed afterwards; after a kill, by the next command that runs."""
+    parent = runs_dir() / SCRATCH
+    parent.mkdir(parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
+    try:
+        yield path
+    finally:
+        remove_tree(path)
+
+
+def remove_old_scratch() -> None:
+    """Remove the scratch folders whose process is gone."""
+    import psutil
+
+    for path in (runs_dir() / SCRATCH).glob("*-*"):
+        pid = path.name.partition("-")[0]
+        if not (pid.isdecimal() and psutil.pid_exists(int(pid))):
+            remove_tree(path)
 
 
 def now_utc() -> str:
@@ -167,6 +193,7 @@ def record_killed_runs() -> None:
     """Give runs whose launcher was killed their row: nothing that was started is missing from the ledger."""
     from filelock import FileLock
 
+    remove_old_scratch()
     paths = [path for path in runs_dir().glob("*/run.json") if not RunDir(path.parent).recorded.exists()]
     if not paths:
         return

@@ -1,11 +1,13 @@
 """`autoresearch show` and `restore`: one run, looked at and brought back."""
 
 import difflib
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from backends.platforms import choose_platform
+from backends.protocol import IN_LOOP_VARIABLE
 from launcher.console import say
 from launcher.harness import git_output, source_hash
 from launcher.ledger import COLUMNS, Row
@@ -107,8 +109,9 @@ def restore_trainer(name: str, force: bool) -> None:
             f"run {row.run} has no trainer in {runs_dir()}: it was made on another machine, "
             "or its folder was deleted"
         )
-    target = ROOT / choose_platform(row.platform)[0].trainer
-    if target.exists() and not force and not is_on_record(target):
+    folder = os.environ.get(IN_LOOP_VARIABLE)  # of the agent that asks
+    target = Path(folder or ROOT) / choose_platform(row.platform)[0].trainer
+    if not folder and target.exists() and not force and not is_on_record(target):
         raise UserError(
             f"{target.name} has changes that no run and no commit holds: "
             "commit them, run them, or use --force",

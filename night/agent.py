@@ -1,25 +1,24 @@
 """
-A coding agent for one turn: call its command line, read its answer, undo what it did outside the trainer.
+A coding agent for one turn: call its command line in its folder, read its answer.
 
-Nothing that an agent starts outlives its turn. What it writes outside the trainer is reverted, and stays
-reachable under a ref.
+Nothing that an agent starts outlives its turn.
 """
 
 import json
 import os
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from backends.protocol import IN_LOOP_VARIABLE, RUN_ID_VARIABLE, write_json
-from launcher.console import say
+from backends.protocol import RUN_ID_VARIABLE, write_json
 from launcher.ledger import single_line
 from launcher.processes import end_group, end_leftovers, ignore_signals
-from launcher.runs import new_run_id, run_dir
-from night import repo
-from prepare import ROOT
+from launcher.runs import run_dir
+from night.workspace import Workspace
 
 PROMPT = "{prompt}"  # in an argument of the agent's command, it stands for the prompt
 # The lines that end an answer: `name: text`, and the text that stands for it in the prompt.
@@ -33,15 +32,20 @@ EXAMPLES = {
 LENGTHS = {"experiment": 200, "learned": 300, "next": 300, "idea": 60}
 MARKDOWN = " `*#>"  # characters that an agent may put around a line
 NO_ANSWER = "the agent did not say"
+ANSWER_BYTES = 2**20  # of what it printed, in whose end the answer is looked for
+LONGEST_LOG = 2**28  # bytes; an agent that prints more is ended
+LONGEST_ARGUMENT = 120_000  # bytes; Linux takes 131,072
+POLL_SECONDS = 1.0  # between looks at the log's size
 
 
 class TurnFailed(Exception):
     """A turn led to no experiment.
 
-    kind: "agent" (it failed, hung or changed nothing), "edit" (its edit cannot be tried) or "repository".
+    kind: "agent" (it failed, hung or changed nothing), "edit" (its edit cannot be tried), "repository" (git
+    or a file of the person's) or "device" (something else computes on it).
     """
 
-    def __init__(self, kind: Literal["agent", "edit", "repository"], reason: str) -> None:
+    def __init__(self, kind: Literal["agent", "edit", "repository", "device"], reason: str) -> None:
         super().__init__(reason)
         self.kind = kind
 
@@ -69,12 +73,20 @@ class TurnFiles:
 
 
 def start_agent(
-    command: Sequence[str], prompt: str, files: TurnFiles, settings: Mapping[str, str] | None = None
+    command: Sequence[str],
+    prompt: str,
+    files: TurnFiles,
+    workspace: Workspace,
+    settings: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start an agent in the repository. What it prints goes to files.log.
+    """Start an agent in its folder. What it prints goes to files.log.
 
-    command: {prompt} in an argument stands for the prompt; without one, the prompt is the standard input.
-    settings: variables of its environment that say on what the experiments run (RunSettings.to_env).
+    Args:
+        command: {prompt} in an argument stands for the prompt; without one, the prompt is the standard input.
+        prompt: what it is told.
+        files: where prompt and output are kept.
+        workspace: where it works.
+        settings: variables of its environment that say on what the experiments run (RunSettings.to_env).
 
     Raises:
         TurnFailed: it cannot be started.
@@ -83,21 +95,33 @@ def start_agent(
     files.folder.mkdir(parents=True, exist_ok=True)
     files.prompt.write_text(prompt, encoding="utf-8", errors="replace")
     prompt_is_argument = any(PROMPT in part for part in command)
-    arguments = [part.replace(PROMPT, prompt) for part in command]
+    argument = fit_argument(prompt)
+    arguments = [part.replace(PROMPT, argument) for part in command]
     stdin = os.devnull if prompt_is_argument else files.prompt
     with open(files.log, "wb") as log, open(stdin, "rb") as given:
         try:
             return subprocess.Popen(
                 arguments,
-                cwd=ROOT,
-                env={**os.environ, **(settings or {}), IN_LOOP_VARIABLE: "1", RUN_ID_VARIABLE: files.stamp},
+                cwd=workspace.folder,
+                env={**workspace.environment(), **(settings or {}), RUN_ID_VARIABLE: files.stamp},
                 stdin=given,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        except OSError as error:
-            raise TurnFailed("agent", f"{command[0]} cannot be started: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise TurnFailed("agent", f"{command[0]} cannot be started: {why}") from None
+
+
+def fit_argument(text: str) -> str:
+    """Return a text as an argument of a command can hold it: of a longer one, the beginning and the end."""
+    data = text.encode("utf-8", "replace")
+    if len(data) > LONGEST_ARGUMENT:
+        left_out = b"\n[... the middle is left out: it is too long for an argument ...]\n"
+        half = (LONGEST_ARGUMENT - len(left_out)) // 2
+        data = data[:half] + left_out + data[-half:]
+    return data.decode("utf-8", "replace")
 
 
 def call_agent(
@@ -105,25 +129,33 @@ def call_agent(
     prompt: str,
     seconds: float,
     files: TurnFiles,
+    workspace: Workspace,
     settings: Mapping[str, str] | None = None,
-) -> int | None:
+) -> int:
     """Run an agent and wait for it: see start_agent and wait_for_agent."""
-    return wait_for_agent(start_agent(command, prompt, files, settings), seconds, files.stamp)
+    return wait_for_agent(start_agent(command, prompt, files, workspace, settings), seconds, files)
 
 
-def wait_for_agent(child: subprocess.Popen[bytes], seconds: float, stamp: str) -> int | None:
-    """Wait for an agent, and end what it leaves running.
+def wait_for_agent(child: subprocess.Popen[bytes], seconds: float, files: TurnFiles) -> int:
+    """Wait for an agent, and end what it leaves running. Returns its exit code.
 
-    Returns its exit code, None when it took longer than `seconds` and was ended.
+    Raises:
+        TurnFailed: it took longer than `seconds`, or printed without end. It was ended.
     """
+    deadline = time.monotonic() + seconds
     try:
-        return child.wait(timeout=max(seconds, 0.0))
-    except subprocess.TimeoutExpired:
-        return None
+        while True:
+            left = deadline - time.monotonic()
+            with suppress(subprocess.TimeoutExpired):
+                return child.wait(timeout=max(0.0, min(left, POLL_SECONDS)))
+            if left <= 0:
+                raise TurnFailed("agent", f"the agent did not end within {seconds:.0f} s")
+            if files.log.stat().st_size > LONGEST_LOG:
+                raise TurnFailed("agent", f"the agent printed more than {LONGEST_LOG:,} bytes")
     finally:
         with ignore_signals():
             end_group(child)
-            end_leftovers(stamp)
+            end_leftovers(files.stamp)
 
 
 # ---------------------------------------------------------------------------
@@ -143,8 +175,10 @@ class Answer:
 
 def read_answer(files: TurnFiles) -> Answer:
     """Return what the agent of a turn said."""
-    said, prompt = (path.read_text(encoding="utf-8", errors="replace") for path in (files.log, files.prompt))
-    return parse(said, prompt)
+    with open(files.log, "rb") as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - ANSWER_BYTES))
+        said = f.read().decode("utf-8", "replace")
+    return parse(said, files.prompt.read_text(encoding="utf-8", errors="replace"))
 
 
 def parse(said: str, prompt: str = "") -> Answer:
@@ -198,47 +232,3 @@ def read_saved_answer(run_id: str) -> Answer | None:
 
 def answer_path(run_id: str) -> Path:
     return run_dir(run_id).path / "answer.json"
-
-
-# ---------------------------------------------------------------------------
-# What it did elsewhere
-# ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What an agent began from. The loop's state file holds it while the agent works."""
-
-    tree: str  # the working tree, as a git tree
-    head: str  # the last commit
-    branch: str  # that HEAD named, "" when detached
-    stamp: str
-
-
-def begin_turn() -> Turn:
-    """Remember what the agent begins from."""
-    return Turn(repo.snapshot(), repo.head(), repo.branch(), new_run_id())
-
-
-def undo_turn(turn: Turn, keep: str = "") -> None:
-    """Undo what an agent did in the repository. Nothing is lost: all of it stays reachable under a ref.
-
-    Processes of the turn are ended first: an agent outlives a loop that was killed, and would go on editing.
-
-    keep: the file whose edit stays, "" when none does.
-    """
-    with ignore_signals():
-        ended = end_leftovers(turn.stamp)
-    if ended:
-        say(f"ended what the agent's turn left running: {single_line(', '.join(ended))}")
-    if (repo.head(), repo.branch()) != (turn.head, turn.branch):
-        ref = repo.save_ref(f"stray/{turn.stamp}-head", repo.head())
-        repo.move_branch_back(turn.branch, turn.head)
-        say(f"the agent moved the branch; it is back, and what it committed is {ref}")
-    after = repo.snapshot()
-    leftover = [path for path in repo.differing_paths(turn.tree, after) if path != keep]
-    if leftover:
-        commit = repo.commit_tree(after, turn.head, "what an agent left")
-        ref = repo.save_ref(f"stray/{turn.stamp}", commit)
-        repo.restore_paths(leftover, turn.tree)
-        say(f"reverted what the agent left in {repo.list_paths(leftover)}; it stays reachable as {ref}")

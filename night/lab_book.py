@@ -1,7 +1,6 @@
 """What the runs of a board say, as an agent reads it: a fact a line, changes as diffs, within a limit."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,12 +14,10 @@ from night.agent import read_saved_answer
 from night.change import compare, resolve_constants
 from night.modes import Mode
 from night.tried import Experiment, Tried, failures
-from prepare import ROOT
 
 NO_BEST = "best: none yet"
 CURVE_POINTS = 12
 LAST = 12  # experiments that "how it goes" looks back on
-NOTES_CHARS = 6000  # of the notes that are shown
 DESCRIPTION_CHARS = 200
 LINE_CHARS = 110  # of a description on a list of one line each
 REASON_CHARS = 120
@@ -345,33 +342,8 @@ def copy_of(source: str, rows: Iterable[Row]) -> Path | None:
 
 
 # ---------------------------------------------------------------------------
-# The notes
+# Texts
 # ---------------------------------------------------------------------------
-
-
-def notes_path() -> Path:
-    """Return the file in which agents keep notes. It is not in git, so the loop does not revert it."""
-    return runs_dir() / "notes.md"
-
-
-def notes_name() -> str:
-    """Return how an agent that works in the repository finds the notes."""
-    path = notes_path()
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-
-
-def read_notes() -> str:
-    """Return the notes; of long ones the end, and a line that says so."""
-    try:
-        with open(notes_path(), "rb") as f:
-            size = f.seek(0, os.SEEK_END)
-            f.seek(max(0, size - 4 * NOTES_CHARS))  # a character has at most four bytes
-            text = f.read().decode("utf-8", "replace").strip()
-    except OSError:
-        return ""
-    if len(text) <= NOTES_CHARS and size <= 4 * NOTES_CHARS:
-        return text
-    return f"(the notes are too long: this is their end; shorten them)\n{text[-NOTES_CHARS:]}"
 
 
 def read_text(path: Path) -> str:

@@ -1,56 +1,48 @@
 """
 `autoresearch loop`: the night. A headless coding agent edits the trainer, the loop does everything else.
 
-A turn: the agent gets the program, the ledger and the last result, edits the trainer and ends with a line
-`experiment: what I did`. The edit is checked (only the trainer changed, it compiles, it survives a dry run of
-seconds), tried, and kept or reverted. A turn that fails is recorded, and the next one follows after a pause
-that grows. A loop that was cut off goes on when it is started again with the same command. At its end the
-branch has the trainer that is believed best, and where an `until` left the time for it, that trainer is
-tested against the baseline.
+A turn: the agent gets the program, the ledger and the last result, edits the trainer in a folder of its own
+and ends with a line `experiment: what I did`. The edit is checked (it compiles, it survives a dry run of
+seconds), tried, and kept or dropped. The person's working tree is touched only when it is kept. A turn that
+fails is recorded, and the next one follows after a pause that grows. A loop that was cut off goes on when it
+is started again with the same command. At its end the branch has the trainer that is believed best, and where
+an `until` left the time for it, that trainer is tested against the baseline.
 """
 
 import math
+import os
 import shlex
 import shutil
 import sys
-import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from backends.platforms import mac_state
-from backends.protocol import last_line
 from launcher.belief import PRIOR, REPEATS, visible_change
 from launcher.confirm import Contest, confirm, seconds_to_first_look
 from launcher.console import say
 from launcher.device import awake
 from launcher.harness import source_hash
 from launcher.ledger import EVIDENCE, MOVED, STATUSES, Flag, Row
-from launcher.processes import Stopped, ignore_signals, stop_on_signals
+from launcher.processes import Stopped, end_leftovers, ignore_signals, stop_on_signals
 from launcher.run import EXIT_INTERRUPTED, POWER_FLAGS, Request, dry_run
 from launcher.runs import ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
 from launcher.verdict import best_since_moved, board_runs, fresh_seed, survey_board
-from night import ahead, repo
-from night.agent import (
-    Answer,
-    Turn,
-    TurnFailed,
-    TurnFiles,
-    begin_turn,
-    call_agent,
-    read_answer,
-    save_answer,
-    undo_turn,
-)
+from night import repo
+from night.agent import Answer, TurnFailed, save_answer
 from night.lab_book import remember_shares
 from night.panel import Panel, RunDetail
 from night.program import write_turn
-from night.state import Edit, LoopState, loop_folder, read_state, record, state_path, write_state
+from night.state import Edit, LoopState, read_state, record, state_path, write_state
 from night.trial import (
-    check_edit,
+    check_harness,
+    check_source,
     finish_trial,
     hold_repository,
     put_on_branch,
@@ -58,10 +50,13 @@ from night.trial import (
     run_trial,
     scored_before,
 )
-from prepare import UserError, first_line
+from night.turn import RUNNING, Turn, begin_turn, end_turn, rebase
+from prepare import ROOT, UserError, first_line
 
 GIVE_UP = 20  # failed turns in a row after which the loop ends
+GIVE_UP_ALIKE = 3  # in a row that the agent is not to blame for: waiting does not mend them
 LONGEST_PAUSE = 1800.0  # seconds; the pause after a failed turn doubles up to this
+LONGEST_PAUSE_ALIKE = 15.0
 FREE_EDITS = 3  # bad edits in a row that go back to the agent without a pause
 NO_VERDICT_TRIES = 3  # runs of an edit without a verdict (another process on the device), then it is stashed
 LARGEST_RESERVE = 0.25  # of the night, that a claim may take at its end
@@ -69,6 +64,7 @@ HUNDRED = 100  # experiments of a night without a limit, for its first line
 RUN_SECONDS = 1.3  # of a whole run, for each second of training, before one was seen
 BUILTIN = "builtin"  # names the search over the constants in the place of an agent
 BUILTIN_MODULE = "night.builtin"
+AGENTS_FAULT = ("agent", "edit")  # kinds of failures that another turn may not have
 BASELINE = "baseline: the trainer as committed"
 UNCOMMITTED = "what lay in the trainer, uncommitted"
 
@@ -100,18 +96,30 @@ class Night:
 
 
 def parse_agent(text: str) -> list[str]:
-    """Return the agent's command as a list. Raises UserError when there is no such program."""
+    """Return the agent's command as a list. Raises UserError when there is no such program.
+
+    The agent starts in another folder: a script that lies here and in no commit is named by its whole path.
+    """
     if text == BUILTIN:
-        return [sys.executable, "-m", BUILTIN_MODULE]
+        return [sys.executable, "-P", "-m", BUILTIN_MODULE]  # -P: ours, not what the agent's folder has
     try:
         command = shlex.split(text)
     except ValueError as error:
         raise UserError(f"--agent: {error}: {text}", 2) from None
     if not command:
         raise UserError("--agent: the command is empty: name a program, such as 'claude -p'", 2)
-    if not shutil.which(command[0]):
+    program = shutil.which(command[0])
+    if not program:
         raise UserError(f"--agent: there is no program {command[0]!r} here", 2)
-    return command
+    return [os.path.abspath(program), *map(whole_path, command[1:])]
+
+
+def whole_path(argument: str) -> str:
+    """Return the whole path for an argument that names a file here which no commit has."""
+    with suppress(OSError, ValueError):
+        if os.path.isfile(argument) and not repo.committed_blob(argument):
+            return os.path.abspath(argument)
+    return argument
 
 
 def parse_until(text: str) -> datetime:
@@ -169,12 +177,13 @@ class Loop:
         self.setting = night.setting
         self.trainer = night.setting.trainer
         self.edit: Edit | None = None  # without a verdict: of this loop, or left by an earlier one
-        self.thinking: ahead.Thinking | None = None  # the agent, while an experiment runs
-        self.next_edit: ahead.NextEdit | None = None  # that it made meanwhile
+        self.turn: Turn | None = None  # of the agent that thinks ahead, while an experiment runs
+        self.next_edit: Edit | None = None  # that it made meanwhile
         self.result = ""  # of the last experiment, for the agent
         self.complaint = ""  # about the last turn, for the agent
         self.failures = 0  # failed turns in a row
-        self.bad_edits = 0  # turns in a row that failed by their edit
+        self.failed_alike = 0  # of them the last ones, that failed in one way
+        self.last_failure = ""  # in which: see TurnFailed.kind
         self.longest_run = RUN_SECONDS * night.setting.budget  # seconds
         self.total_seconds = night.seconds_left()  # of the night
         self.reserve = 0.0  # seconds at the end of the night that are for the claim
@@ -191,7 +200,7 @@ class Loop:
         except Stopped as stop:
             ended, code = f"interrupted ({stop})", EXIT_INTERRUPTED
             with ignore_signals():
-                undo_unfinished_turn()
+                end_unfinished_turn()
                 finish_trial()
         self.leave_state()
         record("end", why=ended, done=self.panel.done, kept=self.panel.kept)
@@ -200,8 +209,8 @@ class Loop:
     def resume(self) -> None:
         """Go on where an earlier loop was cut off."""
         state = read_state()
-        undo_unfinished_turn()
-        self.edit = state.edit
+        end_unfinished_turn()
+        self.edit = None if state.edit and has_verdict(state.edit) else state.edit
         if state.done is not None and state.experiments == self.night.experiments:
             self.panel.done = state.done
             self.panel.note(f"going on with a loop that was cut off after {state.done} experiments")
@@ -229,9 +238,11 @@ class Loop:
                 row = self.finish_last_turn() or self.take_turn()
             except NightOver as over:
                 return str(over), 0
-            except (TurnFailed, UserError, OSError) as error:
+            except Stopped:
+                raise
+            except Exception as error:
                 pause = self.record_failure(error)
-                if self.failures >= GIVE_UP:
+                if self.gives_up():
                     reason = first_line(error)
                     return f"gave up after {self.failures} turns without an experiment in a row: {reason}", 1
                 self.wait(pause)
@@ -328,9 +339,8 @@ class Loop:
     def record_experiment(self, row: Row) -> None:
         """Take an experiment down: for the person, the agent and the log."""
         self.failures = 0
-        self.bad_edits = 0
+        self.failed_alike = 0
         self.complaint = ""
-        self.edit = None
         self.result = describe_result(row)
         self.longest_run = max(self.longest_run, row.total_seconds)
         self.panel.count(row)
@@ -361,18 +371,26 @@ class Loop:
 
     def record_failure(self, error: Exception) -> float:
         """Take a failed turn down. Returns the seconds to pause."""
-        kind = error.kind if isinstance(error, TurnFailed) else "repository"
+        kind = kind_of(error)
         self.failures += 1
-        self.bad_edits = self.bad_edits + 1 if kind == "edit" else 0
+        self.failed_alike = self.failed_alike + 1 if kind == self.last_failure else 1
+        self.last_failure = kind
         self.panel.turns_lost += 1
         self.complaint = str(error)
         pause = 0.0
-        if kind != "edit" or self.bad_edits >= FREE_EDITS:
-            pause = min(LONGEST_PAUSE, self.night.pause * 2 ** (self.failures - 1))
+        if kind != "edit" or self.failed_alike >= FREE_EDITS:
+            longest = LONGEST_PAUSE if kind in AGENTS_FAULT else LONGEST_PAUSE_ALIKE
+            pause = min(longest, self.night.pause * 2 ** (self.failures - 1))
         again = f"; again in {pause:.0f} s" if pause else ""
         self.panel.note(f"no experiment: {first_line(error)}{again}")
-        record("failed", kind=kind, reason=str(error), failures=self.failures, pause=pause)
+        said = {"traceback": traceback.format_exception(error)} if kind == "launcher" else {}
+        record("failed", kind=kind, reason=str(error), failures=self.failures, pause=pause, **said)
         return pause
+
+    def gives_up(self) -> bool:
+        """Return whether the turns fail in such a way that the night ends."""
+        alike = self.last_failure not in AGENTS_FAULT and self.failed_alike >= GIVE_UP_ALIKE
+        return alike or self.failures >= GIVE_UP
 
     def wait(self, seconds: float) -> None:
         if self.longest_run < min(seconds, self.seconds_to_train()):
@@ -417,38 +435,36 @@ class Loop:
             raise Stopped("during a run")
         return time.monotonic() - began
 
-    def save_state(self, turn: Turn | None = None) -> None:
-        write_state(LoopState(self.night.experiments, self.panel.done, turn, self.edit))
+    def save_state(self, stamp: str = "") -> None:
+        """Write what the next loop needs, should this one be killed. stamp: of the turn under way."""
+        edit = self.edit or self.next_edit
+        if edit:
+            repo.set_ref("untried", edit.commit)  # git removes in time what nothing names
+        write_state(LoopState(self.night.experiments, self.panel.done, stamp, edit))
 
     def leave_state(self) -> None:
-        """Leave to the next loop a turn that could not be undone, or an edit without a verdict."""
-        state = read_state()
-        if state.turn:
-            say("what the agent did could not be undone: the next loop tries it again")
-            return
-        edit = state.edit
-        name = self.trainer.name
-        if edit and repo.is_edited(name) and edit.blob == repo.blob(name):
+        """Leave an edit without a verdict to the next loop."""
+        edit = self.edit or self.next_edit
+        if edit:
             write_state(LoopState(edit=edit))
-            say(
-                f"no verdict yet on «{edit.answer.description}»: the edit is still in {name}, "
-                "and the next loop tries it first"
-            )
+            say(f"no verdict yet on «{edit.answer.description}»: the next loop tries it first")
         else:
             state_path().unlink(missing_ok=True)
 
     # --- A turn ---------------------------------------------------------------------------------------------
 
     def finish_last_turn(self) -> Row | None:
-        """Finish what an error left unfinished: the undo of a turn, a trial. Returns the trial's verdict."""
-        self.thinking = None
-        undo_unfinished_turn()
+        """Finish a trial that an error left unfinished. Returns its verdict."""
+        self.turn = None
+        end_unfinished_turn()
         row = finish_trial()
+        if row and row.judged:
+            self.edit = None
         self.save_state()
         return row if row and row.judged else None
 
     def take_turn(self) -> Row:
-        """Make one experiment: of what lies in the trainer already, the baseline, or the agent's idea.
+        """Make one experiment: the baseline, what lies in the trainer already, or the agent's idea.
 
         Returns its row.
 
@@ -459,15 +475,11 @@ class Loop:
         """
         if self.needs_baseline():
             return self.run_baseline()
-        self.take_next_edit()
-        if repo.is_edited(self.trainer.name):
-            answer = self.answer_of_edit()
-        else:
-            # Before an agent is called in vain: did a person change what a run reads?
-            check_edit(self.trainer)
-            answer = self.ask_agent()
-        self.check(answer.description)
-        return self.train(answer)
+        check_harness(self.trainer.name)  # before an agent is called in vain
+        self.edit = self.edit_of_tree() or self.edit_at_hand() or self.ask_agent()
+        self.save_state()
+        self.check(self.edit)
+        return self.train(self.edit)
 
     def needs_baseline(self) -> bool:
         """Return whether the committed trainer has no run on this board yet: nothing can be said without.
@@ -488,115 +500,117 @@ class Loop:
         """
         source = repo.content("HEAD", self.trainer.name)
         self.measure_step(source)
-        request = replace(self.request(BASELINE), progress=RunDetail(self.setting.budget, self.panel))
-        return self.run_to_verdict(
-            BASELINE, lambda: run_source(replace(request, parent=source), source, repo.head())
+        request = Request(
+            self.setting,
+            BASELINE,
+            self.night.seed,
+            parent=source,
+            progress=RunDetail(self.setting.budget, self.panel),
         )
+        return self.run_to_verdict(BASELINE, lambda: run_source(request, source, repo.head()))
 
     def measure_step(self, source: bytes) -> None:
         """Do a dry run of a trainer: the agent is told the shares of its step. The run reuses its code."""
         self.panel.enter(f"dry run: {BASELINE}")
-        with tempfile.TemporaryDirectory(prefix="dry-") as folder:
-            trainer = Path(folder) / self.trainer.name
-            trainer.write_bytes(source)
-            outcome, _ = dry_run(self.setting, trainer, self.night.seed)
+        outcome, _ = dry_run(self.setting, source, self.night.seed)
         remember_shares(source_hash(source), outcome.step_shares)
 
-    def answer_of_edit(self) -> Answer:
-        """Return what an agent said of the edit that lay in the trainer before the turn, if it made it."""
-        if self.edit and self.edit.blob == repo.blob(self.trainer.name):
-            return self.edit.answer
-        self.edit = None
-        return Answer(UNCOMMITTED)
-
-    def ask_agent(self) -> Answer:
-        """Let the agent edit the trainer. Returns what it said of it.
-
-        Raises:
-            TurnFailed: it made no edit. The working tree is then as before.
-        """
+    def edit_of_tree(self) -> Edit | None:
+        """Return the edit that lies in the working tree, None when there is none."""
         name = self.trainer.name
-        turn = begin_turn()
-        self.save_state(turn)
-        self.panel.enter("the agent thinks")
-        try:
-            answer = self.call_agent(turn.stamp)
-        except (TurnFailed, UserError, OSError):
-            undo_unfinished_turn()
-            raise
-        undo_turn(turn, keep=name)
-        if not self.trainer.is_file() or self.trainer.is_symlink():
-            undo_unfinished_turn()
-            raise TurnFailed("agent", f"the agent left no plain file {name}")
-        self.edit = Edit(repo.blob(name), answer)
-        self.save_state()
         if not repo.is_edited(name):
-            raise TurnFailed("agent", f"the agent changed nothing in {name}")
-        return answer
+            return None
+        edit = self.edit
+        if edit and (edit.base, repo.committed_blob(name, edit.commit)) == (repo.head(), repo.blob(name)):
+            return edit
+        if edit:
+            self.put_aside(edit, f"stray/{new_run_id()}")
+        return Edit(repo.commit_alone(name, UNCOMMITTED), repo.head(), Answer(UNCOMMITTED))
 
-    def call_agent(self, stamp: str) -> Answer:
-        """Call the agent and wait for it. Returns its answer.
+    def edit_at_hand(self) -> Edit | None:
+        """Return the edit that has no verdict yet, on what the branch has now. None when there is none."""
+        edit = self.edit or self.next_edit
+        self.edit = self.next_edit = None
+        if edit is None:
+            return None
+        rebased = rebase(edit, self.trainer.name)
+        if rebased is None:
+            ref = repo.save_ref(f"stray/{new_run_id()}", edit.commit)
+            say(f"«{edit.answer.description}» does not go together with what is there now; it stays as {ref}")
+        return rebased
+
+    def ask_agent(self) -> Edit:
+        """Let the agent edit the trainer. Returns its edit.
 
         Raises:
-            TurnFailed: it cannot be started, takes too long, or fails.
+            TurnFailed: it made none.
         """
-        night = self.night
-        prompt = self.write_prompt(self.result)
-        files = TurnFiles(loop_folder(), stamp)
+        self.panel.enter("the agent thinks")
         # What it thinks of must still be trained in the time that is left.
-        seconds = min(night.agent_seconds, max(1.0, self.seconds_to_train() - self.longest_run))
+        seconds = min(self.night.agent_seconds, max(1.0, self.seconds_to_train() - self.longest_run))
+        turn = self.begin_turn(repo.head(), self.result, seconds)
+        try:
+            return end_turn(turn, self.trainer.name)
+        finally:
+            self.save_state()
+
+    def begin_turn(self, base: str, result: str, seconds: float) -> Turn:
+        """Start the agent on a commit. result: of the last experiment. Raises as turn.begin_turn."""
+        night = self.night
+        stamp = new_run_id()
+        self.save_state(stamp)
+        prompt = write_turn(self.setting, result, self.complaint, self.panel.left())
         settings = self.setting.run_settings(night.seed).to_env()
-        code = call_agent(night.agent, prompt, seconds, files, settings)
-        if code is None:
-            raise TurnFailed("agent", f"the agent did not end within {seconds:.0f} s")
-        if code != 0:
-            raise TurnFailed("agent", f"the agent ended with exit code {code}: {last_line(files.log)}")
-        return read_answer(files)
+        if night.agent_name == BUILTIN:
+            settings["PYTHONPATH"] = str(ROOT)
+        return begin_turn(night.agent, night.agent_name, prompt, base, stamp, seconds, settings)
 
-    def write_prompt(self, result: str) -> str:
-        return write_turn(self.setting, result, self.complaint, self.panel.left())
-
-    def check(self, description: str) -> None:
+    def check(self, edit: Edit) -> None:
         """Check an edit before minutes are spent on it: it compiles, is new, and survives a dry run.
 
         Raises:
-            TurnFailed: it does not. The edit is then stashed.
+            TurnFailed: it does not. The edit is then put aside.
         """
+        description = edit.answer.description
+        source = repo.content(edit.commit, self.trainer.name)
         try:
-            check_edit(self.trainer)
+            check_source(self.trainer.name, source)
         except UserError as error:
-            self.stash(f"stray/{new_run_id()}", description)
+            self.put_aside(edit, f"stray/{new_run_id()}")
             raise TurnFailed("edit", f"«{description}»: {error}") from None
-        earlier = scored_before(self.trainer.read_bytes(), self.setting)
+        earlier = scored_before(source, self.setting)
         if earlier:
-            self.stash(f"stray/{new_run_id()}", description)
+            self.put_aside(edit, f"stray/{new_run_id()}")
             raise TurnFailed(
                 "edit",
                 f"«{description}»: the same source was scored by run {earlier.run}: "
                 f"{earlier.val_bpb:.6f}, {earlier.status}",
             )
         self.panel.enter(f"dry run: {description}")
-        outcome, log_tail = dry_run(self.setting, self.trainer, self.night.seed)
+        outcome, log_tail = dry_run(self.setting, source, self.night.seed)
         if not outcome.status:
-            remember_shares(source_hash(self.trainer.read_bytes()), outcome.step_shares)
+            remember_shares(source_hash(source), outcome.step_shares)
             return
         row = self.dry_row(description)
         row.status = outcome.status
         row.reason = f"dry run: {outcome.reason}"
         row.total_seconds = outcome.total_seconds
-        row.commit = self.stash(row.run, description)[:7]
+        row.commit = edit.commit[:7]
+        self.put_aside(edit, row.run)
         ledger().append(row)
         raise TurnFailed(
             "edit",
             f"«{description}» failed its dry run ({outcome.status}): {outcome.reason}\n{log_tail}",
         )
 
-    def stash(self, name: str, description: str) -> str:
-        """Revert the trainer's edit, keep it under a ref, and say which. Returns its commit."""
-        stashed = repo.stash_edit(self.trainer.name, name, description)
+    def put_aside(self, edit: Edit, name: str) -> None:
+        """Keep an edit under a ref, and say which. Where it lies in the working tree, that is reverted."""
+        trainer = self.trainer.name
+        ref = repo.save_ref(name, edit.commit)
+        repo.follow(trainer, {repo.committed_blob(trainer, edit.commit)})
         self.edit = None
-        self.panel.note(f"stashed «{description}»: it stays reachable as {stashed.ref}")
-        return stashed.commit
+        self.save_state()
+        self.panel.note(f"put aside «{edit.answer.description}»: it stays reachable as {ref}")
 
     def dry_row(self, description: str) -> Row:
         """Return the row of an edit that failed its dry run, without what went wrong."""
@@ -610,34 +624,31 @@ class Loop:
             marks=Flag.DRY,
         )
 
-    def request(self, description: str) -> Request:
-        """Return the request of an experiment."""
-        detail = RunDetail(self.setting.budget, self.panel, lambda: self.think_ahead(description))
-        return Request(self.setting, description, self.night.seed, progress=detail)
-
-    def train(self, answer: Answer) -> Row:
-        """Try the trainer's edit. Returns the row of the verdict.
+    def train(self, edit: Edit) -> Row:
+        """Try an edit. Returns the row of the verdict.
 
         Raises:
-            TurnFailed: there was no verdict. The edit is then stashed.
-            NightOver: there is no time left for it. The edit stays, and the next loop tries it first.
+            TurnFailed: there was no verdict. The edit is then put aside.
+            NightOver: there is no time left for it. The next loop tries it first.
             Stopped: the run was interrupted.
         """
-        request = self.request(answer.description)
-        if self.edit:
-            request = replace(request, agent=self.night.agent_name)
+        description = edit.answer.description
+        detail = RunDetail(self.setting.budget, self.panel, lambda: self.think_ahead(edit))
+        request = Request(self.setting, description, self.night.seed, progress=detail, agent=edit.agent)
 
         def attempt() -> Row:
-            row = run_trial(request, self.collect_next_edit)
-            if self.edit:
-                save_answer(row.run, answer)
+            row = run_trial(request, edit.commit, self.collect_next_edit)
+            if edit.agent:
+                save_answer(row.run, edit.answer)
             return row
 
         try:
-            return self.run_to_verdict(answer.description, attempt)
+            row = self.run_to_verdict(description, attempt)
         except TurnFailed:
-            self.stash(f"stray/{new_run_id()}", answer.description)
+            self.put_aside(edit, f"stray/{new_run_id()}")
             raise
+        self.edit = None
+        return row
 
     def run_to_verdict(self, description: str, attempt: Callable[[], Row]) -> Row:
         """Call `attempt` until its run has a verdict. Returns its row.
@@ -660,55 +671,60 @@ class Loop:
                 self.panel.note(f"no verdict ({row.reason}): again in {self.night.pause:.0f} s")
                 self.wait(self.night.pause)
         raise TurnFailed(
-            "repository",
+            "device",
             f"«{description}» was run {NO_VERDICT_TRIES} times without a verdict: {row.reason}",
         )
 
     # --- The next edit, while an experiment runs ------------------------------------------------------------
 
-    def think_ahead(self, running: str) -> None:
+    def think_ahead(self, running: Edit) -> None:
         """Let the agent begin with the next edit. What goes wrong with it does not touch the run."""
         night = self.night
         is_last = night.experiments is not None and self.panel.done + 1 >= night.experiments
         seconds = min(night.agent_seconds, self.seconds_to_train() - 2 * self.longest_run)
-        if not night.ahead or self.thinking or self.next_edit or is_last or seconds <= 0:
+        if not night.ahead or self.turn or self.next_edit or is_last or seconds <= 0:
             return
-        result = f"{self.result}\n\n{ahead.RUNNING.format(description=running)}"
-        settings = self.setting.run_settings(night.seed).to_env()
+        result = f"{self.result}\n\n{RUNNING.format(description=running.answer.description)}"
         try:
-            turn = begin_turn()
-            self.save_state(turn)
-            prompt = self.write_prompt(result)
-            self.thinking = ahead.think(self.trainer, turn, night.agent, prompt, seconds, settings)
+            self.turn = self.begin_turn(running.commit, result, seconds)
         except (TurnFailed, UserError, OSError) as error:
             self.save_state()
             self.panel.note(f"the agent does not think ahead: {first_line(error)}")
 
     def collect_next_edit(self, row: Row) -> None:
-        """Wait for the agent that thinks ahead. The trainer is then as it was when the run began."""
-        if self.thinking is None:
+        """Wait for the agent that thinks ahead. Where the run was interrupted, it is ended instead."""
+        if self.turn is None:
             return
-        thinking, self.thinking = self.thinking, None
+        turn, self.turn = self.turn, None
         self.panel.enter("the agent thinks ahead")
-        self.next_edit = ahead.collect(thinking, self.trainer, at_once=Flag.INTERRUPTED in row.flags)
+        interrupted = Flag.INTERRUPTED in row.flags
+        try:
+            self.next_edit = end_turn(turn, self.trainer.name, at_once=interrupted)
+        except (TurnFailed, UserError, OSError) as error:
+            if not interrupted:
+                self.panel.note(f"no edit was thought of ahead: {first_line(error)}")
         self.save_state()
 
-    def take_next_edit(self) -> None:
-        """Put the edit that was thought of ahead on what the branch has now."""
-        if self.next_edit is None:
-            return
-        edit, self.next_edit = self.next_edit, None
-        if ahead.rebase(edit, self.trainer):
-            self.edit = Edit(repo.blob(self.trainer.name), edit.answer)
-            self.save_state()
+
+def has_verdict(edit: Edit) -> bool:
+    """Return whether the ledger has a verdict on an edit: then the loop was cut off right after it."""
+    return any(row.judged and row.commit and edit.commit.startswith(row.commit) for row in ledger().rows())
 
 
-def undo_unfinished_turn() -> None:
-    """Undo what an agent wrote that was cut off in the middle of its turn. It stays reachable under a ref."""
+def end_unfinished_turn() -> None:
+    """End the agent of a turn that was cut off. What it made of its folder is lost."""
     state = read_state()
-    if state.turn:
-        undo_turn(state.turn)
-        write_state(replace(state, turn=None))
+    if state.stamp:
+        with ignore_signals():
+            end_leftovers(state.stamp)
+        write_state(replace(state, stamp=""))
+
+
+def kind_of(error: Exception) -> str:
+    """Return what a turn failed by: see TurnFailed.kind. Beside these, "launcher" is a fault of ours."""
+    if isinstance(error, TurnFailed):
+        return error.kind
+    return "repository" if isinstance(error, UserError | OSError) else "launcher"
 
 
 def describe_result(row: Row) -> str:

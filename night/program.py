@@ -15,8 +15,9 @@ from launcher.setting import Setting
 from night import repo
 from night.agent import EXAMPLES
 from night.ideas import write_ideas
-from night.lab_book import best_facts, clip, notes_name, read_notes, write_lab_book
+from night.lab_book import best_facts, clip, write_lab_book
 from night.modes import Mode, mode_of
+from night.notes import NOTES, read_notes
 from night.tried import Tried, read_tried
 from prepare import ROOT, TIME_BUDGET, UserError
 
@@ -99,7 +100,7 @@ def write_turn(setting: Setting, result: str, complaint: str, left: str) -> str:
         left=left,
         mode=mode.line,
         instruction=instruct(mode),
-        notes=notes_name(),
+        notes=NOTES,
         notes_now="empty" if not notes else "as shown above",
         lines="\n".join(f"{name}: {text}" for name, text in EXAMPLES.items()),
     )

@@ -6,27 +6,29 @@ left uncommitted elsewhere stays as it is. A file is named by its path below ROO
 """
 
 import os
+import re
 import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-from launcher.harness import PROTECTED, git_output, source_hash
+import psutil
+
+from launcher.console import say
+from launcher.harness import PROTECTED, git_environment, git_output, read_trainer, source_hash
 from launcher.processes import defer_signals
+from launcher.runs import scratch_folder
 from prepare import ROOT, UserError
 
 # REFS/<run>: a trial that was reverted, or an edit that was stashed before a run of it counted.
-# REFS/stray/<time>: what an agent left outside the trainer, or an edit that no run was made of.
-# REFS/ahead: the edit that an agent made last while an experiment ran.
+# REFS/stray/<time>: an edit that no run was made of.
+# REFS/untried: the edit that waits for its run.
 REFS = "refs/autoresearch"
-LOCKED_SECONDS = 10.0  # that another git command may hold the index
+LOCKED_SECONDS = 10.0  # that another git command may hold a lock
 LOCK_POLL_SECONDS = 0.2
-LARGE_FILE = 2**24  # bytes; a larger untracked file is data, and is not copied into the repository
-PATHS_A_CALL = 500  # of git update-index: a command line has a limit
+LOCK = re.compile(rb"'([^'\n]+\.lock)'")  # in what git says when it cannot lock
 NAMED_PATHS = 5  # that a message lists
 UNFINISHED = {
     "MERGE_HEAD": "merge",
@@ -34,8 +36,6 @@ UNFINISHED = {
     "rebase-apply": "rebase",
     "CHERRY_PICK_HEAD": "cherry-pick",
 }
-SYMLINK_MODE = "120000"
-EXECUTABLE_MODE = "100755"
 FILE_MODE = "100644"
 FOLDER_MODE = "040000"
 
@@ -50,35 +50,36 @@ def git_bytes(
     index: Path | None = None,
     given: bytes = b"",
     environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> bytes:
-    """Return what a git command prints. While another command holds the repository's index, wait for it.
+    """Return what a git command prints. While another command holds a lock, wait for it.
+
+    A lock that stays, and whose owner is gone, is removed.
 
     index: the index file to use in place of the repository's own
     given: its standard input
     environment: variables beside this process's own
+    folder: where it runs, ROOT if left out
 
     Raises:
         UserError: the command failed.
     """
-    variables = {**os.environ, **(environment or {})}
+    variables = {**git_environment(), **(environment or {})}
     if index:
         variables["GIT_INDEX_FILE"] = str(index)
+    command = ["git", "-C", str(folder or ROOT), *arguments]
     deadline = time.monotonic() + LOCKED_SECONDS
     while True:
-        # A git that is killed in the middle leaves a lock, on which every later command fails.
-        with defer_signals():
-            done = subprocess.run(
-                ["git", "-C", str(ROOT), *arguments],
-                input=given,
-                capture_output=True,
-                env=variables,
-                start_new_session=True,
-            )
+        done = run_whole(command, given, variables)
         if done.returncode == 0:
             return done.stdout
-        if b".lock" not in done.stderr or time.monotonic() > deadline:
+        lock = find_lock(done.stderr)
+        if lock is None:
             break
-        time.sleep(LOCK_POLL_SECONDS)
+        if time.monotonic() < deadline:
+            time.sleep(LOCK_POLL_SECONDS)
+        elif not remove_stale_lock(lock):
+            break
     said = done.stderr.decode(errors="replace").strip() or "no message"
     message = f"git {arguments[0]} failed: {said.splitlines()[0]}"
     if ".lock" in message:
@@ -86,9 +87,57 @@ def git_bytes(
     raise UserError(message)
 
 
-def git_checked(*arguments: str, index: Path | None = None) -> str:
+def run_whole(
+    command: Sequence[str], given: bytes, variables: Mapping[str, str]
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a git command to its end, whatever signal comes: one that is killed leaves a lock.
+
+    Raises:
+        UserError: there is no git, or it does not end.
+    """
+    try:
+        with defer_signals():
+            return subprocess.run(
+                command, input=given, capture_output=True, env=variables, start_new_session=True
+            )
+    except OSError as error:
+        raise UserError(f"git cannot be started: {error.strerror}") from None
+
+
+def find_lock(said: bytes) -> Path | None:
+    """Return the lock on which git says that it failed, None when it failed on something else."""
+    found = LOCK.search(said)
+    return Path(os.fsdecode(found[1])) if found else None
+
+
+def remove_stale_lock(lock: Path) -> bool:
+    """Remove a lock of git that is old and has no owner. Returns whether it is gone."""
+    try:
+        age = time.time() - lock.lstat().st_mtime
+    except OSError:
+        return True
+    if age < LOCKED_SECONDS or git_is_at_work():
+        return False
+    lock.unlink(missing_ok=True)
+    say(f"removed {lock}: a git command that was killed had left it")
+    return True
+
+
+def git_is_at_work() -> bool:
+    """Return whether a git command, or something named like one, runs in this repository's folders."""
+    top = os.path.realpath(git_output("rev-parse", "--show-toplevel") or ROOT)
+    for process in psutil.process_iter():
+        try:
+            if process.name().startswith("git") and os.path.commonpath([process.cwd(), top]) == top:
+                return True
+        except (psutil.Error, OSError, ValueError):
+            continue
+    return False
+
+
+def git_checked(*arguments: str, index: Path | None = None, folder: Path | None = None) -> str:
     """Return what git_bytes returns as text. Paths that are not UTF-8 come through whole."""
-    return os.fsdecode(git_bytes(*arguments, index=index)).strip("\n")
+    return os.fsdecode(git_bytes(*arguments, index=index, folder=folder)).strip("\n")
 
 
 def git_paths(*arguments: str, index: Path | None = None) -> list[str]:
@@ -97,11 +146,11 @@ def git_paths(*arguments: str, index: Path | None = None) -> list[str]:
 
 
 @contextmanager
-def scratch_index() -> Iterator[Path]:
-    """Yield an index of its own with the content of HEAD: the repository's index stays."""
-    with tempfile.TemporaryDirectory() as scratch:
-        index = Path(scratch) / "index"
-        git_checked("read-tree", "HEAD", index=index)
+def scratch_index(tree: str) -> Iterator[Path]:
+    """Yield an index of its own with the content of a tree: the repository's index stays."""
+    with scratch_folder() as scratch:
+        index = scratch / "index"
+        git_checked("read-tree", tree, index=index)
         yield index
 
 
@@ -142,6 +191,11 @@ def head() -> str:
     return git_output("rev-parse", "--verify", "HEAD")
 
 
+def is_commit(commit: str) -> bool:
+    """Return whether the repository has a commit of this id."""
+    return bool(commit) and git_output("cat-file", "-t", commit) == "commit"
+
+
 def branch() -> str:
     """Return the branch that HEAD names, "" when it is detached."""
     return git_output("symbolic-ref", "-q", "HEAD")
@@ -164,7 +218,15 @@ def changed_besides(trainer: str) -> list[str]:
 
 def blob(trainer: str) -> str:
     """Return the object id of the trainer as it lies in the working tree. The repository then holds it."""
-    return git_checked("hash-object", "-w", "--", str(ROOT / trainer))
+    return blob_of(read_trainer(ROOT / trainer), trainer)
+
+
+def lying_blob(trainer: str) -> str:
+    """Return what blob returns, "" where no plain file lies there."""
+    try:
+        return blob(trainer)
+    except UserError:
+        return ""
 
 
 def blob_of(source: bytes, trainer: str) -> str:
@@ -203,20 +265,22 @@ def mode_of(tree: str, path: str) -> str:
 # ---------------------------------------------------------------------------
 
 
-def commit_alone(trainer: str, message: str, source: bytes | None = None) -> str:
-    """Make a commit on top of HEAD in which only the trainer differs. HEAD, index and working tree stay.
+def commit_alone(trainer: str, message: str, source: bytes | None = None, parent: str = "") -> str:
+    """Make a commit in which only the trainer differs from its parent. HEAD, index and working tree stay.
 
     source: of the trainer; as it lies in the working tree if left out
+    parent: a commit, the last one if left out
 
     Returns the commit's id. No branch points at it.
     """
-    mode = mode_of("HEAD", trainer) or FILE_MODE
+    parent = parent or head()
+    mode = mode_of(parent, trainer) or FILE_MODE
     held = blob(trainer) if source is None else blob_of(source, trainer)
     entry = f"{mode},{held},{path_prefix()}{trainer}"
-    with scratch_index() as index:
+    with scratch_index(parent) as index:
         git_checked("update-index", "--add", "--cacheinfo", entry, index=index)
         tree = git_checked("write-tree", index=index)
-    return commit_tree(tree, head(), message)
+    return commit_tree(tree, parent, message)
 
 
 def commit_tree(tree: str, parent: str, message: str, dates: Mapping[str, str] | None = None) -> str:
@@ -233,12 +297,11 @@ def commit_tree(tree: str, parent: str, message: str, dates: Mapping[str, str] |
 
 def merge(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
     """Return a text with two changes of its base, None where they conflict."""
-    with tempfile.TemporaryDirectory() as scratch:
-        paths = [Path(scratch) / name for name in ("ours", "base", "theirs")]
+    with scratch_folder() as scratch:
+        paths = [scratch / name for name in ("ours", "base", "theirs")]
         for path, text in zip(paths, (ours, base, theirs), strict=True):
             path.write_bytes(text)
-        command = ["git", "merge-file", "-p", "-q", *map(str, paths)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+        done = run_whole(["git", "merge-file", "-p", "-q", *map(str, paths)], b"", git_environment())
     return done.stdout if done.returncode == 0 else None
 
 
@@ -249,31 +312,47 @@ def reword(commit: str, message: str) -> str:
     return commit_tree(tree, parent, message, dates)
 
 
-def advance_branch(commit: str, base: str, trainer: str) -> None:
-    """Move the branch from base to the commit. The index follows for the trainer alone."""
+def advance_branch(commit: str, base: str, trainer: str) -> bool:
+    """Move the branch from base to the commit. Index and working tree follow for the trainer alone.
+
+    Returns whether the working tree followed: see follow.
+    """
+    blobs = {committed_blob(trainer, base), committed_blob(trainer, commit)}
     if head() != commit:
         git_checked("update-ref", "-m", "autoresearch: keep", "HEAD", commit, base)
-    git_checked("reset", "-q", "HEAD", "--", trainer)
+    return follow(trainer, blobs)
 
 
-def revert(trainer: str) -> None:
-    """Make the trainer what it is in the last commit, in index and working tree."""
-    git_checked("checkout", "-q", "HEAD", "--", trainer)
+def follow(trainer: str, blobs: Collection[str]) -> bool:
+    """Make the trainer in index and working tree what it is in the last commit.
+
+    Each of the two follows where it holds one of `blobs`: what a person staged or wrote meanwhile stays.
+
+    Returns whether the working tree has the committed trainer now.
+    """
+    wanted = committed_blob(trainer)
+    mode = mode_of("HEAD", trainer)
+    target = (ROOT / trainer).resolve()
+    lies = lying_blob(trainer)
+    ours = {blob for blob in blobs if blob}
+    if lies != wanted and lies in ours:
+        # Beside it, as a rename does not cross file systems. A dot: it is no Python file of the repository's.
+        scratch = target.with_name(f".{target.name}.autoresearch-tmp")
+        scratch.write_bytes(content("HEAD", trainer))
+        shutil.copymode(target, scratch)
+        os.replace(scratch, target)
+        lies = wanted
+    staged = staged_blob(trainer)
+    if staged != wanted and staged in ours:
+        git_checked("update-index", "--cacheinfo", f"{mode},{wanted},{path_prefix()}{trainer}")
+        git_output("update-index", "-q", "--refresh", "--", trainer)
+    return lies == wanted
 
 
-class Stashed(NamedTuple):
-    """An edit that was reverted, and is still reachable."""
-
-    commit: str
-    ref: str
-
-
-def stash_edit(trainer: str, name: str, message: str) -> Stashed:
-    """Revert the trainer's edit and keep it as save_ref does."""
-    commit = commit_alone(trainer, message)
-    ref = save_ref(name, commit)
-    revert(trainer)
-    return Stashed(commit, ref)
+def staged_blob(trainer: str) -> str:
+    """Return the object id of the trainer in the index, "" when it is not there."""
+    entry = git_checked("ls-files", "-s", "--", trainer)  # mode, id, stage, and after a tab the path
+    return entry.split()[1] if entry else ""
 
 
 def set_ref(name: str, commit: str) -> None:
@@ -293,91 +372,3 @@ def save_ref(name: str, commit: str) -> str:
         ref = f"{REFS}/{name}-{number}"
     git_checked("update-ref", ref, commit)
     return ref
-
-
-# ---------------------------------------------------------------------------
-# The working tree: before an agent's turn and after it
-# ---------------------------------------------------------------------------
-
-
-def snapshot() -> str:
-    """Return the working tree as a tree object. The repository's index stays.
-
-    It holds the tracked files, and the untracked ones that are neither ignored nor large.
-    """
-    with scratch_index() as index:
-        git_checked("add", "-u", "--", ".", index=index)
-        untracked = git_paths("ls-files", "-o", "--exclude-standard", "-z", index=index)
-        small = [path for path in untracked if is_small_file(path)]
-        for first in range(0, len(small), PATHS_A_CALL):
-            git_checked("update-index", "--add", "--", *small[first : first + PATHS_A_CALL], index=index)
-        return git_checked("write-tree", index=index)
-
-
-def is_small_file(path: str) -> bool:
-    """Return whether an untracked entry goes into a snapshot: not a repository of its own, and not large."""
-    return not path.endswith("/") and (ROOT / path).lstat().st_size <= LARGE_FILE
-
-
-def differing_paths(before: str, after: str) -> list[str]:
-    """Return the paths below ROOT at which two trees differ. Submodules are left alone."""
-    how = ("-r", "-z", "--no-renames", "--name-only", "--relative", "--ignore-submodules")
-    return git_paths("diff-tree", *how, before, after)
-
-
-def restore_paths(paths: Iterable[str], tree: str) -> None:
-    """Make the paths in the working tree what they are in the tree. Those that it lacks are removed.
-
-    A file may have become a folder, a folder a file or a link. All that the tree lacks goes first, so that
-    nothing is written through a link.
-    """
-    modes = {path: mode_of(tree, path) for path in paths}
-    for path, mode in modes.items():
-        if not mode:
-            remove_added(ROOT / path)
-    for path, mode in modes.items():
-        if mode:
-            write_path(ROOT / path, content(tree, path), mode)
-
-
-def remove_added(target: Path) -> None:
-    """Remove a file or link from the working tree, and the folders above it that are empty then."""
-    if target.is_symlink() or target.is_file():
-        target.unlink()
-    for folder in target.parents:
-        if folder == ROOT:
-            break
-        with suppress(OSError):  # it holds something else, or is gone
-            folder.rmdir()
-
-
-def write_path(target: Path, data: bytes, mode: str) -> None:
-    """Write a file or link of the working tree. What is in its way is removed. mode: as git has it."""
-    for path in reversed(target.relative_to(ROOT).parents):  # the uppermost first: it may be a link
-        folder = ROOT / path
-        if folder != ROOT and (folder.is_symlink() or folder.is_file()):
-            folder.unlink()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir() and not target.is_symlink():
-        shutil.rmtree(target)
-    if mode == SYMLINK_MODE:
-        target.unlink(missing_ok=True)
-        target.symlink_to(os.fsdecode(data))
-        return
-    scratch = target.with_name(target.name + ".autoresearch-tmp")
-    scratch.write_bytes(data)
-    scratch.chmod(0o755 if mode == EXECUTABLE_MODE else 0o644)
-    os.replace(scratch, target)
-
-
-def move_branch_back(branch_before: str, head_before: str) -> None:
-    """Make HEAD name the branch and the commit that it named before.
-
-    The index follows, the working tree stays. branch_before: "" when HEAD was detached.
-    """
-    if branch_before:
-        git_checked("symbolic-ref", "HEAD", branch_before)
-        git_checked("update-ref", "HEAD", head_before)
-    else:
-        git_checked("update-ref", "--no-deref", "HEAD", head_before)
-    git_checked("reset", "-q")

@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from backends.protocol import write_json
+from launcher.ledger import single_line
 from launcher.runs import append_json_line, now_utc, runs_dir
 from night import repo
-from night.agent import Answer, Turn
+from night.agent import Answer
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What an agent wrote into the trainer, until there is a verdict on it."""
+    """An edit of the trainer, until there is a verdict on it."""
 
-    blob: str
+    commit: str  # that holds it
+    base: str  # the commit that it was made on
     answer: Answer
+    agent: str = ""  # that made it, "" for a person
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class LoopState:
 
     experiments: int | None = None  # that it was asked for
     done: int | None = None  # experiments; None: it ended in order, only `edit` is left
-    turn: Turn | None = None  # what an agent began from, while it works
+    stamp: str = ""  # of the turn in which an agent works, "" when none does
     edit: Edit | None = None
 
 
@@ -37,22 +40,27 @@ def read_state() -> LoopState:
     """Return the state that an earlier loop left, an empty one when there is none or it is damaged."""
     try:
         data = json.loads(state_path().read_text())
-        turn = data.get("turn")
         edit = data.get("edit")
         return LoopState(
-            experiments=data.get("experiments"),
-            done=data.get("done"),
-            turn=Turn(**turn) if turn else None,
+            experiments=optional_int(data.get("experiments")),
+            done=optional_int(data.get("done")),
+            stamp=str(data.get("stamp") or ""),
             edit=read_edit(edit) if edit else None,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return LoopState()
 
 
-def read_edit(data: dict[str, Any]) -> Edit:
-    """Return an edit from the state file. Version 0.1 wrote its description alone."""
-    answer = data.get("answer")
-    return Edit(data["blob"], Answer(**answer) if answer else Answer(data["description"]))
+def optional_int(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def read_edit(data: dict[str, Any]) -> Edit | None:
+    """Return an edit from the state file, None where its commits are gone."""
+    answer = Answer(**{name: single_line(text) for name, text in data["answer"].items()})
+    edit = Edit(str(data["commit"]), str(data["base"]), answer, single_line(data["agent"]))
+    known = all(repo.is_commit(commit) for commit in (edit.commit, edit.base))
+    return edit if known else None
 
 
 def write_state(state: LoopState) -> None:

@@ -8,7 +8,7 @@ from journal and ledger what was begun; it runs first in every command that trie
 """
 
 import json
-import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,10 +19,10 @@ from filelock import FileLock
 from backends.protocol import write_json
 from launcher.console import say
 from launcher.device import acquire
-from launcher.harness import source_hash
+from launcher.harness import read_trainer, source_hash
 from launcher.ledger import EVIDENCE, STATUSES, BoardKey, Row
 from launcher.run import Request, exit_code, print_result, refuse_in_loop, run_experiment
-from launcher.runs import id_time, ledger, read_source, record_killed_runs
+from launcher.runs import id_time, ledger, read_source, record_killed_runs, scratch_folder
 from launcher.setting import Setting
 from launcher.verdict import board_runs, runs_of, survey_board
 from night import repo
@@ -36,7 +36,7 @@ def try_edit(request: Request) -> int:
         UserError: as hold_repository and run_trial.
     """
     with hold_repository():
-        return exit_code(run_trial(request, print_result))
+        return exit_code(run_trial(request, on_row=print_result))
 
 
 @contextmanager
@@ -63,27 +63,34 @@ def hold_repository() -> Iterator[None]:
 # ---------------------------------------------------------------------------
 
 
-def run_trial(request: Request, on_row: Callable[[Row], None] = lambda row: None, learned: str = "") -> Row:
-    """Commit the trainer as it lies there, run it, keep or revert it. Returns the row that decides.
+def run_trial(
+    request: Request, commit: str | None = None, on_row: Callable[[Row], None] = lambda row: None
+) -> Row:
+    """Run an edit of the trainer, and keep or revert it. Returns the row that decides.
 
     A source that was scored before is not run again. The repository must be held.
 
-    on_row: gets the row before git is touched
-    learned: what the agent wrote of what it had learned, for the commit
+    Args:
+        request: the experiment.
+        commit: of the edit, on top of the last commit. If left out, the trainer as it lies there is tried.
+        on_row: gets the row before git is touched.
 
     Raises:
         UserError: there is nothing to try, or more than the trainer changed.
     """
     setting = request.setting
     trainer = setting.trainer.name
-    check_edit(setting.trainer)
+    check_harness(trainer)
     base = repo.head()
-    edited = repo.is_edited(trainer)
-    commit = repo.commit_alone(trainer, request.description or "no description") if edited else base
+    if commit is None:
+        check_source(trainer, read_trainer(setting.trainer))
+        commit = base
+        if repo.is_edited(trainer):
+            commit = repo.commit_alone(trainer, request.description or "no description")
     source = repo.content(commit, trainer)  # what is tried is the commit, whatever becomes of the file
     parent = repo.content(base, trainer) if repo.committed_blob(trainer, base) else None
     earlier = scored_before(source, setting)
-    if earlier and not edited:
+    if earlier and commit == base:
         raise UserError(
             f"{trainer} is as in the last commit, and run {earlier.run} scored it ({earlier.val_bpb:.6f}): "
             "edit it first"
@@ -106,29 +113,32 @@ def run_trial(request: Request, on_row: Callable[[Row], None] = lambda row: None
 
 def run_source(request: Request, source: bytes, commit: str) -> Row:
     """Run the trainer of a commit, given its source. Returns the row that decides."""
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / request.setting.trainer.name
+    with scratch_folder() as scratch:
+        copy = scratch / request.setting.trainer.name
         copy.write_bytes(source)
         return run_experiment(replace(request, trainer=copy, commit=commit[:7]))
 
 
-def check_edit(trainer: Path) -> None:
-    """Raise UserError unless the trainer compiles and nothing else that a run reads was changed."""
-    others = repo.changed_besides(trainer.name)
+def check_harness(trainer: str) -> None:
+    """Raise UserError when anything but the trainer was changed of what a run reads."""
+    others = repo.changed_besides(trainer)
     if others:
         raise UserError(
-            f"only {trainer.name} may change, but {repo.list_paths(others)} differ from the last commit: "
+            f"only {trainer} may change, but {repo.list_paths(others)} differ from the last commit: "
             "commit or undo that first",
             2,
         )
+
+
+def check_source(trainer: str, source: bytes) -> None:
+    """Raise UserError unless the source of a trainer compiles."""
     try:
-        compile(trainer.read_bytes(), trainer.name, "exec")
-    except OSError as error:
-        raise UserError(f"{trainer.name} cannot be read: {error.strerror}") from None
+        with warnings.catch_warnings(action="ignore"):  # of the trainer's, on our screen
+            compile(source, trainer, "exec")
     except SyntaxError as error:
-        raise UserError(f"{trainer.name} does not compile: line {error.lineno or '?'}: {error.msg}") from None
-    except ValueError as error:
-        raise UserError(f"{trainer.name} does not compile: {error}") from None
+        raise UserError(f"{trainer} does not compile: line {error.lineno or '?'}: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{trainer} does not compile: {error or type(error).__name__}") from None
 
 
 def scored_before(source: bytes, setting: Setting) -> Row | None:
@@ -229,10 +239,12 @@ def find_verdict(trial: Trial) -> Row | None:
 
 def keep_or_revert(trial: Trial, row: Row | None) -> None:
     """Do with an edit what its row says. The trial's commit stays reachable under a ref."""
+    trainer = trial.trainer
     ref = repo.save_ref(row.run if row else f"cut-off-{trial.began}", trial.commit)
     where = f"it stays reachable as {ref}"
     if row is None or not row.judged:
-        say(f"no verdict: the edit is still in {trial.trainer}, uncommitted; {where}")
+        lies = "the edit is still in the working tree; " if lies_there(trial) else ""
+        say(f"no verdict: {lies}{where}")
         return
     kept = (
         repo.reword(trial.commit, lab_message(trial.description, row))
@@ -242,16 +254,20 @@ def keep_or_revert(trial: Trial, row: Row | None) -> None:
     branch_stayed = repo.head() in (trial.base, kept) and repo.branch() == trial.branch
     if not branch_stayed:
         say(f"the branch moved meanwhile and was left alone; the trial ({row.status}): {where}")
-    elif row.status == "keep":
-        repo.advance_branch(kept, trial.base, trial.trainer)
+        return
+    if row.status == "keep":
+        followed = repo.advance_branch(kept, trial.base, trainer)
         say(f"kept: {kept[:7]} {trial.description}")
-    elif repo.blob(trial.trainer) != repo.committed_blob(trial.trainer, trial.commit):
-        say(
-            f"{trial.trainer} was edited during the run and was left alone; the trial ({row.status}): {where}"
-        )
     else:
-        repo.revert(trial.trainer)
-        say(f"reverted ({row.status}): {trial.trainer} is as in the last commit; {where}")
+        followed = repo.follow(trainer, {repo.committed_blob(trainer, trial.commit)})
+        say(f"reverted ({row.status}): {trainer} is as in the last commit; {where}")
+    if not followed:
+        say(f"{trainer} was edited during the run and was left alone; the trial ({row.status}): {where}")
+
+
+def lies_there(trial: Trial) -> bool:
+    """Return whether the working tree has the trial's edit."""
+    return repo.lying_blob(trial.trainer) == repo.committed_blob(trial.trainer, trial.commit)
 
 
 def lab_message(description: str, row: Row) -> str:
@@ -285,8 +301,8 @@ def go_back(trial: Trial, row: Row) -> None:
 
 def finish_going_back(trial: Trial) -> None:
     """Bring the working tree along where it was cut off after the branch went back."""
-    if repo.blob(trial.trainer) == repo.committed_blob(trial.trainer, trial.base):
-        repo.revert(trial.trainer)
+    before = {repo.committed_blob(trial.trainer, commit) for commit in (trial.base, trial.commit)}
+    repo.follow(trial.trainer, before)
 
 
 def put_on_branch(trainer: str, board: BoardKey, source: str) -> bool:
@@ -307,10 +323,8 @@ def put_on_branch(trainer: str, board: BoardKey, source: str) -> bool:
         return False
     base = repo.head()
     message = f"Go back to run {runs[-1].run}\n\n{runs[-1].description}\n\nRun: {runs[-1].run}"
-    commit = repo.commit_alone(trainer, message, text)
-    repo.advance_branch(commit, base, trainer)
-    repo.revert(trainer)
-    say(f"back to {name}: {commit[:7]}")
+    repo.advance_branch(repo.commit_alone(trainer, message, text), base, trainer)
+    say(f"back to {name}: {repo.head()[:7]}")
     return True
 
 

@@ -209,9 +209,9 @@ def test_the_ledger_is_read_for_this_board_alone(setting):
 def test_an_edit_that_failed_its_dry_run_counts_as_failed(setting, repository):
     """There is no copy of it, but git has it."""
     record(setting, b"N_LAYER = 2\n", 1.5)
-    edit(repository, "N_LAYER = 4\n")
-    stashed = repo.stash_edit("train_cuda.py", "20260101-000000-abcd", "too large")
-    dry = Row(run="20260101-000000-abcd", commit=stashed.commit[:7], status="crash", marks=Flag.DRY)
+    commit = repo.commit_alone("train_cuda.py", "too large", b"N_LAYER = 4\n")
+    repo.save_ref("20260101-000000-abcd", commit)
+    dry = Row(run="20260101-000000-abcd", commit=commit[:7], status="crash", marks=Flag.DRY)
     dry = replace(dry, platform="cpu", track="tiny")
     Ledger(home() / "results.tsv").append(dry)
     history = history_of(setting)
@@ -285,7 +285,7 @@ def test_where_runs_fail_is_avoided(setting):
 
 
 def test_builtin_is_a_program_of_this_python():
-    assert parse_agent("builtin") == [sys.executable, "-m", "night.builtin"]
+    assert parse_agent("builtin") == [sys.executable, "-P", "-m", "night.builtin"]
 
 
 @pytest.fixture

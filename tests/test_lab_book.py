@@ -4,9 +4,8 @@ import pytest
 from made_up import Night
 
 from launcher.runs import ledger
-from night import lab_book
 from night.agent import Answer
-from night.lab_book import best_facts, notes_path, read_notes, write_lab_book
+from night.lab_book import best_facts, write_lab_book
 from night.modes import Mode, mode_of
 from night.tried import read_tried
 
@@ -221,24 +220,3 @@ def test_the_runs_of_a_mode_are_told_before_all_others(night):
     assert "+ r006 keep" in (told := part(book(night, mode, 6_000), "Kept")) and "P(better)" in told
     assert told.index("P(better)") == told.index("P(better)", told.index("r006"))
     assert mode_of(tried(night)).name == "explore"
-
-
-# --- Notes --------------------------------------------------------------------------------------------------
-
-
-def test_of_long_notes_the_end_is_shown(house, monkeypatch):
-    assert read_notes() == ""
-    notes_path().parent.mkdir()
-    notes_path().write_text("width helps\n")
-    assert read_notes() == "width helps"
-    monkeypatch.setattr(lab_book, "NOTES_CHARS", 20)
-    notes_path().write_bytes(b"old " * 99 + "\u00e4ltest\xff new".encode())
-    notes = read_notes()
-    assert notes.startswith("(the notes are too long") and notes.endswith(" new")
-    assert len(notes.splitlines()[1]) == 20
-
-
-def test_notes_are_named_as_the_agent_finds_them(house, monkeypatch):
-    assert lab_book.notes_name() == str(house / "runs" / "notes.md")
-    monkeypatch.setattr(lab_book, "ROOT", house)
-    assert lab_book.notes_name() == "runs/notes.md"

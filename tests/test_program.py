@@ -12,8 +12,8 @@ from launcher.setting import resolve
 from night import ideas, program
 from night.agent import EXAMPLES, Answer, parse
 from night.ideas import IDEA
-from night.lab_book import NOTES_CHARS, notes_path
 from night.modes import Mode
+from night.notes import NOTES_CHARS, notes_path
 from night.program import PROMPT_CHARS, SECTIONS, read_sections, write_program, write_turn
 from prepare import ROOT, UserError
 
@@ -134,7 +134,7 @@ def test_a_mode_names_its_edits(house):
 
 
 def test_notes_are_shown_and_named(house):
-    assert f"goes into {notes_path()} (now empty)" in turn(resolve("cpu"))
+    assert "goes into runs/notes.md (now empty)" in turn(resolve("cpu"))
     notes_path().parent.mkdir()
     notes_path().write_text("width helps\n")
     text = turn(resolve("cpu"))

@@ -1,11 +1,13 @@
 """Git around the experiments, in a real repository."""
 
 import os
-import shutil
 import signal
+import subprocess
 import threading
+import time
 
 import pytest
+from conftest import FILES
 
 from launcher.harness import git_output
 from launcher.setting import resolve
@@ -52,150 +54,58 @@ def test_what_git_says_need_not_be_utf8(repository):
         git_checked("cat-file", "-e", os.fsdecode(b"HEAD:\xff"))
 
 
-def test_a_stashed_edit_is_reachable_and_out_of_the_way(repository):
-    (repository / "train_cuda.py").write_text("SCORE = 1.0\n")
-    stashed = repo.stash_edit("train_cuda.py", "stray/x", "an edit")
-    assert status() == "" and stashed.ref == "refs/autoresearch/stray/x"
-    assert git_output("rev-parse", stashed.ref) == stashed.commit
-    assert repo.content(stashed.commit, "train_cuda.py") == b"SCORE = 1.0\n"
+def test_what_follows_the_branch_is_what_is_not_the_persons_own(repository):
+    trainer = repository / "train_cuda.py"
+    start = repo.head()
+    edited = repo.commit_alone("train_cuda.py", "an edit", b"SCORE = 1.0\n")
+    assert status() == "" and trainer.read_text() == "SCORE = 1.5\n"  # a commit alone touches neither
+    assert repo.advance_branch(edited, start, "train_cuda.py")
+    assert repo.head() == edited and status() == "" and trainer.read_text() == "SCORE = 1.0\n"
+
+    trainer.write_text("SCORE = 7\n")
+    git_checked("add", "train_cuda.py")
+    trainer.write_text("SCORE = 8\n")
+    (repository / "README.md").write_text("staged\n")
+    git_checked("add", "README.md")
+    staged = git_checked("ls-files", "-s")
+    again = repo.commit_alone("train_cuda.py", "another", b"SCORE = 0.9\n")
+    assert not repo.advance_branch(again, edited, "train_cuda.py")
+    assert repo.head() == again and git_checked("ls-files", "-s") == staged
+    assert trainer.read_text() == "SCORE = 8\n"
+
+
+@pytest.mark.parametrize("lies", ["nothing", "a folder", "a pipe"])
+def test_a_branch_advances_whatever_lies_in_the_trainers_place(repository, lies):
+    trainer = repository / "train_cuda.py"
+    start = repo.head()
+    edited = repo.commit_alone("train_cuda.py", "an edit", b"SCORE = 1.0\n")
+    trainer.unlink()
+    if lies == "a folder":
+        trainer.mkdir()
+    elif lies == "a pipe":
+        os.mkfifo(trainer)
+    assert not repo.advance_branch(edited, start, "train_cuda.py")
+    assert repo.head() == edited
+    with pytest.raises(UserError, match="there is no trainer" if lies == "nothing" else "is no plain file"):
+        repo.is_edited("train_cuda.py")
+
+
+def test_the_trainer_keeps_its_permissions_when_it_follows(repository):
+    trainer = repository / "train_cuda.py"
+    trainer.chmod(0o600)
+    edited = repo.commit_alone("train_cuda.py", "an edit", b"SCORE = 1.0\n")
+    repo.advance_branch(edited, repo.head(), "train_cuda.py")
+    assert trainer.stat().st_mode & 0o777 == 0o600 and sorted(os.listdir(repository)) == sorted(
+        {name.partition("/")[0] for name in FILES} | {"program.md"}
+    )
 
 
 def test_a_ref_is_never_overwritten(repository):
     first = repo.head()
-    other = repo.commit_tree(repo.snapshot(), first, "another")
+    other = repo.commit_alone("train_cuda.py", "another", b"SCORE = 1.0\n")
     assert repo.save_ref("x", first) == repo.save_ref("x", first) == "refs/autoresearch/x"
     assert repo.save_ref("x", other) == repo.save_ref("x", other) == "refs/autoresearch/x-2"
     assert git_output("rev-parse", "refs/autoresearch/x") == first
-
-
-def test_a_snapshot_brings_everything_back(repository):
-    """Content, modes, links, deleted files, file names in any encoding; and what was staged stays staged."""
-    script = repository / "script.sh"
-    script.write_text("echo\n")
-    script.chmod(0o755)
-    (repository / "link").symlink_to("README.md")
-    odd = os.fsencode(repository) + b"/od\xff d\n"
-    with open(odd, "wb") as f:
-        f.write(b"\xfe")
-    (repository / "README.md").write_text("staged\n")
-    git_checked("add", "README.md")
-    before = status()
-    tree = repo.snapshot()
-    assert status() == before
-
-    script.write_text("rm\n")
-    script.chmod(0o644)
-    (repository / "link").unlink()
-    (repository / "link").symlink_to("prepare.py")
-    os.unlink(odd)
-    (repository / "new.txt").write_text("new\n")
-    (repository / "train_mlx.py").unlink()
-    (repository / "README.md").write_text("else\n")
-    differing = repo.differing_paths(tree, repo.snapshot())
-    assert len(differing) == 6 and "train_mlx.py" in differing
-    repo.restore_paths(differing, tree)
-
-    assert script.read_text() == "echo\n" and os.access(script, os.X_OK)
-    assert os.readlink(repository / "link") == "README.md"
-    with open(odd, "rb") as f:
-        assert f.read() == b"\xfe"
-    assert status() == before and not (repository / "new.txt").exists()
-
-
-def file_to_folder(root):
-    (root / "README.md").unlink()
-    (root / "README.md" / "deep").mkdir(parents=True)
-    (root / "README.md" / "deep" / "new.txt").write_text("new\n")
-
-
-def file_to_folder_of_ignored_files(root):
-    (root / "README.md").unlink()
-    (root / "README.md").mkdir()
-    (root / "README.md" / "x.ignored").write_text("new\n")
-
-
-def folder_to_file(root):
-    shutil.rmtree(root / "backends")
-    (root / "backends").write_text("a file\n")
-
-
-def folder_to_link(root):
-    (root / "backends").rename(root.parent / "elsewhere")
-    (root / "backends").symlink_to("../elsewhere")
-    (root.parent / "elsewhere" / "cuda.py").write_text("outside\n")
-
-
-def folder_to_ignored_link(root):
-    shutil.rmtree(root / "deep")
-    repo.git_path("info/exclude").write_text("deep\n")
-    (root.parent / "elsewhere").mkdir()
-    (root.parent / "elsewhere" / "er").write_text("outside\n")
-    (root / "deep").symlink_to("../elsewhere")
-
-
-def link_to_folder(root):
-    (root / "link").unlink()
-    (root / "link").mkdir()
-    (root / "link" / "new.txt").write_text("new\n")
-
-
-def link_to_file(root):
-    (root / "link").unlink()
-    (root / "link").write_text("new\n")
-
-
-def new_folders(root):
-    (root / "a" / "b").mkdir(parents=True)
-    (root / "a" / "b" / "new.txt").write_text("new\n")
-
-
-@pytest.mark.parametrize(
-    "swap",
-    [
-        file_to_folder,
-        file_to_folder_of_ignored_files,
-        folder_to_file,
-        folder_to_link,
-        folder_to_ignored_link,
-        link_to_folder,
-        link_to_file,
-        new_folders,
-    ],
-)
-def test_files_folders_and_links_that_took_each_others_place_come_back(repository, swap):
-    repo.git_path("info/exclude").write_text("*.ignored\n")
-    (repository / "link").symlink_to("backends")
-    (repository / "deep" / "er").mkdir(parents=True)
-    (repository / "deep" / "er" / "page.md").write_text("a page\n")
-    git_checked("add", "deep")
-    git_checked("-c", "user.name=me", "-c", "user.email=me@here", "commit", "-qm", "a page")
-    tree = repo.snapshot()
-    swap(repository)
-    repo.restore_paths(repo.differing_paths(tree, repo.snapshot()), tree)
-    assert repo.snapshot() == tree and not (repository / "a").exists()
-    assert (repository / "README.md").read_text() == "read me\n"
-    assert (repository / "deep" / "er" / "page.md").read_text() == "a page\n"
-    assert (repository / "backends" / "cuda.py").read_text() == "\n" and os.readlink(repository / "link")
-    assert not (repository / "backends").is_symlink() and not (repository / "deep").is_symlink()
-    elsewhere = repository.parent / "elsewhere"
-    outside = [path.read_text() for path in elsewhere.glob("*")]
-    assert outside == (["outside\n"] if elsewhere.exists() else [])  # nothing was done through a link
-
-
-def test_submodules_are_left_alone(repository):
-    git_checked("update-index", "--add", "--cacheinfo", f"160000,{repo.head()},inner/module")
-    with_module = git_checked("write-tree")
-    git_checked("update-index", "--cacheinfo", f"160000,{'1' * 40},inner/module")
-    assert repo.differing_paths(with_module, git_checked("write-tree")) == []
-
-
-def test_large_files_and_repositories_within_are_not_copied(repository, monkeypatch):
-    monkeypatch.setattr(repo, "LARGE_FILE", 100)
-    tree = repo.snapshot()
-    (repository / "weights.bin").write_bytes(bytes(101))
-    git_checked("init", "-q", "vendored")
-    (repository / "vendored" / "file").write_text("x")
-    assert repo.snapshot() == tree
 
 
 def test_messages_name_a_few_paths():
@@ -211,6 +121,51 @@ def test_a_signal_waits_until_git_has_ended(repository):
     with pytest.raises(KeyboardInterrupt):
         git_checked("-c", f"alias.slow=!sleep 1; touch '{marker}'", "slow")
     assert marker.exists()
+
+
+def test_an_old_lock_whose_owner_is_gone_is_removed(repository, monkeypatch, capsys):
+    monkeypatch.setattr(repo, "LOCKED_SECONDS", 0.3)
+    for name in ("index.lock", "HEAD.lock", "refs/heads/main.lock"):
+        lock = repo.git_path(name).resolve()
+        lock.touch()
+        os.utime(lock, (time.time() - 60, time.time() - 60))
+        edited = repo.commit_alone("train_cuda.py", name, f"NAME = {name!r}\n".encode())
+        assert repo.advance_branch(edited, repo.head(), "train_cuda.py")
+        assert repo.head() == edited and not lock.exists()
+        assert f"removed {lock}: a git command that was killed had left it" in capsys.readouterr().err
+    assert status() == ""
+
+
+def test_a_lock_of_a_git_that_works_is_waited_for_and_named(repository, monkeypatch):
+    monkeypatch.setattr(repo, "LOCKED_SECONDS", 0.3)
+    monkeypatch.setattr(repo, "git_is_at_work", lambda: True)
+    lock = repo.git_path("HEAD.lock")
+    lock.touch()
+    os.utime(lock, (time.time() - 60, time.time() - 60))
+    edited = repo.commit_alone("train_cuda.py", "an edit", b"SCORE = 1.0\n")
+    with pytest.raises(UserError, match="HEAD.lock.*remove that file"):
+        repo.advance_branch(edited, repo.head(), "train_cuda.py")
+    assert lock.exists()
+
+
+def test_git_at_work_is_seen_by_its_folder(repository, tmp_path_factory):
+    assert not repo.git_is_at_work()
+    for folder, seen in ((repository, True), (tmp_path_factory.mktemp("elsewhere"), False)):
+        command = ["git", "-c", "alias.wait=!sleep 60", "wait"]
+        process = subprocess.Popen(command, cwd=folder, start_new_session=True)
+        try:
+            assert repo.git_is_at_work() == seen
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_variables_of_a_hook_do_not_send_git_elsewhere(repository, monkeypatch, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    git_checked("init", "-q", str(other))
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(other / "index"))
+    assert git_checked("log", "-1", "--format=%s") == git_output("log", "-1", "--format=%s") == "start"
 
 
 def test_a_signal_that_is_ignored_stays_ignored(repository):

@@ -450,16 +450,17 @@ def test_a_damaged_journal_is_removed(repository):
         assert not trial.journal().exists()
 
 
-def test_a_left_behind_index_lock_is_named(repository, monkeypatch):
+def test_a_left_behind_lock_is_named(repository, monkeypatch):
     monkeypatch.setattr(repo, "LOCKED_SECONDS", 0.3)
+    monkeypatch.setattr(repo, "git_is_at_work", lambda: True)
     try_as_it_is("baseline")
-    lock = repo.git_path("index.lock")
+    lock = repo.git_path("HEAD.lock")
     lock.touch()
-    with pytest.raises(UserError, match="index.lock.*remove that file"):
-        attempt("SCORE = 1.9\n", repository)
+    with pytest.raises(UserError, match="HEAD.lock.*remove that file"):
+        attempt("SCORE = 1.4\n", repository)
     lock.unlink()
     next_command()  # the verdict was written; the rest is made up for
-    assert trainer_text(repository) == "SCORE = 1.5\n"
+    assert repo.content("HEAD", "train_cuda.py") == b"SCORE = 1.4\n"
 
 
 def test_an_agent_cannot_start_experiments_of_its_own(monkeypatch, repository):

@@ -1,0 +1,123 @@
+"""
+A turn: an agent begins from a commit and ends with an edit of the trainer.
+
+What it does besides is not undone, as it is nowhere: the agent works in a folder of its own. A turn may be
+begun while an experiment runs; its edit is then put on what the verdict leaves.
+"""
+
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from backends.protocol import last_line
+from launcher.console import say
+from night import repo
+from night.agent import TurnFailed, TurnFiles, read_answer, start_agent, wait_for_agent
+from night.state import Edit, loop_folder
+from night.workspace import Workspace, make_workspace
+from prepare import UserError
+
+RUNNING = (
+    "It runs now, and there is no result yet: {description}\n"
+    "That edit lies in the trainer. Edit on top of it; where it is not kept, yours is merged into what was "
+    "there before."
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An agent at work."""
+
+    agent: str  # its name
+    base: str  # the commit that it began from
+    files: TurnFiles
+    workspace: Workspace
+    child: subprocess.Popen[bytes]
+    deadline: float  # of time.monotonic()
+
+
+def begin_turn(
+    command: Sequence[str],
+    agent: str,
+    prompt: str,
+    base: str,
+    stamp: str,
+    seconds: float,
+    settings: Mapping[str, str],
+) -> Turn:
+    """Start an agent. The loop's state must hold the stamp by now.
+
+    Args:
+        command: {prompt} in an argument stands for the prompt.
+        agent: its name.
+        prompt: what it is told.
+        base: the commit that it begins from.
+        stamp: of the turn, in the format of run ids.
+        seconds: that it has.
+        settings: variables of its environment (RunSettings.to_env).
+
+    Raises:
+        TurnFailed: it cannot be started.
+        UserError, OSError: its folder cannot be made.
+    """
+    workspace = make_workspace(base, prompt)
+    files = TurnFiles(loop_folder(), stamp)
+    child = start_agent(command, prompt, files, workspace, settings)
+    return Turn(agent, base, files, workspace, child, time.monotonic() + seconds)
+
+
+def end_turn(turn: Turn, trainer: str, at_once: bool = False) -> Edit:
+    """Wait for an agent, and return its edit.
+
+    at_once: do not wait, end it
+
+    Raises:
+        TurnFailed: it made none, or failed. An edit that it left is then kept under a ref.
+    """
+    seconds = 0.0 if at_once else max(0.0, turn.deadline - time.monotonic())
+    try:
+        code = wait_for_agent(turn.child, seconds, turn.files)
+        if code != 0:
+            said = last_line(turn.files.log)
+            raise TurnFailed("agent", f"the agent ended with exit code {code}: {said}")
+    except TurnFailed:
+        keep_unfinished(turn, trainer)
+        raise
+    finally:
+        turn.workspace.save_notes()
+    return read_edit(turn, trainer)
+
+
+def read_edit(turn: Turn, trainer: str) -> Edit:
+    """Return what the agent made of the trainer. Raises TurnFailed when that is nothing."""
+    try:
+        source = turn.workspace.read_trainer(trainer)
+    except UserError as error:
+        raise TurnFailed("agent", f"the agent left no plain file {trainer}: {error}") from None
+    if repo.blob_of(source, trainer) == repo.committed_blob(trainer, turn.base):
+        raise TurnFailed("agent", f"the agent changed nothing in {trainer}")
+    answer = read_answer(turn.files)
+    commit = repo.commit_alone(trainer, answer.description, source, turn.base)
+    return Edit(commit, turn.base, answer, turn.agent)
+
+
+def keep_unfinished(turn: Turn, trainer: str) -> None:
+    """Keep what an agent that failed had written into the trainer."""
+    try:
+        edit = read_edit(turn, trainer)
+    except (TurnFailed, UserError, OSError):
+        return
+    say(f"the agent's unfinished edit stays as {repo.save_ref(f'stray/{turn.files.stamp}', edit.commit)}")
+
+
+def rebase(edit: Edit, trainer: str) -> Edit | None:
+    """Return an edit as one on the last commit, None where it conflicts with what changed there."""
+    head = repo.head()
+    if edit.base == head:
+        return edit
+    ours, base, theirs = (repo.content(commit, trainer) for commit in (head, edit.base, edit.commit))
+    merged = repo.merge(ours, base, theirs)
+    if merged is None or merged == ours:
+        return None
+    return replace(edit, commit=repo.commit_alone(trainer, edit.answer.description, merged), base=head)
