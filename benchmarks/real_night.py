@@ -106,7 +106,8 @@ def run_inside(rule: str, experiments: int, budget: float) -> None:
     from launcher.noise import measure_noise
     from launcher.setting import resolve
     from night import loop
-    from night.loop import Night, parse_agent, run_night
+    from night.agents import parse_agent
+    from night.loop import Night, run_night
 
     loop.dry_run = lambda *_: (Outcome(), "")
 

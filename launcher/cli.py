@@ -184,9 +184,10 @@ def try_(description: str, platform: str, track: str, budget: float | None, seed
     "--agent",
     default="builtin",
     show_default=True,
-    metavar="CMD",
-    help="A headless agent; it gets the prompt on standard input, or in place of {prompt}. "
-    "builtin needs no language model: it searches the trainer's constants.",
+    metavar="NAME",
+    help="claude, codex, gemini, opencode, pi, qwen, aider, or the command of another one, which gets the "
+    "prompt on standard input or in place of {prompt}. builtin needs no language model: it searches the "
+    "trainer's constants.",
 )
 @click.option(
     "--experiments",
@@ -236,16 +237,18 @@ def loop(
 
     \b
     autoresearch loop --experiments 20
-    autoresearch loop --agent "claude -p --permission-mode acceptEdits" --until 07:30
+    autoresearch loop --agent claude --until 07:30
 
     \b
     Exit codes: 0 at its end, 1 when turn after turn led to no experiment, 2 usage, 130 interrupted.
     """
-    from night.loop import Night, parse_agent, parse_until, run_night
+    from night.agents import parse_agent
+    from night.loop import Night, parse_until, run_night
 
+    setting = setting_of(platform, track, budget)
     night = Night(
-        agent=parse_agent(agent),
-        setting=setting_of(platform, track, budget),
+        agent=parse_agent(agent).for_trainer(setting.trainer.name),
+        setting=setting,
         seed=seed,
         experiments=experiments,
         until=parse_until(until) if until is not None else None,

@@ -8,16 +8,17 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from backends.protocol import RUN_ID_VARIABLE, write_json
+from backends.protocol import RUN_ID_VARIABLE, last_line, write_json
 from launcher.ledger import single_line
 from launcher.processes import end_group, end_leftovers, ignore_signals
 from launcher.runs import run_dir
+from night.agents import Agent, Said, read_output
 from night.workspace import Workspace
 
 PROMPT = "{prompt}"  # in an argument of the agent's command, it stands for the prompt
@@ -67,22 +68,27 @@ class TurnFiles:
         return self.folder / f"{self.stamp}.prompt.md"
 
     @property
+    def out(self) -> Path:
+        """What the agent printed on standard output: its answer."""
+        return self.folder / f"{self.stamp}.out"
+
+    @property
     def log(self) -> Path:
-        """Everything that the agent printed."""
+        """What it printed on standard error."""
         return self.folder / f"{self.stamp}.log"
 
 
 def start_agent(
-    command: Sequence[str],
+    agent: Agent,
     prompt: str,
     files: TurnFiles,
     workspace: Workspace,
     settings: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start an agent in its folder. What it prints goes to files.log.
+    """Start an agent in its folder. What it prints goes to files.out and files.log.
 
     Args:
-        command: {prompt} in an argument stands for the prompt; without one, the prompt is the standard input.
+        agent: {prompt} in its command stands for the prompt; without one, the prompt is the standard input.
         prompt: what it is told.
         files: where prompt and output are kept.
         workspace: where it works.
@@ -94,24 +100,24 @@ def start_agent(
     prompt = prompt.replace("\0", " ")  # an argument cannot hold it
     files.folder.mkdir(parents=True, exist_ok=True)
     files.prompt.write_text(prompt, encoding="utf-8", errors="replace")
-    prompt_is_argument = any(PROMPT in part for part in command)
+    prompt_is_argument = any(PROMPT in part for part in agent.command)
     argument = fit_argument(prompt)
-    arguments = [part.replace(PROMPT, argument) for part in command]
+    arguments = [part.replace(PROMPT, argument) for part in agent.command]
     stdin = os.devnull if prompt_is_argument else files.prompt
-    with open(files.log, "wb") as log, open(stdin, "rb") as given:
+    with open(files.out, "wb") as out, open(files.log, "wb") as log, open(stdin, "rb") as given:
         try:
             return subprocess.Popen(
                 arguments,
                 cwd=workspace.folder,
                 env={**workspace.environment(), **(settings or {}), RUN_ID_VARIABLE: files.stamp},
                 stdin=given,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                stdout=out,
+                stderr=log,
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error)
-            raise TurnFailed("agent", f"{command[0]} cannot be started: {why}") from None
+            raise TurnFailed("agent", f"{agent.command[0]} cannot be started: {why}") from None
 
 
 def fit_argument(text: str) -> str:
@@ -122,18 +128,6 @@ def fit_argument(text: str) -> str:
         half = (LONGEST_ARGUMENT - len(left_out)) // 2
         data = data[:half] + left_out + data[-half:]
     return data.decode("utf-8", "replace")
-
-
-def call_agent(
-    command: Sequence[str],
-    prompt: str,
-    seconds: float,
-    files: TurnFiles,
-    workspace: Workspace,
-    settings: Mapping[str, str] | None = None,
-) -> int:
-    """Run an agent and wait for it: see start_agent and wait_for_agent."""
-    return wait_for_agent(start_agent(command, prompt, files, workspace, settings), seconds, files)
 
 
 def wait_for_agent(child: subprocess.Popen[bytes], seconds: float, files: TurnFiles) -> int:
@@ -150,7 +144,7 @@ def wait_for_agent(child: subprocess.Popen[bytes], seconds: float, files: TurnFi
                 return child.wait(timeout=max(0.0, min(left, POLL_SECONDS)))
             if left <= 0:
                 raise TurnFailed("agent", f"the agent did not end within {seconds:.0f} s")
-            if files.log.stat().st_size > LONGEST_LOG:
+            if files.out.stat().st_size + files.log.stat().st_size > LONGEST_LOG:
                 raise TurnFailed("agent", f"the agent printed more than {LONGEST_LOG:,} bytes")
     finally:
         with ignore_signals():
@@ -173,12 +167,30 @@ class Answer:
     idea: str = ""  # the id of the line of ideas.md that the edit is about
 
 
-def read_answer(files: TurnFiles) -> Answer:
-    """Return what the agent of a turn said."""
-    with open(files.log, "rb") as f:
-        f.seek(max(0, f.seek(0, os.SEEK_END) - ANSWER_BYTES))
-        said = f.read().decode("utf-8", "replace")
-    return parse(said, files.prompt.read_text(encoding="utf-8", errors="replace"))
+def read_said(agent: Agent, files: TurnFiles) -> Said:
+    """Return what the agent of a turn printed: its answer, its tokens, what they cost."""
+    return read_output(agent, read_end(files.out), read_end(files.log))
+
+
+def read_end(path: Path) -> str:
+    """Return the end of a text, "" when there is none."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - ANSWER_BYTES))
+            return f.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def last_words(files: TurnFiles) -> str:
+    """Return the last line that an agent printed, for a message: on standard error, or on standard output."""
+    return last_line(files.log, "") or last_line(files.out)
+
+
+def read_answer(agent: Agent, files: TurnFiles) -> Answer:
+    """Return what the agent of a turn said of its edit."""
+    prompt = files.prompt.read_text(encoding="utf-8", errors="replace")
+    return parse(read_said(agent, files).text, prompt)
 
 
 def parse(said: str, prompt: str = "") -> Answer:

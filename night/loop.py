@@ -10,17 +10,11 @@ an `until` left the time for it, that trainer is tested against the baseline.
 """
 
 import math
-import os
-import shlex
-import shutil
-import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from backends.platforms import mac_state
 from launcher.belief import PRIOR, REPEATS, visible_change
@@ -35,7 +29,8 @@ from launcher.runs import ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
 from launcher.verdict import best_since_moved, board_runs, fresh_seed, survey_board
 from night import repo
-from night.agent import Answer, TurnFailed, save_answer
+from night.agent import Answer, TurnFailed, read_said, save_answer
+from night.agents import Agent
 from night.lab_book import remember_shares
 from night.panel import Panel, RunDetail
 from night.program import write_turn
@@ -50,7 +45,7 @@ from night.trial import (
     run_trial,
     scored_before,
 )
-from night.turn import RUNNING, Turn, begin_turn, end_turn, rebase
+from night.turn import RUNNING, Turn, begin_turn, check_agent, end_turn, rebase
 from prepare import ROOT, UserError, first_line
 
 GIVE_UP = 20  # failed turns in a row after which the loop ends
@@ -62,8 +57,6 @@ NO_VERDICT_TRIES = 3  # runs of an edit without a verdict (another process on th
 LARGEST_RESERVE = 0.25  # of the night, that a claim may take at its end
 HUNDRED = 100  # experiments of a night without a limit, for its first line
 RUN_SECONDS = 1.3  # of a whole run, for each second of training, before one was seen
-BUILTIN = "builtin"  # names the search over the constants in the place of an agent
-BUILTIN_MODULE = "night.builtin"
 AGENTS_FAULT = ("agent", "edit")  # kinds of failures that another turn may not have
 BASELINE = "baseline: the trainer as committed"
 UNCOMMITTED = "what lay in the trainer, uncommitted"
@@ -73,7 +66,7 @@ UNCOMMITTED = "what lay in the trainer, uncommitted"
 class Night:
     """What `autoresearch loop` was asked to do."""
 
-    agent: list[str]  # the command; {prompt} in an argument stands for the prompt
+    agent: Agent
     setting: Setting  # of every experiment
     seed: int = 1
     experiments: int | None = None  # None: no limit
@@ -83,43 +76,11 @@ class Night:
     confirms: bool = True  # the end of a night with an `until` is for the claim
     ahead: bool = False  # the agent thinks of the next edit while an experiment runs
 
-    @property
-    def agent_name(self) -> str:
-        """The agent as rows and commits name it."""
-        return BUILTIN if self.agent[-1] == BUILTIN_MODULE else Path(self.agent[0]).name
-
     def seconds_left(self) -> float:
         """Return the seconds until the night ends, infinite without an `until`."""
         if self.until is None:
             return math.inf
         return max(0.0, (self.until - datetime.now()).total_seconds())
-
-
-def parse_agent(text: str) -> list[str]:
-    """Return the agent's command as a list. Raises UserError when there is no such program.
-
-    The agent starts in another folder: a script that lies here and in no commit is named by its whole path.
-    """
-    if text == BUILTIN:
-        return [sys.executable, "-P", "-m", BUILTIN_MODULE]  # -P: ours, not what the agent's folder has
-    try:
-        command = shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"--agent: {error}: {text}", 2) from None
-    if not command:
-        raise UserError("--agent: the command is empty: name a program, such as 'claude -p'", 2)
-    program = shutil.which(command[0])
-    if not program:
-        raise UserError(f"--agent: there is no program {command[0]!r} here", 2)
-    return [os.path.abspath(program), *map(whole_path, command[1:])]
-
-
-def whole_path(argument: str) -> str:
-    """Return the whole path for an argument that names a file here which no commit has."""
-    with suppress(OSError, ValueError):
-        if os.path.isfile(argument) and not repo.committed_blob(argument):
-            return os.path.abspath(argument)
-    return argument
 
 
 def parse_until(text: str) -> datetime:
@@ -144,6 +105,9 @@ def run_night(night: Night) -> int:
     require_power()
     panel = Panel(night.experiments, night.until)
     with hold_repository(), stop_on_signals(), awake(), panel:
+        if night.agent.is_known:
+            panel.enter(f"is {night.agent.name} ready?")
+            check_agent(night.agent, night.setting)
         ended, code = Loop(night, panel).run()
     panel.print_summary(ended)
     return code
@@ -222,7 +186,7 @@ class Loop:
     def record_begin(self) -> None:
         record(
             "begin",
-            agent=self.night.agent,
+            agent=self.night.agent.command,
             experiments=self.night.experiments,
             until=str(self.night.until or ""),
             done=self.panel.done,
@@ -552,7 +516,23 @@ class Loop:
         try:
             return end_turn(turn, self.trainer.name)
         finally:
+            self.record_turn(turn)
             self.save_state()
+
+    def record_turn(self, turn: Turn) -> None:
+        """Take down what a turn took: seconds, and tokens and dollars where the agent prints them."""
+        said = read_said(turn.agent, turn.files)
+        self.panel.tokens += said.tokens
+        self.panel.cost += said.cost
+        seconds = round(time.monotonic() - turn.began, 1)
+        record(
+            "turn",
+            stamp=turn.files.stamp,
+            agent=turn.agent.name,
+            seconds=seconds,
+            tokens=said.tokens,
+            cost=said.cost,
+        )
 
     def begin_turn(self, base: str, result: str, seconds: float) -> Turn:
         """Start the agent on a commit. result: of the last experiment. Raises as turn.begin_turn."""
@@ -561,9 +541,9 @@ class Loop:
         self.save_state(stamp)
         prompt = write_turn(self.setting, result, self.complaint, self.panel.left())
         settings = self.setting.run_settings(night.seed).to_env()
-        if night.agent_name == BUILTIN:
+        if night.agent.is_builtin:
             settings["PYTHONPATH"] = str(ROOT)
-        return begin_turn(night.agent, night.agent_name, prompt, base, stamp, seconds, settings)
+        return begin_turn(night.agent, prompt, base, stamp, seconds, settings)
 
     def check(self, edit: Edit) -> None:
         """Check an edit before minutes are spent on it: it compiles, is new, and survives a dry run.
@@ -703,6 +683,7 @@ class Loop:
         except (TurnFailed, UserError, OSError) as error:
             if not interrupted:
                 self.panel.note(f"no edit was thought of ahead: {first_line(error)}")
+        self.record_turn(turn)
         self.save_state()
 
 

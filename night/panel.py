@@ -33,6 +33,8 @@ class Panel:
         self.turns_lost = 0  # turns without an experiment
         self.best: Row | None = None  # a run of the trainer that is believed best
         self.belief: Standing | None = None  # what is believed of it
+        self.tokens = 0  # that the agent used, as far as it prints them
+        self.cost = 0.0  # dollars, likewise
         self.claim = ""  # what a person may repeat of the night
         self.phase = "starting"
         self.detail = ""  # the progress of the phase
@@ -116,6 +118,10 @@ class Panel:
         print(f"discarded: {self.discarded}")
         print(f"failed: {self.failed}")
         print(f"turns_lost: {self.turns_lost}")
+        if self.tokens:
+            print(f"agent_tokens: {self.tokens}")
+        if self.cost:
+            print(f"agent_cost_dollars: {self.cost:.2f}")
         if self.best:
             print(f"best_val_bpb: {self.best.val_bpb:.6f}")
             print(f"best_believed: {self.believed()}")

@@ -7,6 +7,8 @@ nothing. Everything is bounded: a night of 300 experiments has a prompt as long 
 """
 
 import re
+import sys
+from pathlib import Path
 
 from backends.platforms import choose_platform
 from launcher.ledger import warn
@@ -90,7 +92,8 @@ def write_turn(setting: Setting, result: str, complaint: str, left: str) -> str:
     mode = mode_of(tried)
     notes = read_notes()
     parts = opening(setting, tried, IN_LOOP)
-    parts["Now"] = "\n".join([*facts(setting), f"left: {left}", *best_facts(setting, tried)])
+    now = [*facts(setting), f"command: autoresearch, or {our_command()}", f"left: {left}"]
+    parts["Now"] = "\n".join([*now, *best_facts(setting, tried)])
     parts["Notes"] = notes
     parts["Last result"] = shorten(result, RESULT_CHARS)
     failed = f"No experiment came of the last turn: {shorten(complaint, COMPLAINT_CHARS)}\n\n"
@@ -172,6 +175,12 @@ def facts(setting: Setting) -> list[str]:
         f"{setting.val_tokens:,} tokens scored",
         f"budget: {setting.budget:g} s of training; start-up at most {platform.startup_seconds:.0f} s",
     ]
+
+
+def our_command() -> str:
+    """Return how our command is called where a shell has another PATH than we gave it."""
+    script = Path(sys.executable).with_name("autoresearch")
+    return str(script) if script.exists() else f"{sys.executable} -m launcher.cli"
 
 
 def try_command(setting: Setting) -> str:

@@ -7,13 +7,15 @@ begun while an experiment runs; its edit is then put on what the verdict leaves.
 
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from backends.protocol import last_line
 from launcher.console import say
+from launcher.runs import new_run_id
+from launcher.setting import Setting
 from night import repo
-from night.agent import TurnFailed, TurnFiles, read_answer, start_agent, wait_for_agent
+from night.agent import TurnFailed, TurnFiles, last_words, read_answer, start_agent, wait_for_agent
+from night.agents import Agent
 from night.state import Edit, loop_folder
 from night.workspace import Workspace, make_workspace
 from prepare import UserError
@@ -24,22 +26,28 @@ RUNNING = (
     "there before."
 )
 
+CHECK = (
+    "This is a check before a night of experiments: can you edit here? Add the line `# checked` to the end "
+    "of {trainer}. Change nothing else, run nothing, and end."
+)
+CHECK_SECONDS = 180.0
+
 
 @dataclass(frozen=True)
 class Turn:
     """An agent at work."""
 
-    agent: str  # its name
+    agent: Agent
     base: str  # the commit that it began from
     files: TurnFiles
     workspace: Workspace
     child: subprocess.Popen[bytes]
-    deadline: float  # of time.monotonic()
+    began: float  # of time.monotonic()
+    deadline: float  # of the same clock
 
 
 def begin_turn(
-    command: Sequence[str],
-    agent: str,
+    agent: Agent,
     prompt: str,
     base: str,
     stamp: str,
@@ -49,8 +57,7 @@ def begin_turn(
     """Start an agent. The loop's state must hold the stamp by now.
 
     Args:
-        command: {prompt} in an argument stands for the prompt.
-        agent: its name.
+        agent: who is called.
         prompt: what it is told.
         base: the commit that it begins from.
         stamp: of the turn, in the format of run ids.
@@ -63,8 +70,9 @@ def begin_turn(
     """
     workspace = make_workspace(base, prompt)
     files = TurnFiles(loop_folder(), stamp)
-    child = start_agent(command, prompt, files, workspace, settings)
-    return Turn(agent, base, files, workspace, child, time.monotonic() + seconds)
+    child = start_agent(agent, prompt, files, workspace, settings)
+    now = time.monotonic()
+    return Turn(agent, base, files, workspace, child, now, now + seconds)
 
 
 def end_turn(turn: Turn, trainer: str, at_once: bool = False) -> Edit:
@@ -79,7 +87,7 @@ def end_turn(turn: Turn, trainer: str, at_once: bool = False) -> Edit:
     try:
         code = wait_for_agent(turn.child, seconds, turn.files)
         if code != 0:
-            said = last_line(turn.files.log)
+            said = last_words(turn.files)
             raise TurnFailed("agent", f"the agent ended with exit code {code}: {said}")
     except TurnFailed:
         keep_unfinished(turn, trainer)
@@ -97,9 +105,9 @@ def read_edit(turn: Turn, trainer: str) -> Edit:
         raise TurnFailed("agent", f"the agent left no plain file {trainer}: {error}") from None
     if repo.blob_of(source, trainer) == repo.committed_blob(trainer, turn.base):
         raise TurnFailed("agent", f"the agent changed nothing in {trainer}")
-    answer = read_answer(turn.files)
+    answer = read_answer(turn.agent, turn.files)
     commit = repo.commit_alone(trainer, answer.description, source, turn.base)
-    return Edit(commit, turn.base, answer, turn.agent)
+    return Edit(commit, turn.base, answer, turn.agent.name)
 
 
 def keep_unfinished(turn: Turn, trainer: str) -> None:
@@ -109,6 +117,26 @@ def keep_unfinished(turn: Turn, trainer: str) -> None:
     except (TurnFailed, UserError, OSError):
         return
     say(f"the agent's unfinished edit stays as {repo.save_ref(f'stray/{turn.files.stamp}', edit.commit)}")
+
+
+def check_agent(agent: Agent, setting: Setting) -> None:
+    """Ask an agent for a trivial edit: is it installed, logged in, and allowed to edit?
+
+    Raises:
+        UserError: it is not. The message says what to do.
+    """
+    trainer = setting.trainer.name
+    prompt = CHECK.format(trainer=trainer)
+    settings = setting.run_settings(1).to_env()
+    turn = begin_turn(agent, prompt, repo.head(), new_run_id(), CHECK_SECONDS, settings)
+    try:
+        end_turn(turn, trainer)
+    except TurnFailed as error:
+        raise UserError(
+            f"--agent {agent.name} is not ready: {error}. Is it logged in ({agent.log_in}), and may it edit? "
+            f"What it printed: {turn.files.folder}/{turn.files.stamp}.*; a command of your own may stand in "
+            "place of its name"
+        ) from None
 
 
 def rebase(edit: Edit, trainer: str) -> Edit | None:

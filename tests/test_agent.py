@@ -12,12 +12,14 @@ from night.agent import (
     Answer,
     TurnFailed,
     TurnFiles,
-    call_agent,
     parse,
     read_answer,
     read_saved_answer,
     save_answer,
+    start_agent,
+    wait_for_agent,
 )
+from night.agents import Agent
 from night.workspace import Workspace
 
 
@@ -33,7 +35,8 @@ def call(house, files):
     folder.mkdir()
 
     def call(command, prompt="", seconds=60.0, settings=None):
-        return call_agent(command, prompt, seconds, files, Workspace(folder, folder), settings)
+        child = start_agent(Agent("test", command), prompt, files, Workspace(folder, folder), settings)
+        return wait_for_agent(child, seconds, files)
 
     return call
 
@@ -51,31 +54,31 @@ def runs(pid):
 
 def test_the_prompt_is_the_standard_input(call, files):
     code = call(python("import sys; print(sys.stdin.read()[::-1])"), "prompt")
-    assert code == 0 and files.log.read_text() == "tpmorp\n" and files.prompt.read_text() == "prompt"
+    assert code == 0 and files.out.read_text() == "tpmorp\n" and files.prompt.read_text() == "prompt"
 
 
 def test_the_prompt_may_be_an_argument(call, files):
     command = python("import sys; print(sys.argv[1:], repr(sys.stdin.read()))", "-p={prompt}", "{prompt}")
     call(command, "a \0 b")  # a NUL, which a trainer may print, cannot be in an argument
-    assert files.log.read_text() == "['-p=a   b', 'a   b'] ''\n"
+    assert files.out.read_text() == "['-p=a   b', 'a   b'] ''\n"
 
 
 def test_a_prompt_that_is_too_long_for_an_argument_keeps_beginning_and_end(call, files):
     prompt = "begin " + "\u00e4" * 2**20 + " end"
     call(python("import sys; print(sys.argv[1])", "{prompt}"), prompt)
-    said = files.log.read_text()
+    said = files.out.read_text()
     assert said.startswith("begin ") and said.endswith(" end\n") and "the middle is left out" in said
     assert len(said.encode()) < 2**17 and files.prompt.read_text() == prompt
 
 
 def test_a_prompt_may_hold_half_a_character(call, files):
     assert call(python("import sys; print(sys.argv[1])", "{prompt}"), "a \udcff b") == 0
-    assert files.log.read_text() == "a ? b\n"
+    assert files.out.read_text() == "a ? b\n"
 
 
 def test_an_agent_works_in_its_folder_and_is_told_where(call, files, house):
     call(python("import os; print(os.getcwd(), os.environ['AUTORESEARCH_LOOP'])"))
-    assert files.log.read_text().split() == [str(house / "folder")] * 2
+    assert files.out.read_text().split() == [str(house / "folder")] * 2
 
 
 def test_an_agent_is_told_on_what_the_experiments_run(call, files):
@@ -83,7 +86,7 @@ def test_an_agent_is_told_on_what_the_experiments_run(call, files):
     code = "import os; e = os.environ.get; print(e('AUTORESEARCH_PLATFORM'), e('AUTORESEARCH_BUDGET'))"
     code += f"; print(e({RUN_ID_VARIABLE!r}))"  # not the run's that is to come: it marks the turn's processes
     call(python(code), settings=told)
-    assert files.log.read_text().split() == ["mlx-cpu", "20.0", files.stamp]
+    assert files.out.read_text().split() == ["mlx-cpu", "20.0", files.stamp]
 
 
 def test_exit_code_and_time_limit(call):
@@ -114,7 +117,7 @@ sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
 print(subprocess.Popen(sleeper, start_new_session=True, stdout=subprocess.DEVNULL).pid)
 """
     assert call(python(code)) == 0
-    assert not runs(int(files.log.read_text()))
+    assert not runs(int(files.out.read_text()))
 
 
 # --- The answer ---------------------------------------------------------------------------------------------
@@ -139,8 +142,8 @@ print(subprocess.Popen(sleeper, start_new_session=True, stdout=subprocess.DEVNUL
 def test_a_description_is_one_clean_line(files, said, means):
     files.folder.mkdir(parents=True)
     files.prompt.write_text("prompt\n")
-    files.log.write_bytes(said)
-    assert read_answer(files).description == means
+    files.out.write_bytes(said)
+    assert read_answer(Agent("test", []), files).description == means
 
 
 def test_an_agent_says_what_it_learned_and_what_is_next():
@@ -153,8 +156,8 @@ def test_of_a_long_output_the_end_is_read(files, monkeypatch):
     monkeypatch.setattr(agent, "ANSWER_BYTES", 100)
     files.folder.mkdir(parents=True)
     files.prompt.write_text("prompt\n")
-    files.log.write_bytes(b"experiment: early\n" + b"\xff" * 1000 + b"\nexperiment: late\n")
-    assert read_answer(files).description == "late"
+    files.out.write_bytes(b"experiment: early\n" + b"\xff" * 1000 + b"\nexperiment: late\n")
+    assert read_answer(Agent("test", []), files).description == "late"
 
 
 def test_the_examples_of_the_prompt_are_no_answer():

@@ -18,8 +18,9 @@ from launcher.ledger import STATUSES, Flag, Ledger, Row
 from launcher.runs import home
 from launcher.setting import resolve
 from night import builtin, repo
+from night.agents import parse_agent
 from night.builtin import History, plain, propose, read_constants, read_history, searched_constants
-from night.loop import Night, parse_agent, run_night
+from night.loop import Night, run_night
 from prepare import UserError
 
 TRAINERS = ("train_cuda.py", "train_mlx.py")
@@ -285,7 +286,7 @@ def test_where_runs_fail_is_avoided(setting):
 
 
 def test_builtin_is_a_program_of_this_python():
-    assert parse_agent("builtin") == [sys.executable, "-P", "-m", "night.builtin"]
+    assert parse_agent("builtin").command == [sys.executable, "-P", "-m", "night.builtin"]
 
 
 @pytest.fixture
@@ -297,7 +298,7 @@ def project(repository, monkeypatch):
 
 
 def call_builtin(folder):
-    command = parse_agent("builtin")
+    command = parse_agent("builtin").command
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
 
 

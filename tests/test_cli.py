@@ -81,7 +81,7 @@ def test_a_night_needs_no_agent(call, monkeypatch):
     nights = []
     monkeypatch.setattr("night.loop.run_night", lambda night: nights.append(night) or 0)
     assert call("loop", "--experiments", 3).exit_code == 0
-    assert nights[0].agent == [sys.executable, "-m", "night.builtin"]
+    assert nights[0].agent.is_builtin
     assert "[default: builtin]" in " ".join(call("loop", "--help").output.split())
 
 

@@ -25,7 +25,8 @@ from launcher.runs import home
 from launcher.setting import resolve
 from launcher.verdict import tried_since_moved
 from night import loop, repo, trial
-from night.loop import Night, parse_agent, parse_until, run_night
+from night.agents import Agent
+from night.loop import Night, parse_until, run_night
 from night.repo import git_checked
 from night.state import read_state, state_path
 from prepare import ROOT, UserError
@@ -60,8 +61,8 @@ def night(repository, monkeypatch):
     def night(agent, experiments=2, arguments=(), **more):
         script = home() / "agent.py"
         script.write_text(SCRIPT + agent)
-        command = [sys.executable, str(script), *arguments]
-        return run_night(Night(command, resolve(), experiments=experiments, pause=PAUSE, **more))
+        agent = Agent(Path(sys.executable).name, [sys.executable, str(script), *arguments])
+        return run_night(Night(agent, resolve(), experiments=experiments, pause=PAUSE, **more))
 
     night.pauses = pauses
     return night
@@ -534,10 +535,10 @@ def test_the_agent_has_the_time_that_its_experiment_leaves(night, repository, mo
     given = []
     really_begin = loop.begin_turn
 
-    def begin_turn(command, agent, prompt, base, stamp, seconds, settings):
+    def begin_turn(agent, prompt, base, stamp, seconds, settings):
         given.append(seconds)
         clock.left = 0.0
-        return really_begin(command, agent, prompt, base, stamp, 60.0, settings)
+        return really_begin(agent, prompt, base, stamp, 60.0, settings)
 
     monkeypatch.setattr(loop, "begin_turn", begin_turn)
     assert night(BETTER, 9, until=datetime.now()) == 0
@@ -573,17 +574,6 @@ def test_a_laptop_on_battery_is_told_before_the_night(night, repository, monkeyp
         with pytest.raises(UserError, match=rf"no result of the night would count \({says}\)"):
             night(BETTER)
     assert not rows()
-
-
-def test_an_agent_that_does_not_exist_is_a_mistake(house):
-    for command, says in (
-        ("no-such-agent -p", "there is no program 'no-such-agent'"),
-        ("sh -c 'x", "No closing quotation"),
-        ("", "the command is empty"),
-    ):
-        with pytest.raises(UserError, match=says) as caught:
-            parse_agent(command)
-        assert caught.value.code == 2
 
 
 # --- The real thing -----------------------------------------------------------------------------------------
@@ -831,9 +821,9 @@ def test_the_agent_does_not_think_into_the_time_of_the_claim(night, repository, 
     asked = []
     really = loop.begin_turn
 
-    def begin_turn(command, agent, prompt, base, stamp, seconds, settings):
+    def begin_turn(agent, prompt, base, stamp, seconds, settings):
         asked.append(seconds)
-        return really(command, agent, prompt, base, stamp, seconds, settings)
+        return really(agent, prompt, base, stamp, seconds, settings)
 
     monkeypatch.setattr(loop, "begin_turn", begin_turn)
     monkeypatch.setattr(Night, "seconds_left", lambda self: 8 * 3600.0)
