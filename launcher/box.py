@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/opt", "/proc", "/sys", "/nix/store")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
@@ -87,6 +88,7 @@ class Policy:
     hidden: tuple[str, ...] = ()  # below a path of `read`, and left out all the same
     files: tuple[str, ...] = ()  # read all the same, whatever is hidden
     names: tuple[str, ...] = ()  # folders that can be listed, with all below: an import lists its folder
+    network: bool = False  # it may use the network, and what outlives it
 
     def command(self, command: Sequence[str]) -> list[str]:
         """Return the command that runs `command` in the box; the command itself where there is no box."""
@@ -277,7 +279,9 @@ def seatbelt_profile(policy: Policy) -> str:
     macOS opens so many files of its own that reading is allowed but for users' folders and other volumes;
     what the policy names there is given back.
     """
-    lines = ["(version 1)", "(allow default)", "(deny network*)", "(deny file-write*)"]
+    lines = ["(version 1)", "(allow default)"]
+    lines += [] if policy.network else ["(deny network*)"]
+    lines += ["(deny file-write*)"]
     lines += [f"(deny file-read-data {_below(['/Users', '/Volumes', '/tmp', '/private/tmp'])})"]
     lines += [f"(allow file-read* {_below(policy.read)})"]
     if policy.hidden:
@@ -299,9 +303,10 @@ def _below(paths: Iterable[str]) -> str:
 
 def main(policy: str, command: list[str]) -> None:
     """Restrict this process and become the command."""
-    values = json.loads(policy)
-    restrict_files(Policy(**{name: tuple(paths) for name, paths in values.items()}))
-    restrict_calls()
+    values: dict[str, Any] = json.loads(policy)
+    restrict_files(Policy(**values))
+    if not values["network"]:
+        restrict_calls()
     os.execv(command[0], command)
 
 

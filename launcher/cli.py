@@ -219,6 +219,12 @@ def try_(description: str, platform: str, track: str, budget: float | None, seed
     is_flag=True,
     help="The agent thinks of the next edit while an experiment runs. On a CPU it would disturb it.",
 )
+@click.option(
+    "--box",
+    "boxed",
+    is_flag=True,
+    help="The agent reads and writes nothing of yours but what it needs (docs/agents.md).",
+)
 @click.option("--no-confirm", is_flag=True, help="Leave no time at the end of --until for the claim.")
 def loop(
     agent: str,
@@ -231,6 +237,7 @@ def loop(
     agent_seconds: float,
     pause: float,
     ahead: bool,
+    boxed: bool,
     no_confirm: bool,
 ) -> None:
     """Leave it running: the agent edits the trainer, every edit is tried, what is better is kept.
@@ -255,6 +262,7 @@ def loop(
         agent_seconds=agent_seconds,
         pause=pause,
         confirms=not no_confirm,
+        boxed=boxed,
         ahead=ahead,
     )
     sys.exit(run_night(night))

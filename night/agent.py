@@ -18,6 +18,7 @@ from backends.protocol import RUN_ID_VARIABLE, last_line, write_json
 from launcher.ledger import single_line
 from launcher.processes import end_group, end_leftovers, ignore_signals
 from launcher.runs import run_dir
+from night.agent_box import agent_policy
 from night.agents import Agent, Said, read_output
 from night.workspace import Workspace
 
@@ -84,6 +85,7 @@ def start_agent(
     files: TurnFiles,
     workspace: Workspace,
     settings: Mapping[str, str] | None = None,
+    boxed: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Start an agent in its folder. What it prints goes to files.out and files.log.
 
@@ -93,6 +95,7 @@ def start_agent(
         files: where prompt and output are kept.
         workspace: where it works.
         settings: variables of its environment that say on what the experiments run (RunSettings.to_env).
+        boxed: it touches only what night/agent_box.py names.
 
     Raises:
         TurnFailed: it cannot be started.
@@ -100,16 +103,21 @@ def start_agent(
     prompt = prompt.replace("\0", " ")  # an argument cannot hold it
     files.folder.mkdir(parents=True, exist_ok=True)
     files.prompt.write_text(prompt, encoding="utf-8", errors="replace")
-    prompt_is_argument = any(PROMPT in part for part in agent.command)
+    given_command = agent.boxed_command if boxed else agent.command
+    prompt_is_argument = any(PROMPT in part for part in given_command)
     argument = fit_argument(prompt)
-    arguments = [part.replace(PROMPT, argument) for part in agent.command]
+    arguments = [part.replace(PROMPT, argument) for part in given_command]
+    variables = {**workspace.environment(), **(settings or {}), RUN_ID_VARIABLE: files.stamp}
+    if boxed:
+        arguments = agent_policy(agent, workspace).command(arguments)
+        variables["TMPDIR"] = str(workspace.temporary)
     stdin = os.devnull if prompt_is_argument else files.prompt
     with open(files.out, "wb") as out, open(files.log, "wb") as log, open(stdin, "rb") as given:
         try:
             return subprocess.Popen(
                 arguments,
                 cwd=workspace.folder,
-                env={**workspace.environment(), **(settings or {}), RUN_ID_VARIABLE: files.stamp},
+                env=variables,
                 stdin=given,
                 stdout=out,
                 stderr=log,

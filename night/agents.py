@@ -37,7 +37,12 @@ class Agent:
     install: str = ""
     log_in: str = ""
     state: tuple[Path, ...] = ()  # what it writes beside its folder
+    boxed: tuple[str, ...] = ()  # its arguments in a box, where they are others
     limits: str = ""
+
+    @property
+    def boxed_command(self) -> list[str]:
+        return [self.command[0], *self.boxed] if self.boxed else self.command
 
     @property
     def is_known(self) -> bool:
@@ -60,6 +65,7 @@ def load_agents() -> dict[str, Agent]:
     for name, entry in yaml.safe_load(ENTRIES.read_text(encoding="utf-8")).items():
         entry["command"] = shlex.split(entry["command"])
         entry["state"] = tuple(Path(path).expanduser() for path in entry["state"])
+        entry["boxed"] = tuple(shlex.split(entry.get("boxed", ""))[1:])
         found[name] = Agent(name=name, **entry)
     return found
 

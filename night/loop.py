@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 
 from backends.platforms import mac_state
 from launcher.belief import PRIOR, REPEATS, visible_change
+from launcher.box import missing_walls
 from launcher.confirm import Contest, confirm, seconds_to_first_look
 from launcher.console import say
 from launcher.device import awake
@@ -74,6 +75,7 @@ class Night:
     agent_seconds: float = 900.0  # that an agent has for a turn
     pause: float = 30.0  # seconds after a first failed turn
     confirms: bool = True  # the end of a night with an `until` is for the claim
+    boxed: bool = False  # the agent works in a box
     ahead: bool = False  # the agent thinks of the next edit while an experiment runs
 
     def seconds_left(self) -> float:
@@ -103,11 +105,13 @@ def run_night(night: Night) -> int:
         UserError: no result of the night would count, or as trial.hold_repository.
     """
     require_power()
+    if night.boxed and missing_walls():
+        raise UserError(f"--box: {missing_walls()}", 2)
     panel = Panel(night.experiments, night.until)
     with hold_repository(), stop_on_signals(), awake(), panel:
         if night.agent.is_known:
             panel.enter(f"is {night.agent.name} ready?")
-            check_agent(night.agent, night.setting)
+            check_agent(night.agent, night.setting, night.boxed)
         ended, code = Loop(night, panel).run()
     panel.print_summary(ended)
     return code
@@ -543,7 +547,7 @@ class Loop:
         settings = self.setting.run_settings(night.seed).to_env()
         if night.agent.is_builtin:
             settings["PYTHONPATH"] = str(ROOT)
-        return begin_turn(night.agent, prompt, base, stamp, seconds, settings)
+        return begin_turn(night.agent, prompt, base, stamp, seconds, settings, night.boxed)
 
     def check(self, edit: Edit) -> None:
         """Check an edit before minutes are spent on it: it compiles, is new, and survives a dry run.

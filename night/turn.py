@@ -53,6 +53,7 @@ def begin_turn(
     stamp: str,
     seconds: float,
     settings: Mapping[str, str],
+    boxed: bool = False,
 ) -> Turn:
     """Start an agent. The loop's state must hold the stamp by now.
 
@@ -63,6 +64,7 @@ def begin_turn(
         stamp: of the turn, in the format of run ids.
         seconds: that it has.
         settings: variables of its environment (RunSettings.to_env).
+        boxed: it works in a box.
 
     Raises:
         TurnFailed: it cannot be started.
@@ -70,7 +72,7 @@ def begin_turn(
     """
     workspace = make_workspace(base, prompt)
     files = TurnFiles(loop_folder(), stamp)
-    child = start_agent(agent, prompt, files, workspace, settings)
+    child = start_agent(agent, prompt, files, workspace, settings, boxed)
     now = time.monotonic()
     return Turn(agent, base, files, workspace, child, now, now + seconds)
 
@@ -119,7 +121,7 @@ def keep_unfinished(turn: Turn, trainer: str) -> None:
     say(f"the agent's unfinished edit stays as {repo.save_ref(f'stray/{turn.files.stamp}', edit.commit)}")
 
 
-def check_agent(agent: Agent, setting: Setting) -> None:
+def check_agent(agent: Agent, setting: Setting, boxed: bool = False) -> None:
     """Ask an agent for a trivial edit: is it installed, logged in, and allowed to edit?
 
     Raises:
@@ -128,7 +130,7 @@ def check_agent(agent: Agent, setting: Setting) -> None:
     trainer = setting.trainer.name
     prompt = CHECK.format(trainer=trainer)
     settings = setting.run_settings(1).to_env()
-    turn = begin_turn(agent, prompt, repo.head(), new_run_id(), CHECK_SECONDS, settings)
+    turn = begin_turn(agent, prompt, repo.head(), new_run_id(), CHECK_SECONDS, settings, boxed)
     try:
         end_turn(turn, trainer)
     except TurnFailed as error:

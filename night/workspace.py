@@ -35,6 +35,11 @@ class Workspace:
     top: Path  # of its repository
     folder: Path  # that it starts in: what ROOT is in the person's repository
 
+    @property
+    def temporary(self) -> Path:
+        """The folder of its temporary files, in a box."""
+        return self.top.with_name(f"{self.top.name}.tmp")
+
     def environment(self) -> dict[str, str]:
         """Return an agent's environment: our commands run there as they do for the person."""
         variables = without_git_variables()
@@ -77,10 +82,12 @@ def make_workspace(commit: str, prompt: str) -> Workspace:
         UserError: it cannot be made.
     """
     top = workspace_path()
-    remove_tree(top)
-    if os.path.lexists(top):
-        raise UserError(f"the agent's folder {top} cannot be removed: remove it, and start again")
-    top.mkdir(parents=True)
+    workspace = Workspace(top, top / repo.path_prefix())
+    for folder in (workspace.temporary, top):
+        remove_tree(folder)
+        if os.path.lexists(folder):
+            raise UserError(f"the agent's folder {folder} cannot be removed: remove it, and start again")
+        folder.mkdir(parents=True)
     kind = repo.git_checked("rev-parse", "--show-object-format")
     repo.git_checked("init", "-q", "--template=", "-b", BRANCH, f"--object-format={kind}", folder=top)
     objects = repo.git_path("objects").resolve()
@@ -88,7 +95,6 @@ def make_workspace(commit: str, prompt: str) -> Workspace:
     if repo.git_path("shallow").exists():
         shutil.copyfile(repo.git_path("shallow"), top / ".git" / "shallow")
     repo.git_checked("reset", "-q", "--hard", commit, folder=top)
-    workspace = Workspace(top, top / repo.path_prefix())
     copy_runs(workspace.folder, prompt)
     return workspace
 

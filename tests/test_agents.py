@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from agents.model_server import ModelServer
 from test_loop import PAUSE, leftover_refs, recorded, rows
 
+from launcher.box import missing_walls
 from launcher.setting import resolve
 from night import loop, repo
 from night.agents import READERS, Agent, Said, load_agents, parse_agent, read_output
@@ -28,6 +30,7 @@ PACKAGES = {
 # Options that name the scripted model, where the environment does not.
 MODEL = {"pi": ["--offline", "--provider", "local", "--model", "scripted"]}
 MODEL["qwen"] = ["--auth-type", "openai", "--model", "scripted"]
+boxed = pytest.mark.skipif(bool(missing_walls()), reason="this machine has no walls")
 FOUR = ("codex", "gemini", "opencode", "pi")
 
 
@@ -148,7 +151,7 @@ def night(repository, installed, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(loop, "GIVE_UP", 2)
     monkeypatch.setattr(loop.Loop, "wait", lambda self, seconds: None)
 
-    def begin(name, mode="edit", experiments=2, seconds=60.0):
+    def begin(name, mode="edit", experiments=2, seconds=60.0, **more):
         folder = workspace_path() / "inner"
         with ModelServer(folder, mode) as server:
             configure(home, server.url, monkeypatch)
@@ -164,7 +167,7 @@ def night(repository, installed, monkeypatch, tmp_path_factory):
 
 
 def replace_command(agent, command):
-    return Agent(agent.name, command, agent.output, "", state=agent.state)
+    return replace(agent, command=command, version="")
 
 
 def configure(home, url, monkeypatch):
@@ -240,6 +243,14 @@ def test_a_real_agent_makes_an_experiment(night, repository, name, capsys):
     if name in ("claude", "pi"):
         assert turn["cost"] > 0
     assert any("The loop runs the experiments, a turn each" in body for _, body in server.asked)
+
+
+@pytest.mark.slow
+@boxed
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_real_agent_works_in_a_box(night, repository, name):
+    code, _ = night(name, boxed=True)
+    assert code == 0 and rows()[-1].val_bpb == 1.4
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+"""
+The agent's box (`loop --box`): what an agent may touch beside its own folder.
+
+It reads the system, its own program, this project and the runs; not the prepared rows, and nothing else of
+the home folder. It writes its folder, its temporary folder and what its entry in agents.yaml names. The
+network is open: it must reach its model.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.box import DEVICES, SHARED_MEMORY, SYSTEM, Policy
+from launcher.runs import home
+from launcher.walls import packages
+from night.agents import Agent
+from night.workspace import Workspace
+from prepare import ROOT, cache_dir, config_path
+
+TERMINAL = ("/dev/tty", "/dev/ptmx", "/dev/pts")
+PERSONAL = ("~/.gitconfig", "~/.config/git")  # what git reads of the person's: the name of who commits
+PROGRAM_FOLDERS = ("bin", "lib", "libexec", "share")  # beside each other, below a prefix such as ~/.local
+
+
+def agent_policy(agent: Agent, workspace: Workspace) -> Policy:
+    """Return what an agent may touch. What its entry names is made, where it is not there, as a folder."""
+    for path in agent.state:
+        if not path.exists() and not path.suffix:
+            path.mkdir(parents=True)
+    read = [*SYSTEM, *packages(), str(ROOT), str(home()), *programs(agent.command[0])]
+    read += [os.path.expanduser(path) for path in PERSONAL]
+    own = (workspace.top, workspace.temporary, *agent.state)
+    write = [*DEVICES, *TERMINAL, SHARED_MEMORY, *map(str, own)]
+    hidden = [path for path in cache_dir().glob("*-*") if path.is_dir()]
+    return Policy(
+        read=tuple(read),
+        write=tuple(write),
+        hidden=tuple(map(str, hidden)),
+        files=(str(config_path()),),
+        network=True,
+    )
+
+
+def programs(command: str) -> Iterator[str]:
+    """Yield where the programs lie that an agent may call, with what they read."""
+    yield from (sys.prefix, sys.base_prefix)
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        if os.path.basename(folder) == "bin":
+            yield from (os.path.join(os.path.dirname(folder), name) for name in PROGRAM_FOLDERS)
+        elif folder:
+            yield folder
+    yield from installation(Path(os.path.realpath(command)))
+
+
+def installation(program: Path) -> Iterator[str]:
+    """Yield the folder that a program was installed in: of one from npm, all packages beside it."""
+    for parent in program.parents:
+        if parent.name == "node_modules":
+            yield str(parent)
+            return
+    yield str(program.parent)
