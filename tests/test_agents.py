@@ -30,6 +30,7 @@ PACKAGES = {
 # Options that name the scripted model, where the environment does not.
 MODEL = {"pi": ["--offline", "--provider", "local", "--model", "scripted"]}
 MODEL["qwen"] = ["--auth-type", "openai", "--model", "scripted"]
+MODEL["aider"] = ["--model", "openai/scripted", "--analytics-disable", "--no-show-model-warnings"]
 boxed = pytest.mark.skipif(bool(missing_walls()), reason="this machine has no walls")
 FOUR = ("codex", "gemini", "opencode", "pi")
 
@@ -155,7 +156,7 @@ def night(repository, installed, monkeypatch, tmp_path_factory):
         folder = workspace_path() / "inner"
         with ModelServer(folder, mode) as server:
             configure(home, server.url, monkeypatch)
-            known = parse_agent(name)
+            known = parse_agent(name).for_trainer("train_cuda.py")
             agent = replace_command(known, [*known.command[:-1], *MODEL.get(name, []), known.command[-1]])
             setting = resolve()
             code = run_night(
@@ -227,12 +228,17 @@ request_max_retries = 1
         (home / name).write_text(content)
 
 
+def has_aider():
+    """It is no package of npm, and too large to be installed for one test."""
+    return pytest.mark.skipif(not shutil.which("aider"), reason="aider is not on PATH")
+
+
 def is_clean():
     return repo.git_checked("status", "--porcelain") == ""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", [*PACKAGES, pytest.param("aider", marks=has_aider())])
 def test_a_real_agent_makes_an_experiment(night, repository, name, capsys):
     code, server = night(name)
     assert code == 0 and rows()[-1].val_bpb == 1.4 and rows()[-1].description == "SCORE is now 1.4"
@@ -247,7 +253,7 @@ def test_a_real_agent_makes_an_experiment(night, repository, name, capsys):
 
 @pytest.mark.slow
 @boxed
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", [*PACKAGES, pytest.param("aider", marks=has_aider())])
 def test_a_real_agent_works_in_a_box(night, repository, name):
     code, _ = night(name, boxed=True)
     assert code == 0 and rows()[-1].val_bpb == 1.4

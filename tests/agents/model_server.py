@@ -61,8 +61,12 @@ class Script:
         self.folder = folder
         self.mode = mode
 
-    def next_step(self, tools: dict[str, Any], results: int) -> Step:
-        """Return the next step. tools: {name: JSON schema of the arguments}."""
+    def next_step(self, tools: dict[str, Any], results: int, asked: str = "") -> Step:
+        """Return the next step. tools: {name: JSON schema of the arguments}. asked: the conversation."""
+        if not tools and "SEARCH/REPLACE" in asked:  # an agent whose tool is the text of the answer
+            old, new = self.edit()
+            block = f"<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE"
+            return Answer(f"{TRAINER}\n```python\n{block}\n```\n\nexperiment: SCORE is now {new[-3:]}")
         if not tools:  # the agent asks for a title, or for a summary
             return Answer("A title")
         plan = list(self.plan(tools))
@@ -75,14 +79,17 @@ class Script:
     def score(self) -> str:
         return re.findall(r"SCORE = ([\d.]+)", (self.folder / TRAINER).read_text())[-1]
 
+    def edit(self) -> tuple[str, str]:
+        """Return what the trainer says now, and what it is to say."""
+        return f"SCORE = {self.score()}", f"SCORE = {float(self.score()) - 0.1:.1f}"
+
     def plan(self, tools: dict[str, Any]) -> Iterator[Call]:
         edit, read, shell = (first(names, tools) for names in (EDITS, READS, SHELLS))
         if self.mode == "nothing":
             return
         if edit and read:  # some agents refuse to edit what they did not read
             yield Call(read, self.arguments(tools[read], TRAINER, "", ""))
-        old = f"SCORE = {self.score()}"
-        new = f"SCORE = {float(self.score()) - 0.1:.1f}"
+        old, new = self.edit()
         yield self.replace(tools, edit or shell, TRAINER, old, f"def broken(: {new}" if self.broken else new)
         if self.mode == "elsewhere":
             yield self.replace(tools, shell or edit, "prepare.py", "RULES = 1", "RULES = 0")
@@ -234,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
         functions = [tool["function"] for tool in body.get("tools") or [] if "function" in tool]
         tools = {function["name"]: function.get("parameters", {}) for function in functions}
         results = sum(message["role"] == "tool" for message in body["messages"])
-        step = self.server.script.next_step(tools, results)
+        step = self.server.script.next_step(tools, results, json.dumps(body["messages"]))
         message: dict[str, Any] = {"role": "assistant", "content": None}
         if isinstance(step, Call):
             function = {"name": step.tool, "arguments": json.dumps(step.arguments)}
