@@ -187,6 +187,11 @@ class Loop:
         runs = [row for row in rows if row.status in STATUSES and not row.flags & EVIDENCE]
         self.result = describe_result(runs[-1]) if runs else "none: the ledger is empty"
 
+    def enter(self, phase: str, text: str) -> None:
+        """Begin a phase of the night: shown to the person, and in the log for the report."""
+        record("phase", phase=phase, text=text)
+        self.panel.enter(text)
+
     def record_begin(self) -> None:
         record(
             "begin",
@@ -301,7 +306,7 @@ class Loop:
             return "none was tested: autoresearch confirm"
         if seconds_to_first_look(contest, self.longest_run) > night.seconds_left():
             return "none was tested, the night was too short: autoresearch confirm"
-        self.panel.enter(f"confirming: {contest.best.description}")
+        self.enter("confirm", f"confirming: {contest.best.description}")
         return confirm(self.setting, contest, lambda seconds: seconds < night.seconds_left()).sentence
 
     def record_experiment(self, row: Row) -> None:
@@ -364,7 +369,7 @@ class Loop:
         if self.longest_run < min(seconds, self.seconds_to_train()):
             seconds -= self.run_again("in a pause")  # what it tells of the noise is free then
         if seconds > 0:
-            self.panel.enter(f"pausing {seconds:.0f} s")
+            self.enter("pause", f"pausing {seconds:.0f} s")
             time.sleep(min(seconds, self.seconds_to_train()))
 
     def learn_noise(self) -> None:
@@ -387,7 +392,7 @@ class Loop:
         began = time.monotonic()
         source = repo.content("HEAD", self.trainer.name)
         seed = fresh_seed(ledger().rows(), [source_hash(source)])
-        self.panel.enter(f"{why}: the committed trainer once more, seed {seed}")
+        self.enter("noise", f"{why}: the committed trainer once more, seed {seed}")
         request = Request(
             self.setting,
             f"the committed trainer once more: {why}",
@@ -479,7 +484,7 @@ class Loop:
 
     def measure_step(self, source: bytes) -> None:
         """Do a dry run of a trainer: the agent is told the shares of its step. The run reuses its code."""
-        self.panel.enter(f"dry run: {BASELINE}")
+        self.enter("dry run", f"dry run: {BASELINE}")
         outcome, _ = dry_run(self.setting, source, self.night.seed)
         remember_shares(source_hash(source), outcome.step_shares)
 
@@ -513,7 +518,7 @@ class Loop:
         Raises:
             TurnFailed: it made none.
         """
-        self.panel.enter("the agent thinks")
+        self.enter("agent", "the agent thinks")
         # What it thinks of must still be trained in the time that is left.
         seconds = min(self.night.agent_seconds, max(1.0, self.seconds_to_train() - self.longest_run))
         turn = self.begin_turn(repo.head(), self.result, seconds)
@@ -570,7 +575,7 @@ class Loop:
                 f"«{description}»: the same source was scored by run {earlier.run}: "
                 f"{earlier.val_bpb:.6f}, {earlier.status}",
             )
-        self.panel.enter(f"dry run: {description}")
+        self.enter("dry run", f"dry run: {description}")
         outcome, log_tail = dry_run(self.setting, source, self.night.seed)
         if not outcome.status:
             remember_shares(source_hash(source), outcome.step_shares)
@@ -645,7 +650,7 @@ class Loop:
             enough = self.find_end()
             if enough:
                 raise NightOver(enough)
-            self.panel.enter(f"training: {description}")
+            self.enter("training", f"training: {description}")
             row = attempt()
             if Flag.INTERRUPTED in row.flags:
                 raise Stopped("during a run")
@@ -680,7 +685,7 @@ class Loop:
         if self.turn is None:
             return
         turn, self.turn = self.turn, None
-        self.panel.enter("the agent thinks ahead")
+        self.enter("ahead", "the agent thinks ahead")
         interrupted = Flag.INTERRUPTED in row.flags
         try:
             self.next_edit = end_turn(turn, self.trainer.name, at_once=interrupted)
