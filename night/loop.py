@@ -30,7 +30,7 @@ from launcher.runs import ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
 from launcher.verdict import best_since_moved, board_runs, fresh_seed, survey_board
 from night import repo
-from night.agent import Answer, TurnFailed, read_said, save_answer
+from night.agent import Answer, TurnFailed, last_words, read_said, save_answer
 from night.agents import Agent
 from night.lab_book import remember_shares
 from night.panel import Panel, RunDetail
@@ -187,10 +187,13 @@ class Loop:
         runs = [row for row in rows if row.status in STATUSES and not row.flags & EVIDENCE]
         self.result = describe_result(runs[-1]) if runs else "none: the ledger is empty"
 
-    def enter(self, phase: str, text: str) -> None:
-        """Begin a phase of the night: shown to the person, and in the log for the report."""
+    def enter(self, phase: str, text: str, limit: float | None = None) -> None:
+        """Begin a phase of the night: shown to the person, and in the log for the report.
+
+        limit: seconds that it may take
+        """
         record("phase", phase=phase, text=text)
-        self.panel.enter(text)
+        self.panel.enter(text, limit)
 
     def record_begin(self) -> None:
         record(
@@ -316,6 +319,7 @@ class Loop:
         self.complaint = ""
         self.result = describe_result(row)
         self.longest_run = max(self.longest_run, row.total_seconds)
+        self.panel.seconds_a_run = self.longest_run
         self.panel.count(row)
         self.show_best()
         record(
@@ -369,7 +373,7 @@ class Loop:
         if self.longest_run < min(seconds, self.seconds_to_train()):
             seconds -= self.run_again("in a pause")  # what it tells of the noise is free then
         if seconds > 0:
-            self.enter("pause", f"pausing {seconds:.0f} s")
+            self.enter("pause", f"pausing {seconds:.0f} s", seconds)
             time.sleep(min(seconds, self.seconds_to_train()))
 
     def learn_noise(self) -> None:
@@ -518,10 +522,11 @@ class Loop:
         Raises:
             TurnFailed: it made none.
         """
-        self.enter("agent", "the agent thinks")
         # What it thinks of must still be trained in the time that is left.
         seconds = min(self.night.agent_seconds, max(1.0, self.seconds_to_train() - self.longest_run))
+        self.enter("agent", "the agent thinks", seconds)
         turn = self.begin_turn(repo.head(), self.result, seconds)
+        self.panel.words = lambda: last_words(turn.files)
         try:
             return end_turn(turn, self.trainer.name)
         finally:

@@ -6,15 +6,19 @@ from datetime import datetime, timedelta
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from backends.protocol import Event, Start
+from backends.protocol import Event, Log, Start
 from launcher.belief import Standing
 from launcher.console import Progress, Scored, say
-from launcher.ledger import Row
+from launcher.ledger import Row, single_line
 
 REFRESHES_A_SECOND = 2.0
+LAST_RESULTS = 5
+BAR_WIDTH = 40  # columns
+STYLES = {"keep": "green", "discard": "dim"}  # of results; the others are red
 
 
 class Panel:
@@ -31,19 +35,25 @@ class Panel:
         self.discarded = 0
         self.failed = 0
         self.turns_lost = 0  # turns without an experiment
+        self.results: list[Row] = []  # the last ones
         self.best: Row | None = None  # a run of the trainer that is believed best
         self.belief: Standing | None = None  # what is believed of it
         self.tokens = 0  # that the agent used, as far as it prints them
         self.cost = 0.0  # dollars, likewise
         self.claim = ""  # what a person may repeat of the night
+        self.seconds_a_run = 0.0  # that an experiment takes, 0 where it is not known
         self.phase = "starting"
+        self.limit: float | None = None  # seconds that the phase may take
         self.detail = ""  # the progress of the phase
+        self.share: float | None = None  # of the training that is over
+        self.words: Callable[[], str] = str  # what the agent printed last
+        self._entered = time.monotonic()
+        self._console = Console(stderr=True)
         self._live: Live | None = None
-        console = Console(stderr=True)
-        if console.is_terminal:
+        if self._console.is_terminal:
             self._live = Live(
                 get_renderable=self.table,
-                console=console,
+                console=self._console,
                 refresh_per_second=REFRESHES_A_SECOND,
                 transient=True,
             )
@@ -56,12 +66,19 @@ class Panel:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
+            self._console.set_window_title("")
 
-    def enter(self, phase: str) -> None:
-        """Show that a phase of an experiment begins."""
+    def enter(self, phase: str, limit: float | None = None) -> None:
+        """Show that a phase of an experiment begins. limit: seconds that it may take."""
         self.phase = phase
+        self.limit = limit
         self.detail = ""
-        if not self._live:
+        self.share = None
+        self.words = str
+        self._entered = time.monotonic()
+        if self._live:
+            self._console.set_window_title(f"autoresearch {self.done + 1}{self.of_all()}: {phase}")
+        else:
             self.note(phase)
 
     def note(self, text: str) -> None:
@@ -74,25 +91,42 @@ class Panel:
         self.kept += row.status == "keep"
         self.discarded += row.status == "discard"
         self.failed += not row.scored
+        self.results = [*self.results, row][-LAST_RESULTS:]
 
     def table(self) -> Table:
         """Return the panel as it is now."""
-        limit = f" of {self.experiments}" if self.experiments else ""
         best = f"{self.believed()}  {self.best.description}" if self.best else "none yet"
         counts = (
             f"{self.kept} kept, {self.discarded} discarded, {self.failed} failed, "
             f"{self.turns_lost} turns without an experiment"
         )
         table = Table.grid(padding=(0, 2))
-        for name, value in (
-            ("experiment", f"{self.done + 1}{limit}: {self.phase}"),
-            ("", self.detail),
-            ("best", best),
-            ("so far", counts),
-            ("left", self.left()),
-        ):
-            table.add_row(name, Text(value))  # not parsed: an agent's brackets are no markup
+        # Text is not parsed: an agent's brackets are no markup.
+        table.add_row("experiment", Text(f"{self.done + 1}{self.of_all()}: {self.phase}"))
+        table.add_row("", Text(f"{self.clock()}  {self.detail or single_line(self.words())}"))
+        if self.share is not None:
+            table.add_row("", ProgressBar(total=1.0, completed=self.share, width=BAR_WIDTH))
+        for number, row in enumerate(reversed(self.results)):
+            table.add_row("" if number else "results", Text(self.told(row), STYLES.get(row.status, "red")))
+        table.add_row("best", Text(best))
+        table.add_row("so far", Text(counts))
+        table.add_row("left", Text(self.left()))
         return table
+
+    def clock(self) -> str:
+        """Return how long the phase has lasted, and how long it may."""
+        lasted = minutes(time.monotonic() - self._entered)
+        return lasted if self.limit is None else f"{lasted} of {minutes(self.limit)}"
+
+    def told(self, row: Row) -> str:
+        """Return a result in a line, with its distance from the best."""
+        if not row.scored:
+            return f"{row.status:8} {row.description} ({row.reason})"
+        best = f" ({row.val_bpb - self.best.val_bpb:+.4f})" if self.best else ""
+        return f"{row.status:8} {row.val_bpb:.4f}{best} {row.description}"
+
+    def of_all(self) -> str:
+        return f" of {self.experiments}" if self.experiments else ""
 
     def believed(self) -> str:
         """Return what is believed of the best trainer: its val_bpb, with its error."""
@@ -105,7 +139,8 @@ class Panel:
         parts = []
         if self.until:
             seconds = int(max(0.0, (self.until - datetime.now()).total_seconds()))
-            parts.append(f"{timedelta(seconds=seconds)} until {self.until:%H:%M}")
+            about = f", about {seconds / self.seconds_a_run:.0f} experiments" if self.seconds_a_run else ""
+            parts.append(f"{timedelta(seconds=seconds)} until {self.until:%H:%M}{about}")
         if self.experiments:
             parts.append(f"{self.experiments - self.done} experiments")
         return ", ".join(parts) or "until Ctrl-C"
@@ -143,9 +178,17 @@ class RunDetail(Progress):
         super().__call__(event)
         if isinstance(event, Start):
             self.on_start()
+        if isinstance(event, Log):
+            self.panel.share = min(1.0, event.elapsed / self.budget)
 
     def show(self, always: bool = False) -> None:
         self.panel.detail = self.text
 
     def close(self) -> None:
         self.panel.detail = ""
+        self.panel.share = None
+
+
+def minutes(seconds: float) -> str:
+    """Return seconds as 1:05."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -39,6 +39,37 @@ def test_the_panel_tells_what_a_person_wants_to_know():
         assert part in text
 
 
+def test_a_phase_has_a_clock_a_limit_and_the_agents_words(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    panel = Panel(None, None)
+    panel.enter("the agent thinks", 900.0)
+    panel.words = lambda: "I look at the\x1b[31m optimizer"
+    now[0] += 72.4
+    text = shown(panel)
+    assert "1:12 of 15:00  I look at the" in text and "\x1b" not in text
+    panel.enter("a dry run")
+    now[0] += 5
+    assert "0:05 \n" in "\n".join(line.rstrip() + " " for line in shown(panel).splitlines()) + "\n"
+
+
+def test_the_last_results_stand_there_against_the_best():
+    panel = Panel(None, None)
+    panel.best = Row(status="keep", val_bpb=1.25, description="smaller")
+    for number in range(7):
+        panel.count(Row(status="discard", val_bpb=1.26, description=f"idea {number}"))
+    panel.count(Row(status="crash", description="too large", reason="out of memory"))
+    text = shown(panel)
+    assert "idea 2" not in text and "discard  1.2600 (+0.0100) idea 6" in text
+    assert "crash    too large (out of memory)" in text
+
+
+def test_until_is_told_in_experiments_too():
+    panel = Panel(None, datetime.now() + timedelta(hours=2))
+    panel.seconds_a_run = 400.0
+    assert panel.left().endswith(", about 18 experiments")
+
+
 def test_without_limits_it_names_none():
     text = shown(Panel(None, None))
     assert "1: starting" in text and "none yet" in text and "until Ctrl-C" in text
@@ -77,5 +108,6 @@ def test_a_runs_progress_is_a_line_of_the_panel(capsys):
     detail = RunDetail(300.0, panel)
     detail(Log(12, 3.2, 3.1, 1000, 100.0, 5000.0, 40.0))
     assert panel.detail == "step 12 | loss 3.1000 | 5,000 tok/s | mfu 40.0% | 200 s left"
+    assert panel.share == 100 / 300 and "━" in shown(panel)
     detail.close()
-    assert panel.detail == "" and capsys.readouterr().err == ""
+    assert panel.detail == "" and panel.share is None and capsys.readouterr().err == ""
