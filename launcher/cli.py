@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from launcher.device import WhenBusy
     from launcher.setting import Setting
 
 RUN_EXIT_CODES = """\b
@@ -108,9 +109,17 @@ def message_option(command: Command) -> Command:
     return click.option("-m", "--message", "description", default="", help=text)(command)
 
 
+def busy_option(command: Command) -> Command:
+    text = "Where other processes compute: go on (the run does not rank), wait for them, or refuse (exit 6)."
+    kinds = click.Choice(["go-on", "wait", "refuse"])
+    return click.option("--busy", "when_busy", type=kinds, default="go-on", show_default=True, help=text)(
+        command
+    )
+
+
 def experiment_options(command: Command) -> Command:
     """Add the options that say where experiments run and what they learn."""
-    return platform_option(track_option(budget_option(seed_option(command))))
+    return platform_option(track_option(budget_option(seed_option(busy_option(command)))))
 
 
 def ledgers_argument(command: Command) -> Command:
@@ -146,6 +155,7 @@ def run(
     track: str,
     budget: float | None,
     seed: int,
+    when_busy: "WhenBusy",
     trainer: Path | None,
     keep_weights: bool,
 ) -> None:
@@ -157,7 +167,7 @@ def run(
     from launcher.run import Request, exit_code, print_result, run_experiment
 
     setting = setting_of(platform, track, budget)
-    row = run_experiment(Request(setting, description, seed, trainer, keep_weights))
+    row = run_experiment(Request(setting, description, seed, trainer, keep_weights, when_busy=when_busy))
     print_result(row)
     sys.exit(exit_code(row))
 
@@ -165,7 +175,14 @@ def run(
 @main.command("try", epilog=RUN_EXIT_CODES)
 @message_option
 @experiment_options
-def try_(description: str, platform: str, track: str, budget: float | None, seed: int) -> None:
+def try_(
+    description: str,
+    platform: str,
+    track: str,
+    budget: float | None,
+    seed: int,
+    when_busy: "WhenBusy",
+) -> None:
     """Commit the trainer's edit, run it, and keep the commit or revert it.
 
     What is reverted stays reachable as refs/autoresearch/<run>.
@@ -176,7 +193,8 @@ def try_(description: str, platform: str, track: str, budget: float | None, seed
     from launcher.run import Request
     from night.trial import try_edit
 
-    sys.exit(try_edit(Request(setting_of(platform, track, budget), description, seed)))
+    setting = setting_of(platform, track, budget)
+    sys.exit(try_edit(Request(setting, description, seed, when_busy=when_busy)))
 
 
 @main.command()
@@ -234,6 +252,7 @@ def loop(
     track: str,
     budget: float | None,
     seed: int,
+    when_busy: "WhenBusy",
     agent_seconds: float,
     pause: float,
     ahead: bool,
@@ -262,6 +281,7 @@ def loop(
         agent_seconds=agent_seconds,
         pause=pause,
         confirms=not no_confirm,
+        when_busy=when_busy,
         boxed=boxed,
         ahead=ahead,
     )

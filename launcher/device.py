@@ -5,28 +5,37 @@ Other processes, sleep, throttling and power make a run incomparable. They are n
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
 import psutil
 from filelock import FileLock, Timeout
 
 from backends.platforms import DeviceKind, mac_state, output_of, visible_gpu
 from launcher.console import say
-from launcher.ledger import Flag
-from prepare import cache_dir
+from launcher.ledger import Flag, single_line
+from prepare import UserError, cache_dir
+
+EXIT_NO_VERDICT = 6
 
 OTHERS_CPU = 0.10  # share of all cores that other processes may use when the CPU is the device ...
 OTHERS_CPU_HOST = 0.50  # ... and when the device is a GPU
+LEAST_SHARE = 0.01  # of all cores; a process that used less is not named
 OTHERS_SECONDS = 2.0  # CPU seconds of others that are never called contention: a run has as much by chance
 SLEPT_SECONDS = 2.0  # that the wall clock may gain on the monotonic one
 OURS_ON_GPU = 3  # processes of a run: the trainer, and two that wait to score
 SAMPLE_EVERY = 5.0  # seconds
+LOOK_SECONDS = 5.0  # that a look for other processes takes
+LOOK_AGAIN = 20.0  # seconds between looks while a run waits
+NAMED_PROCESSES = 3  # that a message names
+COMMAND_CHARS = 40
 GPU_STATE = (
     "power.draw",
     "clocks_throttle_reasons.hw_thermal_slowdown",
@@ -54,7 +63,7 @@ class DeviceLock:
     def __init__(self, device_kind: DeviceKind) -> None:
         folder = cache_dir() / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        device = "cpu" if device_kind == "cpu" else "gpu" + os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        device = "cpu" if device_kind == "cpu" else gpu_name()
         self._lock = FileLock(folder / f"{device}.lock")
         self._holder = folder / f"{device}.json"
 
@@ -77,6 +86,12 @@ class DeviceLock:
             return "just starting"
 
 
+def gpu_name() -> str:
+    """Return a name of the GPU that a run computes on: its UUID, however CUDA_VISIBLE_DEVICES names it."""
+    uuid = output_of("nvidia-smi", f"--id={visible_gpu()}", "--query-gpu=uuid", "--format=csv,noheader")
+    return uuid.strip().partition("\n")[0] or "gpu"
+
+
 @contextmanager
 def awake() -> Iterator[None]:
     """Hold a Mac awake. Does nothing on other systems."""
@@ -96,6 +111,118 @@ def awake() -> Iterator[None]:
 # ---------------------------------------------------------------------------
 
 
+class Other(NamedTuple):
+    """A process that is not ours and computes."""
+
+    pid: int
+    command: str
+    share: float  # of all cores
+
+    def __str__(self) -> str:
+        return f"{self.command} (process {self.pid}, {100 * self.share:.0f}%)"
+
+
+WhenBusy = Literal["go-on", "wait", "refuse"]
+
+
+def allowed_share(device_kind: DeviceKind) -> float:
+    """Return the share of all cores that other processes may use during a run."""
+    return OTHERS_CPU if device_kind == "cpu" else OTHERS_CPU_HOST
+
+
+def require_quiet(
+    device_kind: DeviceKind,
+    when_busy: WhenBusy,
+    seconds: float = LOOK_SECONDS,
+    patience: float = math.inf,
+) -> None:
+    """Look whether other processes compute, before a run begins, and name them.
+
+    Args:
+        device_kind: what the run computes on.
+        when_busy: what to do where they do.
+        seconds: that a look takes.
+        patience: seconds after which a run waits no longer.
+
+    Raises:
+        UserError: they do, and the user said "refuse".
+    """
+    began = time.monotonic()
+    while True:
+        others = others_at_work(seconds)
+        share = sum(other.share for other in others)
+        if share <= allowed_share(device_kind):
+            return
+        busy = f"other processes use {100 * share:.0f}% of the CPU: {name_processes(others)}"
+        if when_busy == "refuse":
+            raise UserError(f"{busy}: end them, or use --busy wait or --busy go-on", EXIT_NO_VERDICT)
+        if when_busy == "go-on" or time.monotonic() - began > patience:
+            say(f"warning: {busy}; a run beside them does not rank (--busy wait waits for them)")
+            return
+        say(f"waiting: {busy}")
+        time.sleep(LOOK_AGAIN)
+
+
+def others_at_work(seconds: float) -> list[Other]:
+    """Return the processes that are not ours and computed during the next seconds, the busiest first."""
+    before = cpu_seconds()
+    began = time.monotonic()
+    time.sleep(seconds)
+    return busiest(before, cpu_seconds(), time.monotonic() - began, own_tree(os.getpid()))
+
+
+def cpu_seconds() -> dict[tuple[int, float], float]:
+    """Return the CPU seconds that each process has used: {(pid, time of its start): seconds}."""
+    found = {}
+    for process in psutil.process_iter(["cpu_times", "create_time"]):
+        times = process.info["cpu_times"]
+        if times is not None:
+            found[process.pid, process.info["create_time"]] = times.user + times.system
+    return found
+
+
+def busiest(
+    before: Mapping[tuple[int, float], float],
+    after: Mapping[tuple[int, float], float],
+    seconds: float,
+    own: Collection[int],
+) -> list[Other]:
+    """Return who computed between two looks, but for the processes `own`, the busiest first."""
+    cores = os.cpu_count() or 1
+    shares = {
+        key: (used - before.get(key, 0.0)) / (seconds * cores)
+        for key, used in after.items()
+        if key[0] not in own
+    }
+    ranked = sorted(shares.items(), key=lambda item: -item[1])
+    return [Other(pid, command_of(pid), share) for (pid, _), share in ranked if share >= LEAST_SHARE]
+
+
+def own_tree(pid: int) -> set[int]:
+    """Return a process and all that it started."""
+    try:
+        return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+    except psutil.Error:
+        return {pid}
+
+
+def command_of(pid: int) -> str:
+    """Return the beginning of a process's command, in one line."""
+    try:
+        process = psutil.Process(pid)
+        program, *arguments = process.cmdline() or [process.name()]
+        command = " ".join([os.path.basename(program), *arguments])
+    except psutil.Error:
+        return "a process that has ended"
+    return single_line(command)[:COMMAND_CHARS]
+
+
+def name_processes(others: Sequence[Other]) -> str:
+    """Return the busiest processes, for a message."""
+    named = ", ".join(map(str, others[:NAMED_PROCESSES]))
+    return f"{named} and more" if len(others) > NAMED_PROCESSES else named
+
+
 class Watch:
     """Samples the machine during training, in a thread: nvidia-smi can take seconds.
 
@@ -108,7 +235,7 @@ class Watch:
         self.slept_seconds = 0.0
         self.others_share = 0.0  # of all cores, used by processes that are not ours
         self._on_gpu = device_kind == "gpu" and platform.system() != "Darwin"  # one that nvidia-smi knows
-        self._allowed_share = OTHERS_CPU if device_kind == "cpu" else OTHERS_CPU_HOST
+        self._allowed_share = allowed_share(device_kind)
         self._there_before = gpu_processes() if self._on_gpu else set()
         self.others_on_gpu = bool(self._there_before)
         self._child: psutil.Process | None = None
@@ -118,6 +245,8 @@ class Watch:
         self._wall = 0.0
         self._clock = 0.0
         self._others_cpu = 0.0
+        self._before: dict[tuple[int, float], float] = {}  # what each process had used
+        self._others: list[Other] = []
 
     def begin(self, pid: int) -> None:
         """Begin with the training of process `pid`: what happened before does not count."""
@@ -128,6 +257,7 @@ class Watch:
         self._wall = time.time()
         self._clock = self._sampled = time.monotonic()
         self._others_cpu = busy_seconds() - self._own_seconds()
+        self._before = cpu_seconds()
         self._thread = threading.Thread(target=self._sample_until_over, daemon=True)
         self._thread.start()
 
@@ -156,6 +286,8 @@ class Watch:
         others = busy_seconds() - self._own_seconds() - self._others_cpu
         if others > OTHERS_SECONDS:
             self.others_share = others / max(elapsed * (os.cpu_count() or 1), 1e-9)
+            own = own_tree(os.getpid())
+            self._others = busiest(self._before, cpu_seconds(), max(elapsed, 1e-9), own)
         self._child = None
         self._over.set()
         self._thread.join()
@@ -170,7 +302,9 @@ class Watch:
         if self.others_on_gpu:
             found.append((Flag.CONTENDED, "another process computed on the GPU"))
         if self.others_share > self._allowed_share:
-            found.append((Flag.CONTENDED, f"other processes used {100 * self.others_share:.0f}% of the CPU"))
+            used = f"other processes used {100 * self.others_share:.0f}% of the CPU"
+            named = f": {name_processes(self._others)}" if self._others else ""
+            found.append((Flag.CONTENDED, used + named))
         return found
 
     def _own_seconds(self) -> float:

@@ -12,7 +12,7 @@ from launcher import compiled, verdict
 from launcher.box import missing_walls
 from launcher.child import Outcome, supervise
 from launcher.console import Progress, say
-from launcher.device import DeviceLock, Watch, awake
+from launcher.device import EXIT_NO_VERDICT, DeviceLock, Watch, WhenBusy, awake, require_quiet
 from launcher.harness import (
     git_output,
     harness_hash,
@@ -39,7 +39,6 @@ from launcher.setting import Setting
 from prepare import RULES, UserError
 
 EXIT_CODES = {"keep": 0, "discard": 3, "crash": 1, "timeout": 4, "invalid": 5}
-EXIT_NO_VERDICT = 6
 EXIT_INTERRUPTED = 130
 DRY_BUDGET = 3.0  # seconds of training in a dry run
 POWER_FLAGS = {"on_battery": Flag.BATTERY, "low_power_mode": Flag.LOW_POWER}  # by the keys of mac_state()
@@ -59,6 +58,7 @@ class Request:
     parent: bytes | None = None  # source of the committed trainer that a trial's edit was made on
     agent: str = ""  # that made the edit; "" for a person
     progress: Progress | None = None  # None: a line on the terminal
+    when_busy: WhenBusy | None = None  # what to do where other processes compute; None: do not look
 
 
 def run_experiment(request: Request) -> Row:
@@ -102,6 +102,8 @@ def run_once(request: Request) -> Row:
         row.add_flags(Flag.SHORTER)
 
     with DeviceLock(setting.platform.device_kind) as lock, awake():
+        if request.when_busy:
+            require_quiet(setting.platform.device_kind, request.when_busy)
         row.run = new_run_id()
         row.time = now_utc()
         lock.set_holder(row.run)

@@ -21,7 +21,7 @@ from launcher.belief import PRIOR, REPEATS, visible_change
 from launcher.box import missing_walls
 from launcher.confirm import Contest, confirm, seconds_to_first_look
 from launcher.console import say
-from launcher.device import awake
+from launcher.device import WhenBusy, awake, require_quiet
 from launcher.harness import source_hash
 from launcher.ledger import EVIDENCE, MOVED, STATUSES, Flag, Row
 from launcher.processes import Stopped, end_leftovers, ignore_signals, stop_on_signals
@@ -53,6 +53,7 @@ GIVE_UP = 20  # failed turns in a row after which the loop ends
 GIVE_UP_ALIKE = 3  # in a row that the agent is not to blame for: waiting does not mend them
 LONGEST_PAUSE = 1800.0  # seconds; the pause after a failed turn doubles up to this
 LONGEST_PAUSE_ALIKE = 15.0
+LONGEST_WAIT = 1800.0  # seconds that a night waits for other processes after a run beside them
 FREE_EDITS = 3  # bad edits in a row that go back to the agent without a pause
 NO_VERDICT_TRIES = 3  # runs of an edit without a verdict (another process on the device), then it is stashed
 LARGEST_RESERVE = 0.25  # of the night, that a claim may take at its end
@@ -75,6 +76,7 @@ class Night:
     agent_seconds: float = 900.0  # that an agent has for a turn
     pause: float = 30.0  # seconds after a first failed turn
     confirms: bool = True  # the end of a night with an `until` is for the claim
+    when_busy: WhenBusy = "go-on"  # what to do where other processes compute when it begins
     boxed: bool = False  # the agent works in a box
     ahead: bool = False  # the agent thinks of the next edit while an experiment runs
 
@@ -109,6 +111,7 @@ def run_night(night: Night) -> int:
         raise UserError(f"--box: {missing_walls()}", 2)
     panel = Panel(night.experiments, night.until)
     with hold_repository(), stop_on_signals(), awake(), panel:
+        require_quiet(night.setting.platform.device_kind, night.when_busy)
         if night.agent.is_known:
             panel.enter(f"is {night.agent.name} ready?")
             check_agent(night.agent, night.setting, night.boxed)
@@ -366,6 +369,8 @@ class Loop:
 
     def gives_up(self) -> bool:
         """Return whether the turns fail in such a way that the night ends."""
+        if self.last_failure == "device":  # three runs were waited for already
+            return True
         alike = self.last_failure not in AGENTS_FAULT and self.failed_alike >= GIVE_UP_ALIKE
         return alike or self.failures >= GIVE_UP
 
@@ -664,6 +669,8 @@ class Loop:
             if number < NO_VERDICT_TRIES:
                 self.panel.note(f"no verdict ({row.reason}): again in {self.night.pause:.0f} s")
                 self.wait(self.night.pause)
+                patience = min(LONGEST_WAIT, self.seconds_to_train())
+                require_quiet(self.setting.platform.device_kind, "wait", patience=patience)
         raise TurnFailed(
             "device",
             f"«{description}» was run {NO_VERDICT_TRIES} times without a verdict: {row.reason}",

@@ -1,6 +1,7 @@
 """Contention, sleep and heat are noticed and keep a run off the board; one experiment holds the device."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import pytest
 from launcher import device
 from launcher.device import DeviceLock, Watch
 from launcher.ledger import Flag, Row
+from prepare import UserError
 
 SPIN = "while True: pass"
 
@@ -18,18 +20,23 @@ SPIN = "while True: pass"
 @pytest.fixture
 def spinning():
     """A child under watch, and one more process that computes."""
-    child, stranger = (subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(2))
+    child = subprocess.Popen([sys.executable, "-c", SPIN])
+    # Not a child of ours: whatever we start is ours.
+    spin = f"[sys.executable, '-c', {SPIN!r}], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL"
+    code = f"import subprocess, sys; print(subprocess.Popen({spin}).pid)"
+    child.stranger = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
     yield child
-    for process in (child, stranger):
-        process.kill()
-        process.wait()
+    child.kill()
+    child.wait()
+    os.kill(child.stranger, signal.SIGKILL)
 
 
 def flags_of(watch):
     return [flag for flag, _ in watch.findings()]
 
 
-def test_a_busy_cpu_is_contention(spinning):
+def test_a_busy_cpu_is_contention(spinning, monkeypatch):
+    monkeypatch.setattr(device, "NAMED_PROCESSES", 99)  # the machine may do other things
     watch = Watch("cpu")
     watch.begin(spinning.pid)
     began = time.monotonic()
@@ -38,6 +45,7 @@ def test_a_busy_cpu_is_contention(spinning):
     watch.end()
     [(flag, text)] = watch.findings()
     assert flag == Flag.CONTENDED and "other processes used" in text
+    assert f"{SPIN} (process {spinning.stranger}, " in text
     row = Row(status="keep", rules=1)
     row.add_flags(flag)
     assert not row.ranked and not row.comparable
@@ -147,3 +155,59 @@ def test_who_waits_is_told_for_which_run(house, capsys):
         assert holder.wait(timeout=10) == 0  # it had ended before we got the device
     said = capsys.readouterr().err
     assert f"run 20260101-000000-abcd, launcher process {holder.pid}" in said
+
+
+# --- Before a run -------------------------------------------------------------------------------------------
+
+
+def test_who_computes_is_named_before_a_run(spinning, monkeypatch, capsys):
+    monkeypatch.setattr(device, "NAMED_PROCESSES", 99)
+    monkeypatch.setattr(device, "OTHERS_CPU", 0.05)
+    device.require_quiet("cpu", "go-on", seconds=1.0)
+    said = capsys.readouterr().err
+    assert "warning: other processes use" in said and f"process {spinning.stranger}" in said
+    assert f"process {spinning.pid}" not in said  # it is ours
+    with pytest.raises(UserError, match=f"process {spinning.stranger}.*--busy wait") as refused:
+        device.require_quiet("cpu", "refuse", seconds=1.0)
+    assert refused.value.code == 6
+
+
+def test_a_run_can_wait_until_the_device_is_free(spinning, monkeypatch, capsys):
+    monkeypatch.setattr(device, "OTHERS_CPU", 0.05)
+    waits = []
+
+    def end_it(seconds):
+        waits.append(seconds)
+        if seconds == device.LOOK_AGAIN:
+            monkeypatch.setattr(device, "OTHERS_CPU", 9.0)
+        else:
+            really_sleep(seconds)
+
+    really_sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", end_it)
+    device.require_quiet("cpu", "wait", seconds=1.0)
+    assert (
+        waits == [1.0, device.LOOK_AGAIN, 1.0] and "waiting: other processes use" in capsys.readouterr().err
+    )
+
+
+def test_a_quiet_machine_is_silent(monkeypatch, capsys):
+    monkeypatch.setattr(device, "OTHERS_CPU", 9.0)
+    device.require_quiet("cpu", "refuse", seconds=0.1)
+    assert capsys.readouterr().err == ""
+
+
+def test_one_gpu_has_one_lock_however_it_is_named(monkeypatch, house):
+    asked = []
+
+    def output_of(*command):
+        asked.append(command[1])
+        return "GPU-8a56\n"
+
+    monkeypatch.setattr(device, "output_of", output_of)
+    for name in ("", "0", "0,1", "GPU-8a56"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", name)
+        with DeviceLock("gpu"):
+            pass
+    assert asked == ["--id=0", "--id=0", "--id=0", "--id=GPU-8a56"]
+    assert [path.name for path in (device.cache_dir() / "locks").glob("GPU*.lock")] == ["GPU-8a56.lock"]

@@ -289,14 +289,18 @@ def test_a_trial_that_an_error_left_open_is_finished_by_the_next_turn(
     assert not trial.journal().exists() and git_checked("status", "--porcelain") == ""
 
 
-def test_a_busy_device_is_waited_for_and_then_the_edit_is_stashed(night, repository, monkeypatch):
-    monkeypatch.setattr(loop, "GIVE_UP", 1)
+def test_a_busy_device_is_waited_for_and_after_three_runs_the_night_ends(
+    night, repository, monkeypatch, capsys
+):
+    waited = []
+    monkeypatch.setattr(loop, "require_quiet", lambda kind, when, **more: waited.append(when))
     agent = "trainer.write_text('SCORE = 1.0  # BUSY')\nprint('experiment: while others compute')"
     assert night(agent, 2) == 1
     assert [row.marks for row in rows()] == ["", "contended", "contended", "contended"]
     assert trainer_text(repository) == "SCORE = 1.5\n"
     stashed = git_output("show", f"refs/autoresearch/{rows()[-1].run}:inner/train_cuda.py")
-    assert stashed == "SCORE = 1.0  # BUSY"
+    assert stashed == "SCORE = 1.0  # BUSY" and waited == ["go-on", "wait", "wait"]
+    assert "3 times without a verdict: no verdict: other processes used 90%" in capsys.readouterr().out
 
 
 def test_a_change_to_what_a_run_reads_is_told_before_an_agent_is_called(night, repository, monkeypatch):
@@ -535,10 +539,10 @@ def test_the_agent_has_the_time_that_its_experiment_leaves(night, repository, mo
     given = []
     really_begin = loop.begin_turn
 
-    def begin_turn(agent, prompt, base, stamp, seconds, settings):
+    def begin_turn(agent, prompt, base, stamp, seconds, *more):
         given.append(seconds)
         clock.left = 0.0
-        return really_begin(agent, prompt, base, stamp, 60.0, settings)
+        return really_begin(agent, prompt, base, stamp, 60.0, *more)
 
     monkeypatch.setattr(loop, "begin_turn", begin_turn)
     assert night(BETTER, 9, until=datetime.now()) == 0
@@ -821,9 +825,9 @@ def test_the_agent_does_not_think_into_the_time_of_the_claim(night, repository, 
     asked = []
     really = loop.begin_turn
 
-    def begin_turn(agent, prompt, base, stamp, seconds, settings):
+    def begin_turn(agent, prompt, base, stamp, seconds, *more):
         asked.append(seconds)
-        return really(agent, prompt, base, stamp, seconds, settings)
+        return really(agent, prompt, base, stamp, seconds, *more)
 
     monkeypatch.setattr(loop, "begin_turn", begin_turn)
     monkeypatch.setattr(Night, "seconds_left", lambda self: 8 * 3600.0)
