@@ -535,7 +535,7 @@ def kill(gpu: bool) -> None:
     [run] = set(runs.glob("*")) - before
     trainers = processes_of(run.name)
     held = held_by(gpu)
-    launcher.kill()  # this process alone: the trainer must notice by itself
+    launcher.kill()  # this process alone: the guards must notice
     launcher.wait()
     began = time.monotonic()
     _, left = psutil.wait_procs(trainers, timeout=60)

@@ -13,7 +13,6 @@ import selectors
 import signal
 import socket
 import stat
-import subprocess
 import sys
 import time
 from contextlib import ExitStack, suppress
@@ -44,11 +43,9 @@ from launcher.console import OnEvent
 from launcher.device import Watch
 from launcher.ledger import single_line
 from launcher.processes import (
+    Guarded,
     Stopped,
-    adopt_orphans,
-    end_group,
-    end_leftovers,
-    end_orphans,
+    defer_signals,
     ignore_signals,
     remove_tree,
     stop_on_signals,
@@ -139,6 +136,7 @@ class Supervision:
         self._overdue_message = ""  # what the run is told then
         self._buffer = b""
         self._shared_before = shared_memory.files()
+        self._child: Guarded | None = None
         self._scoring: ScoringPair | None = None
         self._weights = RunDir(run_dir.box).weights  # where the child writes them
 
@@ -147,7 +145,6 @@ class Supervision:
         startup = self.setting.platform.startup_seconds
         message = f"no exp.start within {startup:.0f} s: compilation or warm-up takes too long"
         self._set_deadline(startup, message)
-        adopt_orphans()
         self.run_dir.box.mkdir()
         with ExitStack() as stack:
             events = stack.enter_context(open(self.run_dir.events, "w"))
@@ -173,14 +170,15 @@ class Supervision:
         stack.callback(self._channel.close)
         setting = self.setting
         policy = common_policy(self.trainer, setting.track, setting.data)
-        with theirs:
-            child = self._start_child(policy, theirs.fileno())
         try:
+            with defer_signals(), theirs:
+                self._child = self._start_child(policy, theirs.fileno())
             job = Job(self.trainer, self.run_dir, self.settings, policy, setting.data, setting.bf16)
-            self._scoring = stack.enter_context(ScoringPair(job))
-            self._follow(child, events)
+            with defer_signals():
+                self._scoring = stack.enter_context(ScoringPair(job))
+            self._follow(self._child, events)
         finally:
-            self._end(child)
+            self._end()
         if self._stop is None and not self.outcome.status:
             self._judge_exit()
         if self.outcome.status:
@@ -190,23 +188,16 @@ class Supervision:
         score = self._score()
         self.outcome.result = self._result(self._start, self._stop, score)
 
-    def _start_child(self, policy: Policy, descriptor: int) -> subprocess.Popen[bytes]:
+    def _start_child(self, policy: Policy, descriptor: int) -> Guarded:
         box = self.run_dir.box
-        settings = replace(
-            self.settings,
-            weights=str(self._weights),
-            launcher_fd=descriptor,
-            launcher_pid=os.getpid(),
-        )
+        settings = replace(self.settings, weights=str(self._weights), launcher_fd=descriptor)
         command = [sys.executable, str(self.trainer)]
         with open(self.run_dir.log, "wb") as log:
-            child = start_boxed(trainer_policy(policy, box), command, settings, box, log, descriptor)
-        self._child_pid = child.pid
-        return child
+            return start_boxed(trainer_policy(policy, box), command, settings, box, log, descriptor)
 
     # --- While it runs --------------------------------------------------------------------------------------
 
-    def _follow(self, child: subprocess.Popen[bytes], events: TextIO) -> None:
+    def _follow(self, child: Guarded, events: TextIO) -> None:
         """Read events until the child has stopped or ended, a deadline has passed, or a line is no event."""
         self._channel.setblocking(False)
         with selectors.DefaultSelector() as selector:
@@ -249,7 +240,7 @@ class Supervision:
                     break
         return True
 
-    def _wait_for_exit(self, child: subprocess.Popen[bytes]) -> None:
+    def _wait_for_exit(self, child: Guarded) -> None:
         """Wait for the end of a child that sends no more events, or for a deadline."""
         while child.poll() is None and not self._overdue():
             self.on_event(None)
@@ -273,12 +264,12 @@ class Supervision:
 
     def _training_begins(self, event: Start) -> None:
         """Hand over the training rows, when all is ready: from this moment on the clock runs."""
-        assert self._scoring  # it was made before an event was read
+        assert self._child and self._scoring  # they were made before an event was read
         self._start = event
         self._scoring.wait_until_ready(self._deadline - time.monotonic(), self.on_event)
         self._scoring.compare_shapes(event.weights)
         compiled.write_back(time.time() - (time.monotonic() - self._began))
-        self.watch.begin(self._child_pid)
+        self.watch.begin(self._child.pid)
         budget = self.setting.budget
         message = f"training went on {GRACE:.0f} s past its {budget:g} s: the loop does not end"
         self._set_deadline(budget + GRACE, message)
@@ -300,16 +291,16 @@ class Supervision:
 
     # --- The end --------------------------------------------------------------------------------------------
 
-    def _end(self, child: subprocess.Popen[bytes]) -> None:
+    def _end(self) -> None:
         """End the child and all that it started. From here on a second Ctrl-C changes nothing."""
-        scoring = {self._scoring.first.pid, self._scoring.second.pid} if self._scoring else set()
+        if self._child is None:
+            return
         with ignore_signals():
             self.watch.end()
-            end_group(child, ask=False)
-            leftovers = end_leftovers(self.run_dir.run_id) + end_orphans(scoring)
-        self.outcome.exit_code = child.returncode
-        if leftovers:
-            self.outcome.fail("invalid", f"the trainer left processes running: {', '.join(leftovers)}")
+            gone = self._child.end()
+        self.outcome.exit_code = self._child.returncode
+        if not gone:
+            self.outcome.fail("invalid", "the trainer, or what it started, could not be ended")
 
     def _judge_exit(self) -> None:
         """Say why a trainer ended that sent no word about it."""

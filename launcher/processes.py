@@ -1,25 +1,25 @@
-"""Processes and signals: end what was started, with everything that it started itself."""
+"""Processes and signals: start a command behind a guard, end it with everything that it started itself."""
 
-import ctypes
+import errno
 import os
-import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
 from backends.protocol import RUN_ID_VARIABLE
+from launcher import guard
+from launcher.guard import KILL_SECONDS, LEFTOVER_SECONDS, TERM_SECONDS
 
-TERM_SECONDS = 5.0  # between the request to end and the kill
-LEFTOVER_SECONDS = 3.0  # that compile workers get to end by themselves
-PR_SET_CHILD_SUBREAPER = 36  # prctl
+GUARD_SECONDS = TERM_SECONDS + KILL_SECONDS + 10.0  # that a guard has at most to end everything
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -59,10 +59,12 @@ def defer_signals() -> Iterator[None]:
         came.append(number)
 
     wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    with _handlers({number: remember for number in wanted}):
-        yield
-    if came:
-        signal.raise_signal(came[0])
+    try:
+        with _handlers({number: remember for number in wanted}):
+            yield
+    finally:
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextmanager
@@ -75,17 +77,109 @@ def _handlers(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def end_group(child: subprocess.Popen[Any], ask: bool = True) -> None:
-    """Ask the child's process group to end, then kill what is left of it. Without `ask`, kill it at once."""
-    for number in (signal.SIGTERM, signal.SIGKILL) if ask else (signal.SIGKILL,):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, number)
+class Guarded:
+    """A command behind a guard (launcher/guard.py), with what is used here of Popen's interface.
+
+    run_id: what its processes have in their environment, "" when they have none
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, run_id: str) -> None:
+        self._guard = process
+        self._control = control
+        self._run_id = run_id
+        self._is_gone = False
+
+    @property
+    def pid(self) -> int:
+        """The guard's, from which the command and all that it started descend."""
+        return self._guard.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The command's, as Popen has it; None while anything of it runs."""
+        return self._guard.returncode
+
+    def poll(self) -> int | None:
+        """Return the command's returncode, None while anything of it runs."""
+        return self._guard.poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until nothing of the command runs. Returns its returncode.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer than `timeout` seconds.
+        """
+        return self._guard.wait(timeout)
+
+    def kill(self) -> None:
+        """Have everything killed, and do not wait for it. Any thread may call this."""
+        with suppress(OSError):  # it has ended
+            self._control.shutdown(socket.SHUT_WR)
+
+    def end(self, ask: bool = False) -> bool:
+        """End the command with all that it started, and wait for it. A second call changes nothing.
+
+        ask: the command gets SIGTERM, and time to end by itself.
+
+        Returns whether nothing is left of it. Something may be when the guard was killed, or when a process
+        hangs in the kernel.
+        """
+        if self._control.fileno() == -1:
+            return self._is_gone
+        if ask:
+            with suppress(OSError):  # it has ended
+                self._control.send(guard.ASK)
+        else:
+            self.kill()
         try:
-            child.wait(timeout=TERM_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
-        if not group_alive(child.pid):
-            return
+            self._guard.wait(GUARD_SECONDS)
+        except subprocess.TimeoutExpired:  # it was stopped
+            self._guard.kill()
+            self._guard.wait()
+        with suppress(OSError):  # it was killed before it read everything
+            self._is_gone = self._control.recv(1) == guard.GONE
+        self._control.close()
+        if self._run_id and not (self._is_gone and guard.LINUX):
+            end_leftovers(self._run_id)
+        return self._is_gone
+
+
+def start_guarded(
+    command: Sequence[str],
+    cwd: Path,
+    env: Mapping[str, str],
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stdout: int | IO[bytes] | None = None,
+    stderr: int | IO[bytes] | None = subprocess.STDOUT,
+    pass_fds: Sequence[int] = (),
+) -> Guarded:
+    """Start a command behind a guard, in a session of its own. The arguments are those of Popen.
+
+    Call it in defer_signals, together with what makes sure of its end: no signal may fall between the two.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    with ExitStack() as stack:
+        ours, theirs = map(stack.enter_context, socket.socketpair())
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, str(theirs.fileno()), *command],
+            cwd=cwd,
+            env=env,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=(theirs.fileno(), *pass_fds),
+            start_new_session=True,
+        )
+        theirs.close()
+        said = ours.recv(1)
+        if said != guard.STARTED:
+            process.wait()
+            number = said[0] if said else errno.ECHILD
+            raise OSError(number, os.strerror(number), command[0])
+        stack.pop_all()
+    return Guarded(process, ours, env.get(RUN_ID_VARIABLE, ""))
 
 
 def remove_tree(path: Path) -> None:
@@ -101,25 +195,6 @@ def remove_tree(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def group_alive(group: int) -> bool:
-    """Return whether a process group has a member that is no zombie."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return any(alive(process) and group_of(process) == group for process in psutil.process_iter())
-
-
-def group_of(process: psutil.Process) -> int | None:
-    """Return the process's group, None when it is gone or not ours to ask."""
-    try:
-        return os.getpgid(process.pid)
-    except OSError:
-        return None
-
-
 def alive(process: psutil.Process) -> bool:
     """Return whether the process runs: a zombie does not."""
     try:
@@ -131,50 +206,6 @@ def alive(process: psutil.Process) -> bool:
 def scoring_id(run_id: str, name: str) -> str:
     """Return the run id that a process carries which scores the run: `name` is first or second."""
     return f"{run_id}.{name}"
-
-
-def adopt_orphans() -> None:
-    """Have this process adopt what its descendants leave behind, where the system can: Linux."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def end_orphans(known: Iterable[int]) -> list[str]:
-    """Kill what boxed processes left behind, and this one adopted. `known`: pids that it started itself.
-
-    A process in a box has one filter of system calls more than this one, and cannot remove it. Returns a
-    description of each.
-    """
-    mine = filters_of(os.getpid())
-    described = []
-    for child in psutil.Process().children():
-        if child.pid in known or filters_of(child.pid) <= mine or not alive(child):
-            continue
-        for process in [child, *descendants_of(child)]:
-            described.append(describe(process))
-            with suppress(psutil.Error):
-                process.kill()
-        with suppress(psutil.Error):
-            child.wait(timeout=LEFTOVER_SECONDS)
-    return described
-
-
-def descendants_of(process: psutil.Process) -> list[psutil.Process]:
-    """Return all that a process started and that lives; [] when it is gone."""
-    try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
-
-
-def filters_of(pid: int) -> int:
-    """Return how many filters of system calls a process has, 0 where that is not told."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"^Seccomp_filters:\s*(\d+)$", status, re.M)
-    return int(found[1]) if found else 0
 
 
 def describe(process: psutil.Process) -> str:
@@ -200,7 +231,10 @@ def processes_of(run_id: str) -> list[psutil.Process]:
 
 
 def end_leftovers(run_id: str) -> list[str]:
-    """Kill whatever of the run escaped its process group. Returns a description of each."""
+    """Kill what carries the run's id in its environment. Returns a description of each.
+
+    For what a guard could not end: it was killed itself, or this system has no subreaper.
+    """
     left = processes_of(run_id)
     psutil.wait_procs(left, timeout=LEFTOVER_SECONDS)
     described = []

@@ -22,7 +22,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from signal import SIGKILL
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -31,14 +30,7 @@ from backends.protocol import RunDir, RunSettings, last_line
 from launcher import compiled, shared_memory
 from launcher.box import Policy
 from launcher.console import OnEvent, Scored
-from launcher.processes import (
-    end_group,
-    end_leftovers,
-    end_orphans,
-    ignore_signals,
-    remove_tree,
-    scoring_id,
-)
+from launcher.processes import defer_signals, ignore_signals, remove_tree, scoring_id
 from launcher.walls import scorer_policy, start_boxed
 from prepare import DocumentTotals, Prepared, bits_per_byte
 
@@ -113,15 +105,10 @@ class ScoringProcess:
         self._channel = Connection(ours.detach())
         command = [sys.executable, "-m", "backends.scorer", str(job.trainer), str(self.folder)]
         command += [str(theirs.fileno()), *(["--compile"] if compiles else [])]
-        self._mark = scoring_id(job.run.run_id, name)
-        settings = replace(job.settings, seed=seed, run_id=self._mark)
+        settings = replace(job.settings, seed=seed, run_id=scoring_id(job.run.run_id, name))
         policy = scorer_policy(job.policy, self.folder, compiles)
         with open(job.run.score_log, "ab") as log, theirs:
             self._child = start_boxed(policy, command, settings, self.folder, log, theirs.fileno())
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
 
     def wait_until_ready(self, on_event: OnEvent) -> None:
         """Wait until the model is built. Raises NotScored when it cannot be."""
@@ -158,16 +145,18 @@ class ScoringProcess:
 
     def kill(self) -> None:
         """End the process from another thread: whoever waits for it sees that it is gone."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._child.pid, SIGKILL)
+        self._child.kill()
 
-    def end(self) -> None:
-        """End the process, with all that it started, and remove its folder. A second call changes nothing."""
+    def end(self) -> bool:
+        """End the process, with all that it started, and remove its folder. A second call changes nothing.
+
+        Returns whether nothing is left of it.
+        """
         with ignore_signals():
-            end_group(self._child, ask=False)
-            end_leftovers(self._mark)
+            gone = self._child.end()
             self._channel.close()
             remove_tree(self.folder)
+        return gone
 
     # --- The channel ----------------------------------------------------------------------------------------
 
@@ -229,10 +218,11 @@ class ScoringPair(ExitStack):
         self._shared_before = shared_memory.files()
         try:
             seed = job.settings.seed
-            self.first = ScoringProcess(job, "first", seed, compiles=True)
-            self.callback(self.first.end)
-            self.second = ScoringProcess(job, "second", seed + 1, compiles=False)
-            self.callback(self.second.end)
+            with defer_signals():
+                self.first = ScoringProcess(job, "first", seed, compiles=True)
+                self.callback(self.first.end)
+                self.second = ScoringProcess(job, "second", seed + 1, compiles=False)
+                self.callback(self.second.end)
         except BaseException:
             self.close()
             raise
@@ -376,12 +366,17 @@ class ScoringPair(ExitStack):
         return np.concatenate(losses)
 
     def _end_first(self, since: float) -> None:
-        """End the first process, and remove what it left, among compiled code what it wrote `since`."""
-        self.first.end()
+        """End the first process, and remove what it left, among compiled code what it wrote `since`.
+
+        Raises:
+            NotScored: something of it may still run.
+        """
+        gone = self.first.end()
         with ignore_signals():
-            end_orphans({self.second.pid})
             shared_memory.remove_new(self._shared_before)
             compiled.remove_since(since)
+        if not gone:
+            raise NotScored("invalid", "the process that scores, or what it started, could not be ended")
 
     @contextmanager
     def _in_time(self, seconds: float, message: str) -> Iterator[None]:

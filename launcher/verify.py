@@ -14,7 +14,7 @@ from launcher.console import Progress, say
 from launcher.device import DeviceLock
 from launcher.harness import source_hash
 from launcher.ledger import REFUTED, UNVERIFIABLE, VERIFIED, Row
-from launcher.processes import Stopped, adopt_orphans, stop_on_signals
+from launcher.processes import Stopped, stop_on_signals
 from launcher.run import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
 from launcher.runs import find_run, ledger, now_utc, run_dir
 from launcher.score import Job, NotScored, Score, ScoringPair
@@ -118,7 +118,6 @@ def score_again(
     num_rows = dict.fromkeys(splits, setting.val_tokens // setting.track.seq_len)
     seconds = len(splits) * setting.platform.score_seconds
     progress = Progress(0)
-    adopt_orphans()
     with DeviceLock(setting.platform.device_kind) as lock:
         lock.set_holder(f"{row.run} (verify)")
         try:

@@ -8,7 +8,6 @@ corpus of held-out text, or the home folder.
 
 import os
 import site
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import IO
 from backends.protocol import RunSettings
 from launcher import compiled
 from launcher.box import DEVICES, GPUS, SHARED_MEMORY, SYSTEM, Policy, parents
+from launcher.processes import Guarded, start_guarded
 from launcher.runs import home
 from prepare import ROOT, Prepared, Track, cache_dir, config_path, held_out_files
 
@@ -75,8 +75,8 @@ def start_boxed(
     folder: Path,
     log: IO[bytes],
     descriptor: int,
-) -> subprocess.Popen[bytes]:
-    """Start a process that runs an experiment's code.
+) -> Guarded:
+    """Start a process that runs an experiment's code, behind a guard: see start_guarded.
 
     Args:
         policy: what it may touch.
@@ -101,15 +101,8 @@ def start_boxed(
         "HF_HUB_OFFLINE": "1",  # there is no network: what is not there is known at once
         "TMPDIR": str(temporary),
     }
-    return subprocess.Popen(
-        policy.command(command),
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        pass_fds=(descriptor,),
-        start_new_session=True,
+    return start_guarded(
+        policy.command(command), cwd=ROOT, env=environment, stdout=log, pass_fds=(descriptor,)
     )
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 from backends.protocol import RUN_ID_VARIABLE, last_line, write_json
 from launcher.ledger import single_line
-from launcher.processes import end_group, end_leftovers, ignore_signals
+from launcher.processes import Guarded, ignore_signals, start_guarded
 from launcher.runs import run_dir
 from night.agent_box import agent_policy
 from night.agents import Agent, Said, read_output
@@ -86,7 +86,7 @@ def start_agent(
     workspace: Workspace,
     settings: Mapping[str, str] | None = None,
     boxed: bool = False,
-) -> subprocess.Popen[bytes]:
+) -> Guarded:
     """Start an agent in its folder. What it prints goes to files.out and files.log.
 
     Args:
@@ -114,14 +114,13 @@ def start_agent(
     stdin = os.devnull if prompt_is_argument else files.prompt
     with open(files.out, "wb") as out, open(files.log, "wb") as log, open(stdin, "rb") as given:
         try:
-            return subprocess.Popen(
+            return start_guarded(
                 arguments,
                 cwd=workspace.folder,
                 env=variables,
                 stdin=given,
                 stdout=out,
                 stderr=log,
-                start_new_session=True,
             )
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error)
@@ -138,7 +137,7 @@ def fit_argument(text: str) -> str:
     return data.decode("utf-8", "replace")
 
 
-def wait_for_agent(child: subprocess.Popen[bytes], seconds: float, files: TurnFiles) -> int:
+def wait_for_agent(child: Guarded, seconds: float, files: TurnFiles) -> int:
     """Wait for an agent, and end what it leaves running. Returns its exit code.
 
     Raises:
@@ -156,8 +155,7 @@ def wait_for_agent(child: subprocess.Popen[bytes], seconds: float, files: TurnFi
                 raise TurnFailed("agent", f"the agent printed more than {LONGEST_LOG:,} bytes")
     finally:
         with ignore_signals():
-            end_group(child)
-            end_leftovers(files.stamp)
+            child.end(ask=True)
 
 
 # ---------------------------------------------------------------------------

@@ -5,12 +5,12 @@ What it does besides is not undone, as it is nowhere: the agent works in a folde
 begun while an experiment runs; its edit is then put on what the verdict leaves.
 """
 
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from launcher.console import say
+from launcher.processes import Guarded
 from launcher.runs import new_run_id
 from launcher.setting import Setting
 from night import repo
@@ -41,7 +41,7 @@ class Turn:
     base: str  # the commit that it began from
     files: TurnFiles
     workspace: Workspace
-    child: subprocess.Popen[bytes]
+    child: Guarded
     began: float  # of time.monotonic()
     deadline: float  # of the same clock
 

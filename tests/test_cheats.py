@@ -3,12 +3,15 @@
 import ast
 import json
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 
+from backends.protocol import RunDir
 from launcher import compiled
 from launcher.ledger import Flag, Ledger, Row
 from launcher.processes import processes_of, scoring_id
@@ -113,9 +116,14 @@ def test_is_stopped(path, autoresearch, house, places):
             assert f"status: {status}" in done.stdout and says in done.stdout, said
             assert done.returncode == EXIT_CODES[status]
             assert row.val_bpb == 0 and not row.ranked
+        run = RunDir(house / "runs" / row.run)
+        logs = "".join(log.read_text(errors="replace") for log in (run.log, run.score_log))
+        pids = [int(pid) for pid in re.findall(r"^left: (\d+)$", logs, re.M)]
+        assert bool(pids) == bool(constant(path, "LEAVES")), logs
+        assert [pid for pid in pids if psutil.pid_exists(pid)] == []
         marks = [row.run, scoring_id(row.run, "first"), scoring_id(row.run, "second")]
         assert [process for mark in marks for process in processes_of(mark)] == []
-        left = {entry.name for entry in os.scandir(house / "runs" / row.run)}
+        left = {entry.name for entry in os.scandir(run.path)}
         assert not left & {"box", "first", "second"}
     assert not [path for path in compiled.folder().rglob("*cheat*")]
 

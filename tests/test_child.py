@@ -11,11 +11,11 @@ import pytest
 from conftest import wait_for_line
 
 from backends.protocol import RunDir
-from launcher import child
+from launcher import child, guard
 from launcher.child import supervise
 from launcher.device import Watch
 from launcher.ledger import Flag, Ledger
-from launcher.processes import processes_of
+from launcher.processes import processes_of, scoring_id
 from launcher.setting import resolve
 from prepare import ROOT
 
@@ -95,6 +95,25 @@ def test_killing_the_launcher_leaves_no_process_and_the_next_command_records_it(
     [row] = Ledger(house / "results.tsv").rows()
     assert row.run == run_dir.name and row.reason == "the launcher was killed during the run"
     assert Flag.CUT_OFF in row.flags and not row.judged
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_early_leaves_no_process(start, house):
+    """The trainer has not come to anything of ours by then, and the scorers are still starting."""
+    early = house / "early.py"
+    early.write_text("import time; print('up', flush=True); time.sleep(600)")
+    process = start("run", "--budget", "600", "--trainer", early)
+    wait_for_line(process, "s of training")
+    [run_dir] = (house / "runs").iterdir()
+    marks = [run_dir.name, scoring_id(run_dir.name, "first"), scoring_id(run_dir.name, "second")]
+    while not all(processes_of(mark) for mark in marks) or "up" not in RunDir(run_dir).log.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    left = [found for mark in marks for found in processes_of(mark)]
+    psutil.wait_procs(left, timeout=60)
+    assert not [found for mark in marks for found in processes_of(mark)]
 
 
 @pytest.mark.slow
@@ -223,6 +242,22 @@ def test_a_flood_of_events_does_not_hide_the_limits(house, monkeypatch):
     outcome = supervise(hostile(house, flood), RunDir(house), setting, 1, Watch("cpu"), lambda event: None)
     assert outcome.status == "timeout" and "the loop does not end" in outcome.reason
     assert outcome.total_seconds < 30
+
+
+@pytest.mark.skipif(not guard.LINUX, reason="this system has no parent-death signal")
+def test_a_trainer_whose_guard_is_killed_dies_and_has_no_score(house):
+    trainer = hostile(house, "print(os.getpid(), os.getppid(), flush=True); time.sleep(600)")
+    run = RunDir(house)
+
+    def kill_guard(event):
+        pids = [int(word) for word in run.log.read_text().split()]
+        if pids and psutil.pid_exists(pids[1]):
+            os.kill(pids[1], signal.SIGKILL)
+
+    outcome = supervise(trainer, run, resolve("cpu"), 1, Watch("cpu"), kill_guard)
+    assert (outcome.status, outcome.exit_code) == ("invalid", -signal.SIGKILL)
+    assert "could not be ended" in outcome.reason
+    assert not processes_of(run.run_id)
 
 
 def test_what_a_child_sends_last_is_read(house):

@@ -1,10 +1,12 @@
 """Scoring without a framework: two made-up processes, honest and not, around real rows."""
 
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from launcher import shared_memory
 from launcher.score import MOST_FP32, NotScored, Sample, ScoringPair, suspicious_and_random
 from prepare import DocumentTotals, bits_per_byte, load_track, prepare_track
 
@@ -115,6 +117,16 @@ def test_an_honest_model_has_the_score_of_all_its_losses(score, data):
     asked = np.concatenate(first.asked)
     assert {row.tobytes() for row in asked} == {row.tobytes() for row in rows}  # each once, in another order
     assert not (asked == rows).all()
+
+
+def test_a_first_process_of_which_something_may_still_run_is_refused(house):
+    """It has seen all rows, and could tell the second one of them."""
+    pair = object.__new__(ScoringPair)
+    pair.first = SimpleNamespace(end=lambda: False)
+    pair._shared_before = shared_memory.files()
+    with pytest.raises(NotScored, match="could not be ended") as refusal:
+        pair._end_first(time.time())
+    assert refusal.value.status == "invalid"
 
 
 def test_a_last_batch_that_is_not_full_counts_once(score, data):

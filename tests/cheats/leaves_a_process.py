@@ -1,12 +1,14 @@
-"""Starts a process in a session of its own that outlives it."""
+"""Starts a process in a session of its own. It is ended with the trainer, and the score is an honest one."""
 import subprocess
 import sys
 
 import train_cuda
 
 WALL = "clock"
-EXPECT = "invalid", "left processes running"
+EXPECT = "scored", ""
+LEAVES = True
 build_model = train_cuda.build_model
 if __name__ == "__main__":
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    print("left:", left.pid)
     train_cuda.main()
