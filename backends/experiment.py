@@ -12,10 +12,8 @@ import math
 import operator
 import os
 import random
-import signal
 import socket
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -126,8 +124,6 @@ class Experiment:
         self._last_point = -math.inf
         self._last_line = -math.inf
 
-        if settings.launcher_pid:
-            self._end_with_the_launcher(settings.launcher_pid)
         random.seed(self.seed)
         np.random.seed(self.seed)
         self._device = self.device_class(self.platform, self.track.vocab_size, self.seed)
@@ -378,16 +374,3 @@ class Experiment:
 
     def _device_is_full(self, error: BaseException) -> bool:
         return hasattr(self, "_device") and self._device.out_of_memory(error)
-
-    def _end_with_the_launcher(self, launcher_pid: int) -> None:
-        """End this process group when the launcher is gone.
-
-        It holds the device, and nothing else would stop it.
-        """
-
-        def watch() -> None:
-            while os.getppid() == launcher_pid:
-                time.sleep(1)
-            os.killpg(os.getpgid(0), signal.SIGKILL)
-
-        threading.Thread(target=watch, daemon=True).start()

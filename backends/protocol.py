@@ -50,7 +50,6 @@ class RunSettings:
     launcher_fd: int = -1  # socket to the launcher; -1: there is none, progress goes to the terminal
     run_id: str = ""
     profiled: int = 0  # 1: some steps are profiled, as in a dry run
-    launcher_pid: int = 0  # the process that must outlive the trainer's; 0: none
 
     def to_env(self) -> dict[str, str]:
         """Return the settings as environment variables."""

@@ -96,7 +96,7 @@ def test_any_line_is_an_event_or_an_event_error(line):
 
 
 def test_settings_survive_the_environment():
-    settings = RunSettings("cpu", "tiny", "{}", "/data", 7, 12.5, "/run/w", 5, "20260101-000000-abcd", 1, 9)
+    settings = RunSettings("cpu", "tiny", "{}", "/data", 7, 12.5, "/run/w", 5, "20260101-000000-abcd", 1)
     env = settings.to_env()
     assert RunSettings.from_env(env) == settings and env["AUTORESEARCH_SEED"] == "7"
     assert RunSettings.from_env({}) == RunSettings()
