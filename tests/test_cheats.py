@@ -25,6 +25,7 @@ ACTOR = """
 import ctypes, json, os, platform
 from pathlib import Path
 from types import SimpleNamespace
+import psutil
 import train_cuda
 
 def call(x86, arm, *arguments):
@@ -34,7 +35,7 @@ def call(x86, arm, *arguments):
 
 home = Path(os.environ["AUTORESEARCH_HOME"])
 places = SimpleNamespace(
-    call=call,
+    call=call, guard=os.getppid(), launcher=psutil.Process(os.getppid()).ppid(),
     runs=home / "runs", ledger=home / "results.tsv", daemon=home / "daemon",
     data=Path(os.environ["AUTORESEARCH_DATA_DIR"]), config=Path(os.environ["AUTORESEARCH_CONFIG"]),
     box=Path(os.environ.get("AUTORESEARCH_WEIGHTS", "/")).parent,

@@ -403,13 +403,14 @@ def test_a_loop_that_was_killed_goes_on(night, repository, where, capsys):
     deadly = """
 trainer.write_text("half an ed")
 Path("prepare.py").write_text("torn")
-os.kill(os.getppid(), 9)
-time.sleep(1)
+os.kill(int(os.environ["LOOP"]), 9)
+time.sleep(60)
 """
     if where == "training":
         deadly = "trainer.write_text('SCORE = 1.0  # DIE')\nprint('experiment: the fatal one')\n"
     child = os.fork()
     if child == 0:
+        os.environ["LOOP"] = str(os.getpid())
         night(deadly, 3)
         os._exit(0)
     os.waitpid(child, 0)
@@ -425,15 +426,21 @@ time.sleep(1)
 
 
 def test_an_agent_that_outlived_a_killed_loop_edits_no_further(night, repository):
+    """Its guard was killed with the loop."""
     deadly = """
+guard = os.getppid()
+if os.fork():
+    time.sleep(60)
 Path(os.environ["AUTORESEARCH_HOME"], "pid").write_text(str(os.getpid()))
-os.kill(os.getppid(), 9)
+os.kill(guard, 9)
+os.kill(int(os.environ["LOOP"]), 9)
 while True:
     Path("prepare.py").write_text(str(time.time()))
     time.sleep(0.01)
 """
     child = os.fork()
     if child == 0:
+        os.environ["LOOP"] = str(os.getpid())
         night(deadly, 3)
         os._exit(0)
     os.waitpid(child, 0)

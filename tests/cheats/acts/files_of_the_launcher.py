@@ -4,5 +4,5 @@ import os
 
 
 def act(places):
-    for name in os.listdir(f"/proc/{os.getppid()}/fd"):
-        open(f"/proc/{os.getppid()}/fd/{name}")
+    for name in os.listdir(f"/proc/{places.launcher}/fd"):
+        open(f"/proc/{places.launcher}/fd/{name}")
