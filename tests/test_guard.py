@@ -189,6 +189,7 @@ def test_a_socket_closes_when_the_command_closes_it(start):
 # --- The end ------------------------------------------------------------------------------------------------
 
 
+@subreaper
 def test_the_end_comes_to_all_that_a_command_started(start, said):
     child = start(DAEMON + SLEEPS)
     pids = numbers_in(said, 2)
@@ -196,6 +197,7 @@ def test_the_end_comes_to_all_that_a_command_started(start, said):
     assert child.end() and not living([*pids, child.pid]) and child.returncode == -signal.SIGKILL
 
 
+@subreaper
 def test_what_a_command_leaves_is_killed_when_it_does_not_end_by_itself(start, said):
     child = start(DAEMON)
     assert child.wait(60) == 0
