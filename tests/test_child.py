@@ -1,5 +1,6 @@
 """The launcher around a real child process: limits, signals, locks, crashes, kills, hostile events."""
 
+import os
 import signal
 import subprocess
 import sys
