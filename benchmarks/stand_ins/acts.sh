@@ -1,9 +1,7 @@
-# What careless and hostile agents do, a script each. It runs in the agent's working directory.
-#
-#: name            the agent makes its honest edit after the script
-#: name [first]    the agent makes its honest edit first
-#: name [none]     the agent makes no edit
-#: there: name     the script runs in the person's repository: agents that know its path
+# What careless and hostile agents do: scripts that run in the agent's working directory. A line `#: name`
+# begins one. Behind the name stands [first] where the agent makes its honest edit before the script, [none]
+# where it makes none; else it makes it after the script. A script of the name `there: ...` runs in the person's
+# repository: its agent knows the path.
 
 # --- Git ----------------------------------------------------------------------------------------------------
 

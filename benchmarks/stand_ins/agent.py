@@ -26,7 +26,7 @@ TURNS = "turns"  # a byte for each turn
 OVER = "over"  # from now on the agent is honest
 PROJECT = "project"  # holds the path of the folder in which the night was started
 HONEST = "honest"
-DAEMONIC = "honest, and leaves a daemon"
+DAEMONIC = "a daemon with an empty environment goes on editing"
 THERE = "there: "  # begins the name of an act in the person's repository
 SLOW_VARIABLE = "HOSTILE_AGENT"  # seconds that the agent thinks first
 STEP = 0.05  # of the score
@@ -262,7 +262,6 @@ def none(perform: Callable[[], object], *arguments: str) -> Act:
 
 ACTS: dict[str, Act] = {
     HONEST: Act(lambda: None),
-    DAEMONIC: Act(start_daemon),
     **dict(scripts()),
     **{name: first(rewrite(change)) for name, change in TRAINERS.items()},
     **{name: first(begin_with(code)) for name, code in BEGINNINGS.items()},
@@ -270,7 +269,7 @@ ACTS: dict[str, Act] = {
     **{name: first(print_bytes(data)) for name, data in PRINTED.items()},
     "prints nothing": none(lambda: TRAINER.write_bytes(TRAINER.read_bytes() + b"# silent\n")),
     "a line of 200 KB, then exit 1; the prompt is an argument": none(fail_at_length, "{prompt}"),
-    "a daemon with an empty environment goes on editing": Act(start_daemon),
+    DAEMONIC: Act(start_daemon),
     "exits 1": first(lambda: sys.exit(1)),
     "dies of SIGKILL": first(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "dies of SIGSEGV": first(crash),

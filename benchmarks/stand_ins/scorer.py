@@ -2,17 +2,17 @@
 Stands in for backends/scorer.py: python -m backends.scorer TRAINER FOLDER CHANNEL [--compile]
 
 The model gives every token the logit 0, and the first one the score that the trainer wrote as its weights.
-That token is rare, so a lower score gives fewer bits per byte.
+That token is rare, so a lower score gives fewer bits per byte. It imports nothing that loads slowly.
 """
 
 import json
+import math
 import os
 import sys
+from array import array
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-
-import numpy as np
 
 
 def answer(channel: Connection, folder: Path) -> None:
@@ -21,7 +21,8 @@ def answer(channel: Connection, folder: Path) -> None:
     def say(message: object) -> None:
         channel.send_bytes(json.dumps({"ok": message}).encode())
 
-    logits = np.zeros(json.loads(os.environ["AUTORESEARCH_ENTRIES"])["track"]["vocab_size"], np.float32)
+    vocab_size = json.loads(os.environ["AUTORESEARCH_ENTRIES"])["track"]["vocab_size"]
+    logits = array("f", vocab_size * [0.0])
     say({"weights": {"w": [1]}, "drawn": os.environ["AUTORESEARCH_SEED"], "batch": 8})
     while True:
         request = json.loads(channel.recv_bytes())
@@ -29,14 +30,16 @@ def answer(channel: Connection, folder: Path) -> None:
             logits[0] = float((folder / "model.safetensors").read_text())
             say(True)
             continue
-        rows = np.frombuffer(channel.recv_bytes(), np.uint16).reshape(request["shape"])
+        rows, length = request["shape"]
+        tokens = array("H", channel.recv_bytes())
+        say(True)
         if request["do"] == "nats":
-            numbers = np.log(np.exp(logits).sum()) - logits[rows[:, 1:]]
+            total = math.log(sum(map(math.exp, logits)))
+            targets = (token for place, token in enumerate(tokens) if place % length)
+            channel.send_bytes(array("f", [total - logits[token] for token in targets]).tobytes())
         else:
             channel.recv_bytes()  # the positions: the logits are the same everywhere
-            numbers = np.broadcast_to(logits, (len(rows), request["positions"], len(logits)))
-        say(True)
-        channel.send_bytes(np.ascontiguousarray(numbers, np.float32).tobytes())
+            channel.send_bytes(rows * request["positions"] * logits.tobytes())
 
 
 if __name__ == "__main__":
