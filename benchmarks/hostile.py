@@ -80,6 +80,7 @@ CODES = (0, 1, 2, 130)  # that `loop` documents
 SCORED = (0, 3)  # how a run may end that is not disturbed: keep, discard
 SIGNALS = ("INT", "TERM", "HUP")
 MOMENTS = ("before", "while", "after")  # git works
+STARTS = 6  # processes of a run, with those that guard them
 PHASES = ("agent", "git", "training")
 LONG = "40"  # seconds that an agent thinks and a trainer starts, where they are killed meanwhile
 PHASE_SECONDS = 60.0  # until a phase is reached
@@ -257,10 +258,10 @@ def plan_git(house: House, call: int, moment: str, name: str, to_group: bool) ->
 
 
 def wait_for_command(process: subprocess.Popen[bytes], text: str) -> None:
-    """Wait until a process below the launcher has `text` in its command, or the launcher ends."""
+    """Wait until a process of a night has `text` in its command, or the launcher ends."""
     deadline = time.monotonic() + PHASE_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        for pid in descendants(process.pid):
+        for pid in descendants(os.getpid()) - {process.pid}:
             with suppress(psutil.Error):
                 if any(text in part for part in psutil.Process(pid).cmdline()):
                     return
@@ -335,7 +336,7 @@ def run_git(task: Task, house: House, rng: random.Random) -> Result:
     command = "try" if rng.random() < TRIES else HONEST
     at_start = rng.random() < 0.3
     calls = task.calls // 3 if command == "try" else task.calls
-    number = rng.randint(1, 4 if at_start else calls)
+    number = rng.randint(1, STARTS if at_start else calls)
     moment = rng.choice(MOMENTS)
 
     def strike(arguments: Sequence[str]) -> tuple[Ended, str]:
@@ -343,8 +344,8 @@ def run_git(task: Task, house: House, rng: random.Random) -> Result:
         if at_start:
             process = house.start(*arguments)
             wait_for_run(house, process, known)
-            there = descendants(process.pid)
-            while process.poll() is None and len(descendants(process.pid) - there) < number:
+            there = descendants(os.getpid())
+            while process.poll() is None and len(descendants(os.getpid()) - there) < number:
                 pass  # a sleep would be longer than what is aimed at
             send(process, name, to_group)
         else:

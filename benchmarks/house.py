@@ -47,7 +47,14 @@ IGNORE = "__pycache__/\n/runs/\n/results.tsv*\n/ignored/\n"
 IDENTITY = "[user]\nname = me\nemail = me@here\n[init]\ndefaultBranch = main\n"
 # Variables that are a house's own, or of whoever started the benchmark.
 OWN_VARIABLES = ("AUTORESEARCH_", "GIT_", "HOSTILE_", "PYTHON", "XDG_")
-NIGHT_SECONDS = 240.0  # after which a night is said to hang; an honest one takes ten
+NIGHT_SECONDS = 150.0  # after which a night is said to hang; an honest one takes ten
+GIT_SECONDS = 60.0
+TRUSTED = (
+    "-c",
+    "core.fsmonitor=false",
+    "-c",
+    "core.hooksPath=/dev/null",
+)  # of a repository that is looked at
 # What git rewrites in .git by itself. All else there is a person's.
 VOLATILE = {"objects", "logs", "refs", "packed-refs", "index", "HEAD"}
 VOLATILE |= {"ORIG_HEAD", "FETCH_HEAD", "COMMIT_EDITMSG"}
@@ -108,13 +115,20 @@ class House:
         }
 
     def git(self, *arguments: str, folder: Path | None = None, given: bytes = b"") -> str:
-        """Return what git prints. Raises CalledProcessError.
+        """Return what git prints. Raises CalledProcessError, TimeoutExpired.
 
         folder: where it is called; the project if left out
         given: its standard input
         """
-        command = ["git", "-C", str(folder or self.project), *arguments]
-        done = subprocess.run(command, env=self.environment(), input=given, capture_output=True, check=True)
+        command = ["git", "-C", str(folder or self.project), *TRUSTED, *arguments]
+        done = subprocess.run(
+            command,
+            env=self.environment(),
+            input=given,
+            capture_output=True,
+            check=True,
+            timeout=GIT_SECONDS,
+        )
         return os.fsdecode(done.stdout)
 
     def commit_all(self, message: str, folder: Path | None = None) -> None:
@@ -369,9 +383,9 @@ def differences(before: View, house: House) -> list[str]:
                 found.append(f"changed: {name}")
         return found + branch_faults(before, after, house) + trainer_faults(house) + git_faults(house)
     except subprocess.CalledProcessError as error:
-        said = os.fsdecode(error.stderr).strip().splitlines() or [f"git {error.cmd[3]} says nothing"]
+        said = os.fsdecode(error.stderr).strip().splitlines() or [f"git failed: {error.cmd[-1]}"]
         return [f"the repository is broken: {said[0]}"]
-    except OSError as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         return [f"the repository is broken: {error}"]
 
 
