@@ -21,6 +21,7 @@ def measure_noise(setting: Setting, repeats: int) -> int:
 
     Returns the exit code.
     """
+    setting.require_device()
     rows: list[Row] = []
     first = fresh_seed(ledger().rows(), [source_hash(read_trainer(setting.trainer))])
     for seed in range(first, first + repeats):

@@ -92,7 +92,7 @@ def run_once(request: Request) -> Row:
     """
     refuse_in_loop()
     setting = request.setting
-    setting.require_framework()
+    setting.require_device()
     trainer = (request.trainer or setting.trainer).resolve()
     source = read_trainer(trainer)  # before any waiting: what runs is what lay there when it was asked for
     row = new_row(request, source)

@@ -71,13 +71,21 @@ class Setting:
             run_id=run_id,
         )
 
-    def require_framework(self) -> None:
-        """Raise UserError when what the platform's trainer imports is not installed."""
-        package = self.platform.framework
+    def require_device(self) -> None:
+        """Raise UserError when this machine cannot run the platform. Nothing is prepared before."""
+        platform = self.platform
+        here = (self.facts.framework, self.facts.device_kind)
+        if platform.device_kind == "gpu" and here != (platform.framework, "gpu"):
+            raise UserError(
+                f"platform {platform.name} needs a GPU for {platform.framework}, and this machine has "
+                f"{self.facts.device}: leave --platform out, or name one that fits (autoresearch platforms)",
+                2,
+            )
+        package = platform.framework
         if importlib.util.find_spec(package) is not None:
             return
         message = (
-            f"platform {self.platform.name} needs the package {package}, which is not installed: "
+            f"platform {platform.name} needs the package {package}, which is not installed: "
             "uv sync, or choose another --platform"
         )
         if sys.platform == "darwin":

@@ -106,6 +106,7 @@ def run_night(night: Night) -> int:
     Raises:
         UserError: no result of the night would count, or as trial.hold_repository.
     """
+    night.setting.require_device()
     require_power()
     if night.boxed and missing_walls():
         raise UserError(f"--box: {missing_walls()}", 2)

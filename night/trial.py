@@ -35,6 +35,7 @@ def try_edit(request: Request) -> int:
     Raises:
         UserError: as hold_repository and run_trial.
     """
+    request.setting.require_device()
     with hold_repository():
         return exit_code(run_trial(request, on_row=print_result))
 

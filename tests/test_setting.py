@@ -1,9 +1,13 @@
 """A setting is resolved once, from what the user typed."""
 
+import os
+
 import pytest
 
-from backends.platforms import current_entries
+from backends.platforms import cpu_facts, current_entries
+from launcher.run import Request, run_experiment
 from launcher.setting import resolve
+from night.trial import try_edit
 from prepare import RULES, TIME_BUDGET, UserError
 
 
@@ -43,3 +47,19 @@ def test_an_unknown_name_lists_the_known_ones(house, names, says):
     with pytest.raises(UserError, match=says) as error:
         resolve(**names)
     assert error.value.code == 2 and ("cpu" in str(error.value) or "tiny" in str(error.value))
+
+
+def test_a_platform_that_this_machine_is_not_is_a_mistake_before_anything_is_prepared(monkeypatch):
+    """With the real platforms.yaml: nothing is downloaded, and no row is written."""
+    for name in [name for name in os.environ if name.startswith("AUTORESEARCH_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("launcher.setting.prepare_track", lambda track: pytest.fail("prepared a track"))
+    monkeypatch.setattr("launcher.setting.facts_for", lambda platform: cpu_facts())
+    for name, framework in (("h100", "torch"), ("apple-max", "mlx")):
+        request = Request(resolve(name))
+        for begin in (run_experiment, try_edit):
+            with pytest.raises(
+                UserError, match=f"needs a GPU for {framework}.*leave --platform out"
+            ) as error:
+                begin(request)
+            assert error.value.code == 2
