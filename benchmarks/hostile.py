@@ -373,9 +373,9 @@ def run_twice(task: Task, house: House, rng: random.Random) -> Result:
     for one in started:
         with suppress(subprocess.TimeoutExpired):
             one.wait(NIGHT_SECONDS)
-    codes = [one.returncode for one in started]
-    result.restart = " ".join(map(str, codes))
     fault = house.wait(started[-1]).fault(SCORED)  # what all of them print is in one file
+    codes = [one.poll() for one in started]
+    result.restart = " ".join(map(str, codes))
     result.add_end("restart", fault or ("" if set(codes) <= set(SCORED) else f"exit codes {codes}"))
     check(result, house, before, task.patience)
     result.add(temporary_faults(house))
@@ -514,6 +514,7 @@ def choose(asked: argparse.Namespace, template: House, folder: Path) -> Iterator
 def main() -> None:
     """Run the cases, and print the table."""
     asked = parse_arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if asked.keep:
         asked.keep.mkdir(parents=True)

@@ -162,13 +162,17 @@ class House:
         return process
 
     def wait(self, process: subprocess.Popen[bytes]) -> "Ended":
-        """Wait for a command that was started here, and return how it ended."""
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(NIGHT_SECONDS)
+        """Wait for a command that was started here, and return how it ended. One that hangs is killed."""
+        try:
+            code: int | None = process.wait(NIGHT_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = None
+            process.kill()
+            process.wait()
         said = [(self.folder / name).read_text(errors="replace") for name in ("out", "err")]
         for name in ("out", "err"):
             os.replace(self.folder / name, self.folder / f"{name}-{process.pid}")
-        return Ended(process.returncode, *said)
+        return Ended(code, *said)
 
     def call(self, *arguments: str, **more: str) -> "Ended":
         """Run a command of autoresearch to its end. See start."""

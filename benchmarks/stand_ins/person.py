@@ -137,6 +137,21 @@ def add_hooks(house: House) -> None:
         hook.chmod(0o755)
 
 
+def add_odd_files(house: House) -> None:
+    """Add what is neither text nor a plain file."""
+    folder = os.fsencode(house.project / "notes")
+    for name in (b"caf\xe9.txt", b"-rf", 255 * b"n"):
+        with open(os.path.join(folder, name), "w") as file:
+            file.write("odd\n")
+    os.mkfifo(house.project / "notes" / "pipe")
+    house.git("init", "-q", str(house.project / "notes" / "nested"))
+
+
+def write_in_latin1(house: House) -> None:
+    for name in ("program.md", "ideas.md"):
+        (house.project / name).write_bytes(b"- caf\xe9\n")
+
+
 def configure(values: dict[str, str]) -> Callable[[House], None]:
     """Return a function that sets values of git's configuration."""
 
@@ -154,6 +169,8 @@ STATES: dict[str, Callable[[House], None]] = {
     "a removal and a move, staged": stage_removals,
     "a file that is to be added": intend_to_add,
     "an edit in README.md": lambda house: append(house.project / "README.md", "edited\n"),
+    "program.md and ideas.md are not UTF-8": write_in_latin1,
+    "files that are odd": add_odd_files,
     "an edit in the trainer": edit_trainer,
     "an edit in the trainer that is worse": lambda house: edit_trainer(house, "9.00"),
     "a detached HEAD": detach,
