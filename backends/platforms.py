@@ -206,8 +206,11 @@ def current_entries() -> tuple[Platform, Track]:
     """
     settings = RunSettings.from_env()
     if settings.entries:
-        values = json.loads(settings.entries)
-        return from_json(Platform, values["platform"]), from_json(Track, values["track"])
+        try:
+            values = json.loads(settings.entries)
+            return from_json(Platform, values["platform"]), from_json(Track, values["track"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError("AUTORESEARCH_ENTRIES holds no entries: only the launcher sets it", 2) from None
     platform, _ = choose_platform(settings.platform)
     return platform, load_track(settings.track or platform.track)
 
@@ -287,10 +290,18 @@ def nvidia_facts(csv: str) -> Facts | None:
         "torch",
         "gpu",
         name,
-        round(float(memory) / 1024, 1),
-        bf16=float(capability) >= 8.0,  # matrix units for bf16 came with Ampere
+        round(to_number(memory) / 1024, 1),
+        bf16=to_number(capability) >= 8.0,  # matrix units for bf16 came with Ampere
         details={"compute_capability": capability, "driver": driver},
     )
+
+
+def to_number(cell: str) -> float:
+    """Return a number of nvidia-smi's, 0 for "[N/A]": where memory is shared, it states none."""
+    try:
+        return float(cell)
+    except ValueError:
+        return 0.0
 
 
 def apple_facts(sysctl: str, ioreg: str) -> Facts | None:

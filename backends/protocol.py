@@ -103,8 +103,8 @@ class Start:
     peak_tflops: NonNegative
     dtype: str  # of the device's matrix products
     startup: NonNegative  # seconds since Experiment() was made
-    weights: dict[str, list[int]]  # shape of each tensor of the model
-    laptop: dict[str, Any] = field(default_factory=dict)  # platforms.mac_state()
+    weights: dict[str, list[Count]]  # shape of each tensor of the model
+    laptop: dict[str, bool | Count | str] = field(default_factory=dict)  # platforms.mac_state()
     event: Literal["start"] = "start"
     __pydantic_config__ = STRICT
 
@@ -201,7 +201,7 @@ def _event_adapter() -> Any:
 class Result:
     """The score, and what it took: the content of result.json, and the last lines that a run prints."""
 
-    val_bpb: float
+    val_bpb: Annotated[float, Gt(0)]
     val_stderr: float
     val_tokens: int
     difference_worst: float  # nats between the losses of the two processes that scored, at one position
@@ -224,6 +224,7 @@ class Result:
     device: str
     track: str
     seed: int
+    __pydantic_config__ = STRICT
 
 
 # ---------------------------------------------------------------------------
@@ -281,23 +282,19 @@ class RunDir:
         return self.path / "keep-weights"
 
     @property
-    def recorded(self) -> Path:
-        """An empty file: the ledger has this run's row."""
-        return self.path / "recorded"
+    def row(self) -> Path:
+        """The run's row, as the ledger has it. A ledger that was lost is written again from these."""
+        return self.path / "row.json"
 
     def read_record(self) -> dict[str, Any]:
         """Return the content of `record`; {} when it is absent or damaged."""
-        try:
-            data = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return data if isinstance(data, dict) else {}
+        return read_json(self.record)
 
     def trainer(self) -> Path | None:
         """Return the copy of the trainer that was run, None when there is none."""
         name = self.read_record().get("trainer")
-        path = self.path / Path(str(name)).name if name else None
-        return path if path and path.is_file() else None
+        path = self.path / Path(str(name)).name
+        return path if name and os.path.isfile(path) else None
 
     def read_events(self) -> Iterator[tuple[float, Event]]:
         """Yield (seconds since the child was started, event). Lines that are no events are left out."""
@@ -309,16 +306,21 @@ class RunDir:
             try:
                 at = float(json.loads(line)["at"])
                 yield at, parse_event(line)
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
                 continue
 
     def read_result(self) -> dict[str, Any]:
         """Return the content of `result`; {} when it is absent or damaged."""
+        return read_json(self.result)
+
+    def read_score(self) -> Result | None:
+        """Return the result, None when it is absent or damaged, or no score."""
+        from pydantic import TypeAdapter, ValidationError
+
         try:
-            data = json.loads(self.result.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return data if isinstance(data, dict) else {}
+            return TypeAdapter(Result).validate_json(self.result.read_bytes())
+        except (OSError, ValidationError):
+            return None
 
     def log_tail(self, lines: int = 25) -> str:
         """Return the last lines of what the trainer printed, "" when it printed nothing."""
@@ -340,6 +342,15 @@ def last_line(log: Path, otherwise: str = "it printed nothing") -> str:
     """Return the last line of a log with something in it, `otherwise` when there is none."""
     lines = [line.strip() for line in last_lines(log) if line.strip()]
     return lines[-1] if lines else otherwise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; {} when there is no file, or something else in it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # ValueError: no UTF-8, no JSON
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def write_json(path: Path, data: Any) -> None:

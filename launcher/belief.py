@@ -15,6 +15,7 @@ benchmarks/night.py measures it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -41,7 +42,7 @@ ROBUST = 6  # such runs, from which their median distance says it
 SURPRISING = 3.0  # times the assumed size of effects: beyond it, large noise would look the same
 EXTRA = 4  # sweeps of propagation alone after each run: an edit that surprises moves its site by far
 DAMPING = 0.8  # share of each update of a site that is taken
-REPLAYED = 200  # the last runs of a board are taken one by one; the older ones together
+REPLAYED = 100  # the last runs of a board, at least so many, are taken one by one; the older ones together
 MAX_REPEATS = 3  # runs of one trainer that the rule itself asks for
 EXPERIMENT = 2.0  # a new experiment is worth so many times its expected gain, as it teaches too (measured)
 
@@ -436,14 +437,6 @@ def history(observations: Sequence[Observation]) -> History:
     return History(list(index), parent, removes, nodes, current)
 
 
-class Belief(NamedTuple):
-    """The belief after all runs of one board, and the means and variances before the last."""
-
-    forest: Forest
-    mean: Floats
-    var: Floats
-
-
 def noise_of_repeats(observations: Sequence[Observation]) -> float | None:
     """Return the seed noise that repeats alone show, in bpb; None where there are fewer than REPEATS.
 
@@ -465,8 +458,59 @@ def noise_of_repeats(observations: Sequence[Observation]) -> float | None:
     return 1.4826 * distance * math.sqrt(runs / freedom)
 
 
+class Belief:
+    """The belief after all runs of one board, each taken as the simulator takes it.
+
+    Attributes:
+        forest: after the last run.
+        mean, var: of its nodes, before the last run.
+    """
+
+    def __init__(self, prior: Prior, runs: int) -> None:
+        self.forest = Forest(1, runs + 2 * REPLAYED, prior)  # room for the runs that may follow
+        self.mean = self.forest.mean
+        self.var = self.forest.var
+        self._first = first_alone(runs)
+        self._tree = History([], [], [], [], -1)
+        self._values: list[float] = []
+
+    def goes_on_with(self, prior: Prior, tree: History, values: Sequence[float]) -> bool:
+        """Return whether these are the runs that were taken, and perhaps more that can be taken now."""
+        nodes = len(self._tree.sources)
+        runs = len(self._values)
+        return (
+            prior == self.forest.prior
+            and first_alone(len(values)) == self._first
+            and tree.parent[:nodes] == self._tree.parent
+            and tree.removes[:nodes] == self._tree.removes
+            and tree.node[:runs] == self._tree.node
+            and values[:runs] == self._values
+        )
+
+    def take(self, tree: History, values: list[float]) -> None:
+        """Take the runs that are new. values: of all runs, in units of prior.gain."""
+        forest = self.forest
+        for i in range(len(self._values), len(values)):
+            self.mean, self.var = forest.mean, forest.var
+            if tree.node[i] == forest.nodes:
+                parent = tree.parent[tree.node[i]]
+                forest.add(np.zeros(1, np.int64), np.array([parent]), tree.removes[tree.node[i]])
+            forest.observe(np.array([tree.node[i]]), np.array([values[i]]))
+            if i >= self._first:
+                forest.fit(50 if i == self._first else 1)
+        self._tree, self._values = tree, values
+
+
+def first_alone(runs: int) -> int:
+    """Return the index of the first run that is taken alone. It moves by REPLAYED runs at a time."""
+    return max(0, (runs - REPLAYED - 1) // REPLAYED * REPLAYED)
+
+
+_beliefs: list[Belief] = []  # the last one: the next is mostly of the same runs, or of one more
+
+
 def _grow(observations: Sequence[Observation], tree: History, prior: Prior) -> Belief:
-    """Return the belief after all runs, each taken as the simulator takes it.
+    """Return the belief after all runs. It is valid until the next call.
 
     What repeats show of the noise takes the place of the prior's: expectation maximization from that alone
     takes more than ten runs to find a noise that is thirty times as large. Where it is larger, effects are
@@ -476,19 +520,13 @@ def _grow(observations: Sequence[Observation], tree: History, prior: Prior) -> B
     if repeated:
         size = max(1.0, repeated / prior.sigma / NOISIER)
         prior = replace(prior, sigma=repeated, sigma_runs=REPEATS, size=size)
-    forest = Forest(1, len(observations), prior)
-    first = max(len(observations) - REPLAYED, 0)
-    before = Belief(forest, forest.mean, forest.var)
-    for i, one in enumerate(observations):
-        before = Belief(forest, forest.mean, forest.var)
-        if tree.node[i] == forest.nodes:
-            parent = tree.parent[tree.node[i]]
-            forest.add(np.zeros(1, np.int64), np.array([parent]), tree.removes[tree.node[i]])
-        value = (one.val_bpb - observations[0].val_bpb) / prior.gain
-        forest.observe(np.array([tree.node[i]]), np.array([value]))
-        if i >= first:
-            forest.fit(50 if i == first else 1)
-    return before
+    values = [(one.val_bpb - observations[0].val_bpb) / prior.gain for one in observations]
+    belief = _beliefs.pop() if _beliefs else None
+    if belief is None or not belief.goes_on_with(prior, tree, values):
+        belief = Belief(prior, len(values))
+    belief.take(tree, values)
+    _beliefs.append(belief)
+    return belief
 
 
 class Edit(NamedTuple):
@@ -499,14 +537,22 @@ class Edit(NamedTuple):
     error: float
 
 
-def _edit(forest: Forest, node: int, is_first: bool) -> Edit:
-    """Return the belief about the edit that made `node`; the first trainer was made by none."""
-    if is_first:
-        return Edit(1.0 if forest.runs == 1 else 0.5, 0.0, 0.0)
-    seen = forest.effects(np.array([node]))
-    p_better = float((1 + seen.p_gain[0] - seen.p_harm[0]) / 2)
+def _edits(forest: Forest, parents: Sequence[int]) -> list[Edit]:
+    """Return the belief about the edits that made the nodes. The parent of a first trainer is -1."""
+    none = Edit(1.0 if forest.runs == 1 else 0.5, 0.0, 0.0)
+    edits = [none] * len(parents)
+    nodes = [node for node, parent in enumerate(parents) if parent >= 0]
+    if not nodes:
+        return edits
     unit = forest.prior.gain
-    return Edit(min(max(p_better, 0.0), 1.0), float(seen.mean[0]) * unit, math.sqrt(seen.var[0]) * unit)
+    seen = forest.effects(np.array(nodes))
+    p_better = np.clip((1 + seen.p_gain - seen.p_harm) / 2, 0.0, 1.0)
+    numbers = zip(
+        p_better.tolist(), (seen.mean * unit).tolist(), (np.sqrt(seen.var) * unit).tolist(), strict=True
+    )
+    for node, number in zip(nodes, numbers, strict=True):
+        edits[node] = Edit(*number)
+    return edits
 
 
 def judge(
@@ -521,9 +567,9 @@ def judge(
     if not observations or not all(math.isfinite(one.val_bpb) for one in observations):
         raise ValueError("a decision needs at least one run, and of each a val_bpb that is a number")
     tree = history(observations)
-    forest, mean, var = _grow(observations, tree, prior)
+    belief = _grow(observations, tree, prior)
+    forest, mean, var = belief.forest, belief.mean, belief.var
     node, current = tree.node[-1], tree.current
-    is_root = tree.parent[node] < 0
     barred = None
     if candidates is not None:
         open_to = {*candidates, tree.sources[node], tree.sources[current]}
@@ -532,7 +578,7 @@ def judge(
     action = "keep" if chosen == node else "discard"
     if action == "discard" and forest.repeat_pays(np.array([node]))[0]:
         action, chosen = "repeat", current
-    edit = _edit(forest, node, is_root)
+    edit = _edits(forest, tree.parent)[node]
     if current >= len(mean):  # it was not there before the run
         mean, var = forest.mean, forest.var
     unit, origin = prior.gain, observations[0].val_bpb
@@ -602,10 +648,12 @@ def survey(observations: Sequence[Observation], prior: Prior = PRIOR) -> Survey 
     forest = _grow(observations, tree, prior).forest
     unit, origin = prior.gain, observations[0].val_bpb
     score = forest.score()
+    edits = _edits(forest, tree.parent)
+    runs = Counter(tree.node)
     trainers = {}
     for node, source in enumerate(tree.sources):
         parent = tree.parent[node]
-        edit = _edit(forest, node, parent < 0)
+        edit = edits[node]
         trainers[source] = Standing(
             mean=origin + float(forest.mean[node]) * unit,
             error=math.sqrt(forest.var[node]) * unit,
@@ -615,7 +663,7 @@ def survey(observations: Sequence[Observation], prior: Prior = PRIOR) -> Survey 
             p_better=edit.p_better,
             effect=edit.effect,
             effect_error=edit.error,
-            runs=tree.node.count(node),
+            runs=runs[node],
         )
     best = tree.sources[int(forest.best()[0])]
     noise_is_open = forest.scale[0] > SURPRISING and noise_of_repeats(observations) is None

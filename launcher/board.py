@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
 
@@ -23,6 +24,7 @@ from launcher.ledger import (
     BoardKey,
     Ledger,
     Row,
+    missing_runs,
     single_line,
     warn,
 )
@@ -30,6 +32,32 @@ from launcher.ledger import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+# The columns that boards and the report need. Without the others a long ledger takes half the memory.
+NEEDED = {
+    "val_bpb",
+    "memory_gb",
+    "status",
+    "description",
+    "run",
+    "time",
+    "platform",
+    "device",
+    "track",
+    "rules",
+    "fingerprint",
+    "budget",
+    "val_tokens",
+    "val_stderr",
+    "tokens_M",
+    "tokens_per_second",
+    "mfu_percent",
+    "num_params_M",
+    "petaflops",
+    "energy_kj",
+    "agent",
+    "marks",
+    "reason",
+}
 MAX_ROWS = 20  # of a table, where the caller names no number
 PIPE_WIDTH = 1_000_000  # characters; wide enough that nothing is cut or wrapped where no terminal shows it
 NARROW_TERMINAL = 150  # characters; on a narrower terminal the tables have the few columns named below
@@ -147,7 +175,7 @@ def read_runs(
     about = []
     seen = set()
     for path in paths:
-        for row in Ledger(path).rows(complain):
+        for row in Ledger(path).rows(complain, NEEDED):
             if (track and row.track != track) or (platform and row.platform != platform):
                 continue
             if row.status in ABOUT_RUNS:
@@ -324,6 +352,7 @@ def print_leaderboard(
     kind: str = "text",
     most: int = MAX_ROWS,
     out: TextIO | None = None,
+    runs: Path | None = None,
 ) -> None:
     """Print the boards of one or more ledgers.
 
@@ -334,8 +363,11 @@ def print_leaderboard(
         kind: "text" (tables), "tsv" (all ranked runs) or "json" (everything).
         most: runs of a table at most.
         out: where to print; stdout if left out.
+        runs: the folder of the runs that the ledgers should have; None: it is not known.
     """
     boards = gather(paths, track, platform)
+    if runs and not (track or platform):
+        warn_of_lost_runs(boards, runs)
     out = out or sys.stdout
     if kind == "json":
         print_json(boards, out)
@@ -343,6 +375,14 @@ def print_leaderboard(
         print_tsv(boards, out)
     else:
         print_text(boards, most, out)
+
+
+def warn_of_lost_runs(boards: Boards, folder: Path) -> None:
+    """Say how many runs in a folder of runs have a row, and the ledgers have it not."""
+    rows = chain(boards.unranked, *(board.rows for board in boards.boards))
+    lost = [run for run in missing_runs(folder, rows) if (folder / run / "row.json").is_file()]
+    if lost:
+        warn(f"the ledger lacks {len(lost)} of the runs in {folder}: the next run, try or loop adds them")
 
 
 def print_json(boards: Boards, out: TextIO) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from launcher import compiled
 from launcher.ledger import warn
-from launcher.runs import ledger, runs_dir, runs_to_keep
+from launcher.runs import ledger, record_killed_runs, runs_dir, runs_to_keep
 from prepare import cache_dir, load_tracks, prepared_path
 
 
@@ -21,6 +21,7 @@ class Item(NamedTuple):
 
 def free_disk(apply: bool) -> None:
     """Show what runs/ and the cache hold. apply: free what is not needed."""
+    record_killed_runs()  # the ledger says what is needed: none of its rows may be lost
     freed = 0
     for item in [*saved_weights(), *prepared_data(), *compiled_code()]:
         state = "kept" if item.needed else "free"

@@ -1,13 +1,19 @@
 """The `autoresearch` command. Every command imports what it needs when it is called: --help is instant."""
 
+import io
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from launcher.entry import EXIT_INTERRUPTED, leave
+from launcher.ledger import single_line
 
 if TYPE_CHECKING:
     from launcher.device import WhenBusy
@@ -22,25 +28,52 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Group(click.Group):
-    """Turns a user's mistake into one line and an exit code."""
+    """Turns a user's mistake, and what the system refuses, into one line and an exit code."""
+
+    def main(self, *arguments: Any, **more: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a path or a terminal may be no UTF-8
+        try:
+            return super().main(*arguments, **more)
+        except Exception as error:
+            # Not at the top: they bring numpy, and the leaderboard is quick.
+            from launcher.console import describe_os_error
+            from prepare import UserError
+
+            if isinstance(error, UserError):
+                message, code = str(error), error.code
+            elif isinstance(error, OSError):  # a full or read-only disk, a file in the place of a folder
+                message, code = describe_os_error(error), 1
+            else:
+                raise
+            click.echo(f"autoresearch: {single_line(message)}", err=True)
+            sys.exit(code)
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with interruptible():
+                return super().invoke(context)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            sys.exit(130)
+            sys.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:
             # The reader went away (`| head`). Python would complain once more when it closes stdout.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-        except Exception as error:
-            from prepare import UserError  # not at the top: it brings numpy, and the leaderboard is quick
 
-            if not isinstance(error, UserError):
-                raise
-            click.echo(f"autoresearch: {error}", err=True)
-            sys.exit(error.code)
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt: the command is under way, and ends in order."""
+    at_once = signal.getsignal(signal.SIGINT) is leave
+    if at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if at_once:
+            signal.signal(signal.SIGINT, leave)
 
 
 class Seconds(click.FloatRange):
@@ -104,9 +137,18 @@ def seed_option(command: Command) -> Command:
     return click.option("--seed", type=click.IntRange(0, 2**31), default=1, show_default=True)(command)
 
 
+class Line(click.ParamType):
+    """Text on one line: a shell may hand over newlines, control characters, and bytes that are no UTF-8."""
+
+    name = "text"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
+        return single_line(value)
+
+
 def message_option(command: Command) -> Command:
     text = "What this experiment changes, in a line."
-    return click.option("-m", "--message", "description", default="", help=text)(command)
+    return click.option("-m", "--message", "description", type=Line(), default="", help=text)(command)
 
 
 def busy_option(command: Command) -> Command:
@@ -220,14 +262,14 @@ def try_(
 @experiment_options
 @click.option(
     "--agent-seconds",
-    type=Seconds(min=1),
+    type=Seconds(min=1, max=86400),
     default=900,
     show_default=True,
     help="Time that the agent has for a turn.",
 )
 @click.option(
     "--pause",
-    type=Seconds(min=0),
+    type=Seconds(min=0, max=86400),
     default=30,
     show_default=True,
     help="Seconds to wait after a failed turn; doubles with every further one.",
@@ -367,7 +409,8 @@ def leaderboard(ledgers: tuple[Path, ...], track: str | None, platform: str | No
 
     # launcher.runs knows this place too, but importing it takes as long as the whole leaderboard.
     home = Path(os.environ.get("AUTORESEARCH_HOME") or Path(__file__).resolve().parent.parent)
-    print_leaderboard(ledgers or (home / "results.tsv",), track, platform, kind or "text")
+    runs = None if ledgers else home / "runs"
+    print_leaderboard(ledgers or (home / "results.tsv",), track, platform, kind or "text", runs=runs)
 
 
 @main.command()

@@ -18,7 +18,16 @@ from launcher.console import say
 from launcher.ledger import CONFIRMED, UNCONFIRMED, Flag, Row
 from launcher.processes import Stopped
 from launcher.run import EXIT_INTERRUPTED, Request, run_once
-from launcher.runs import find_run, ledger, now_utc, read_sealed, run_dir, sealed_path, trainer_of
+from launcher.runs import (
+    find_run,
+    ledger,
+    now_utc,
+    read_sealed,
+    record_killed_runs,
+    run_dir,
+    sealed_path,
+    trainer_of,
+)
 from launcher.score import NotScored
 from launcher.setting import Setting, resolve
 from launcher.verdict import best_run, board_runs, fresh_seed
@@ -82,6 +91,7 @@ class Confirmation:
 
 def confirm_run(name: str, against: str) -> int:
     """Test a run's trainer against another one's, print the answer and record it. Returns the exit code."""
+    record_killed_runs()
     contest = find_contest(name, against)
     row = contest.best
     setting = resolve(row.platform, row.track, row.budget)

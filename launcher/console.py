@@ -1,5 +1,6 @@
 """What a command says while it works: on stderr, so that stdout holds results alone."""
 
+import errno
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,24 @@ class Scored(NamedTuple):
 
 
 OnEvent = Callable[[Event | Scored | None], None]  # takes all of a run, and None about once a second
+
+
+# What to do about an error of the system, by its number.
+REMEDIES = {
+    errno.ENOSPC: "free some disk",
+    errno.EDQUOT: "free some disk",
+    errno.EROFS: "set AUTORESEARCH_HOME to a folder that can be written",
+    errno.EACCES: "give yourself the right to it, or set AUTORESEARCH_HOME to a folder of your own",
+    errno.ENOTDIR: "a file is where a folder belongs: move it away, or set AUTORESEARCH_HOME",
+    errno.EISDIR: "a folder is where a file belongs: move it away",
+}
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return a line about what the system refused, and what to do."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    remedy = REMEDIES.get(error.errno or 0, "")
+    return f"{what}: {remedy}" if remedy else what
 
 
 def say(message: str) -> None:

@@ -1,5 +1,6 @@
 """One experiment: take the device, run the trainer, judge the result, write the row."""
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -21,9 +22,10 @@ from launcher.harness import (
     removes_code,
     source_hash,
 )
-from launcher.ledger import EVIDENCE, Flag, Row
+from launcher.ledger import Flag, Row, single_line
 from launcher.processes import Stopped
 from launcher.runs import (
+    add_result,
     append_row,
     ledger,
     new_run_id,
@@ -152,7 +154,7 @@ def new_row(request: Request, source: bytes) -> Row:
     setting = request.setting
     return Row(
         commit=request.commit or git_output("rev-parse", "--short=7", "HEAD") or "none",
-        description=request.description or "no description",
+        description=single_line(request.description) or "no description",
         platform=setting.platform.name,
         device=setting.facts.device,
         track=setting.track.name,
@@ -233,52 +235,16 @@ def fill(row: Row, outcome: Outcome, setting: Setting) -> None:
         row.reason = outcome.reason
         return
     assert result
-    row.val_bpb = result.val_bpb
-    row.val_stderr = result.val_stderr
-    row.memory_gb = round(result.peak_memory_mb / 1024, 2)
-    row.tokens_M = result.total_tokens_M
-    row.num_steps = result.num_steps
-    row.num_params_M = result.num_params_M
-    row.depth = result.depth
-    row.mfu_percent = result.mfu_percent
-    row.petaflops = round(1e6 * row.tokens_M * result.flops_per_token / 1e15, 3)
-    if row.training_seconds:
-        row.tokens_per_second = float(round(1e6 * row.tokens_M / row.training_seconds))
+    add_result(row, result)
+    if not 0 < result.val_bpb < math.inf:
+        row.status = "invalid"
+        row.reason = f"a score of {result.val_bpb} bits per byte is none"
 
 
 def judge(row: Row, findings: Sequence[str]) -> None:
-    """Give a scored row its verdict: keep or discard, and why. A row that does not compare gets none."""
-    if row.status:
-        return
-    row.status = "discard"
-    if not row.comparable:
-        power = [flag for flag in POWER_FLAGS.values() if flag in row.flags]
-        row.reason = "no verdict: " + "; ".join([*findings, *power])
-        return
-    rows = ledger().rows()
-    decision = verdict.decide(rows, row)
-    row.p_better = round(decision.p_better, 3)
-    row.effect = decision.effect
-    row.effect_error = decision.effect_error
-    row.belief_before = decision.before
-    row.belief_before_error = decision.before_error
-    row.belief_after = decision.after
-    row.belief_after_error = decision.after_error
-    row.sigma = decision.sigma
-    row.reason = decision.reason
-    if decision.build_on == row.source:
-        row.status = "keep"
-    if row.flags & EVIDENCE:
-        return  # evidence, but it decides nothing
-    row.build_on = decision.build_on
-    if decision.action == "repeat":
-        row.add_flags(Flag.REPEAT)
-        row.reason += f"; once more with seed {row.seed + 1}"
-    elif row.goes_back:
-        earlier = verdict.runs_of(rows, row.board, row.build_on)[-1]
-        row.reason += f" ({earlier.run}: {earlier.description})"
-    if Flag.SHORT in row.flags:
-        row.reason += f"; a budget of {row.budget:g} s never ranks"
+    """Give a scored row its verdict."""
+    if not row.status:
+        verdict.give_verdict(ledger().rows(), row, findings)
 
 
 def print_result(row: Row) -> None:

@@ -12,12 +12,27 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from backends.protocol import Log, RunDir
+from backends.protocol import Log, Result, RunDir, read_json, write_json
 from launcher import compiled
-from launcher.console import say
+from launcher.console import describe_os_error, say
 from launcher.harness import source_hash
-from launcher.ledger import ABOUT_RUNS, BoardKey, Flag, Ledger, Row, refuted_runs, warn
+from launcher.ledger import (
+    ABOUT_RUNS,
+    STATUSES,
+    BoardKey,
+    Flag,
+    Ledger,
+    Row,
+    by_board,
+    missing_runs,
+    refuted_runs,
+    remembered,
+    row_from,
+    to_number,
+    warn,
+)
 from launcher.processes import alive, end_leftovers, remove_tree, scoring_id
+from launcher.verdict import give_verdict
 from prepare import ROOT, UserError
 
 # Packages whose version changes a run's speed or result; run.json lists them.
@@ -126,15 +141,15 @@ def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
     )
 
 
+@remembered
 def lowest_runs(rows: Sequence[Row]) -> dict[BoardKey, Row]:
     """Return the ranked run of each board with the lowest val_bpb, those left out that `verify` refuted."""
     refuted = refuted_runs(rows)
-    lowest: dict[BoardKey, Row] = {}
-    for row in rows:
-        if not row.ranked or row.run in refuted:
-            continue
-        if row.board not in lowest or row.val_bpb < lowest[row.board].val_bpb:
-            lowest[row.board] = row
+    lowest = {}
+    for board, of_board in by_board(rows).items():
+        ranked = [row for row in of_board if row.ranked and row.run not in refuted]
+        if ranked:
+            lowest[board] = min(ranked, key=lambda row: row.val_bpb)
     return lowest
 
 
@@ -161,10 +176,8 @@ def sealed_path(run_id: str) -> Path:
 
 def read_sealed(run_id: str) -> float | None:
     """Return a run's bits per byte on the sealed set, None when it is not on record."""
-    try:
-        return float(json.loads(sealed_path(run_id).read_text())["sealed_bpb"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    score = to_number(float, read_json(sealed_path(run_id)).get("sealed_bpb"))
+    return score if score > 0 else None
 
 
 def loss_curve(run_id: str) -> list[tuple[float, float]]:
@@ -181,59 +194,150 @@ def loss_curve(run_id: str) -> list[tuple[float, float]]:
 # ---------------------------------------------------------------------------
 
 
+@contextmanager
+def recording() -> Iterator[None]:
+    """Hold the lock under which rows are written: of commands that run together, one adds a row."""
+    from filelock import FileLock
+
+    runs_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(runs_dir() / "recording.lock"):
+        yield
+
+
 def append_row(row: Row) -> None:
-    """Write the row of a run, and mark the run as recorded."""
-    ledger().append(row)
-    folder = run_dir(row.run)
-    if folder.path.is_dir():
-        folder.recorded.touch()
+    """Write the row of a run, once: into its folder first, so that a lost ledger can be written again.
+
+    Where the disk is full or read-only, a line says so, and the next command adds the row.
+    """
+    run = run_dir(row.run)
+    try:
+        with recording():
+            if run.path.is_dir():
+                if read_row(run):
+                    return
+                write_json(run.row, asdict(row))
+            ledger().append(row)
+    except (OSError, UserError) as error:
+        reason = describe_os_error(error) if isinstance(error, OSError) else error
+        say(f"run {row.run} is not in the ledger yet, the next command adds it: {reason}")
+
+
+def read_row(run: RunDir) -> Row | None:
+    """Return the row that a run's folder holds, None when it is absent or damaged."""
+    row = row_from(read_json(run.row))
+    return row if row.run == run.run_id and row.status in STATUSES else None
 
 
 def record_killed_runs() -> None:
-    """Give runs whose launcher was killed their row: nothing that was started is missing from the ledger."""
-    from filelock import FileLock
+    """Give their rows to the runs that the ledger lacks: it lost them, or their launcher was killed.
 
+    Raises:
+        UserError: the ledger cannot be written.
+    """
     remove_old_scratch()
-    paths = [path for path in runs_dir().glob("*/run.json") if not RunDir(path.parent).recorded.exists()]
-    if not paths:
+    if not missing_runs(runs_dir(), ledger().rows()):
         return
-    with FileLock(runs_dir() / "recording.lock"):  # of two commands that start together, one records
-        known = {row.run for row in ledger().rows()}
-        for path in sorted(paths):
-            run = RunDir(path.parent)
-            if run.run_id in known:
-                run.recorded.touch()
-                continue
-            row = killed_row(run)
+    try:
+        with recording():
+            add_missing_rows()
+    except OSError as error:
+        raise UserError(f"a run's row could not be written: {describe_os_error(error)}") from None
+
+
+def add_missing_rows() -> None:
+    """Add the rows of the runs that the ledger lacks. Raises OSError, UserError."""
+    rows = ledger().rows()
+    found: list[Row] = []
+    killed = []
+    for run in map(run_dir, missing_runs(runs_dir(), rows)):
+        row = read_row(run)
+        if row is None:
+            row = killed_row(run, [*rows, *found])
             if row is None:
                 continue
-            end_leftovers(row.run)
-            append_row(row)
-            run.weights.unlink(missing_ok=True)
-            compiled.remove_since(path.stat().st_mtime)
-            remove_tree(run.box)
-            for name in ("first", "second"):
-                end_leftovers(scoring_id(row.run, name))
-                remove_tree(run.path / name)
+            remove_leftovers(run)
+            write_json(run.row, asdict(row))
+            killed.append(row)
+        found.append(row)
+    ledger().insert(found)
+    for row in killed:
+        if row.scored:
+            prune_weights(row, False)
+            say(f"run {row.run} had its score when its launcher was killed; it is recorded: {row.status}")
+        else:
             say(f"run {row.run} was cut off when its launcher was killed; it is recorded as a crash")
+    lost = len(found) - len(killed)
+    if lost:
+        say(
+            f"{ledger().path.name} had lost {lost} of the runs in {runs_dir()}; it has them again "
+            "(to be rid of a run, remove its folder too)"
+        )
 
 
-def killed_row(run: RunDir) -> Row | None:
-    """Return the row of a run whose launcher is gone, None when it still runs or its record is damaged."""
+def killed_row(run: RunDir, rows: Sequence[Row]) -> Row | None:
+    """Return the row of a run whose launcher was killed: with a verdict, where it had its score.
+
+    rows: those of the ledger
+
+    Returns None when the launcher still works on it, or its record is damaged.
+    """
+    record = run.read_record()
+    if is_under_way(run, record.get("pid")) or not isinstance(record.get("row"), dict):
+        return None
+    row = row_from(record["row"])
+    if row.run != run.run_id:
+        return None
+    result = run.read_score()
+    if result:
+        add_result(row, result)
+        give_verdict(rows, row, [])
+    else:
+        row.status = "crash"
+        row.reason = "the launcher was killed during the run"
+        row.add_flags(Flag.CUT_OFF)
+    return row
+
+
+def is_under_way(run: RunDir, pid: object) -> bool:
+    """Return whether the launcher `pid` of a run without a row still works on it."""
     import psutil
 
-    record = run.read_record()
+    if not isinstance(pid, int) or pid == os.getpid():  # this launcher is done with its earlier runs
+        return False
     try:
-        owner = psutil.Process(record["pid"]) if psutil.pid_exists(record["pid"]) else None
-        if owner and alive(owner) and owner.create_time() < run.record.stat().st_mtime:
-            return None  # still running
-        row = Row(**record["row"])
-    except (ValueError, KeyError, TypeError, OverflowError, psutil.Error):
-        return None
-    row.status = "crash"
-    row.reason = "the launcher was killed during the run"
-    row.add_flags(Flag.CUT_OFF)
-    return row
+        launcher = psutil.Process(pid)
+        return alive(launcher) and launcher.create_time() < run.record.stat().st_mtime
+    except (psutil.Error, ValueError, OverflowError, OSError):
+        return False
+
+
+def remove_leftovers(run: RunDir) -> None:
+    """End and remove what a run left whose launcher was killed; without a score, its weights too."""
+    end_leftovers(run.run_id)
+    if not run.result.exists():
+        run.weights.unlink(missing_ok=True)
+    compiled.remove_since(run.record.stat().st_mtime)
+    remove_tree(run.box)
+    for name in ("first", "second"):
+        end_leftovers(scoring_id(run.run_id, name))
+        remove_tree(run.path / name)
+
+
+def add_result(row: Row, result: Result) -> None:
+    """Put the numbers of a scored run into its row."""
+    row.training_seconds = result.training_seconds
+    row.total_seconds = result.total_seconds
+    row.val_bpb = result.val_bpb
+    row.val_stderr = result.val_stderr
+    row.memory_gb = round(result.peak_memory_mb / 1024, 2)
+    row.tokens_M = result.total_tokens_M
+    row.num_steps = result.num_steps
+    row.num_params_M = result.num_params_M
+    row.depth = result.depth
+    row.mfu_percent = result.mfu_percent
+    row.petaflops = round(1e6 * row.tokens_M * result.flops_per_token / 1e15, 3)
+    if row.training_seconds:
+        row.tokens_per_second = float(round(1e6 * row.tokens_M / row.training_seconds))
 
 
 def record_of(row: Row, trainer: str, why: str, facts: dict, laptop: dict) -> dict:
@@ -253,29 +357,25 @@ def record_of(row: Row, trainer: str, why: str, facts: dict, laptop: dict) -> di
 def runs_to_keep(rows: Sequence[Row]) -> set[str]:
     """Return the runs whose weights are kept: the best of each board, and its first, which verify needs."""
     kept = {row.run for row in lowest_runs(rows).values()}
-    boards = set()
-    for row in rows:
-        if row.comparable and row.board not in boards:
-            boards.add(row.board)
-            kept.add(row.run)
+    kept.update(
+        next((row.run for row in of_board if row.comparable), "") for of_board in by_board(rows).values()
+    )
     return kept
 
 
 def prune_weights(row: Row, asked_for: bool) -> None:
-    """Drop the weights on a run's board that need not be kept. asked_for: the run's own stay for good."""
+    """Drop the weights that a run made needless: its own, or those of the best before it.
+
+    asked_for: its own stay for good
+    """
     run = run_dir(row.run)
     if asked_for and run.weights.exists():
         run.keep_weights.touch()
     rows = ledger().rows()
-    kept = runs_to_keep(rows)
-    for other in rows:
-        folder = run_dir(other.run)
-        if (
-            other.run
-            and other.board == row.board
-            and other.run not in kept
-            and not folder.keep_weights.exists()
-        ):
+    others = [other for other in by_board(rows).get(row.board, []) if other.ranked and other.run != row.run]
+    best_before = min(others, key=lambda other: other.val_bpb, default=row)
+    for folder in {run, run_dir(best_before.run)}:
+        if folder.run_id not in runs_to_keep(rows) and not folder.keep_weights.exists():
             folder.weights.unlink(missing_ok=True)
 
 

@@ -61,12 +61,16 @@ def trainer_difference(row: Row) -> list[str]:
     before = parent_of(row) or best_before(row)
     theirs = trainer_of(before) if before else None
     if before and theirs:
-        return unified_diff(theirs.read_text(), ours.read_text(), title(before), title(row))
+        return unified_diff(read_text(theirs), read_text(ours), title(before), title(row))
     committed = git_output("show", f"HEAD:{ours.name}")
     if not committed:
         return []
-    lines = unified_diff(committed, ours.read_text(), f"HEAD:{ours.name}", row.run)
+    lines = unified_diff(committed, read_text(ours), f"HEAD:{ours.name}", row.run)
     return lines or ["its trainer is the committed one"]
+
+
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def title(row: Row) -> str:

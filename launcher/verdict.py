@@ -4,17 +4,25 @@ Keep, discard, repeat, or go back: from the rows of a board to the belief, and t
 The belief itself, and the rule, are in launcher/belief.py; docs/search.md says them in words.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
-from launcher.belief import PATIENCE, Decision, Observation, Survey, judge, survey
-from launcher.ledger import EVIDENCE, MOVED, BoardKey, Flag, Row, refuted_runs
+from launcher.belief import OPTIMISM, PATIENCE, Decision, Observation, Standing, Survey, judge, survey
+from launcher.ledger import EVIDENCE, MOVED, BoardKey, Flag, Row, by_board, refuted_runs, remembered
+
+BELIEVED = 300  # runs of a board, the newest, at least so many, that its belief is made of,
+BELIEVED_STEP = 100  # and how many older ones leave it together
+WORST = (
+    100.0  # bits per byte: a run that diverged counts as no more. By chance alone a token costs up to 16 bits
+)
 
 
+@remembered
 def board_runs(rows: Sequence[Row], board: BoardKey) -> list[Row]:
     """Return the runs of a board that a verdict may rest on, oldest first. Refuted ones are left out."""
     refuted = refuted_runs(rows)
-    return [row for row in rows if row.comparable and row.board == board and row.run not in refuted]
+    return [row for row in by_board(rows).get(board, []) if row.comparable and row.run not in refuted]
 
 
 def observe(runs: Iterable[Row]) -> list[Observation]:
@@ -34,7 +42,7 @@ def observe(runs: Iterable[Row]) -> list[Observation]:
 def observation_of(row: Row) -> Observation:
     return Observation(
         source=row.source,
-        val_bpb=row.val_bpb,
+        val_bpb=min(row.val_bpb, WORST),
         kept=row.status == "keep",
         parent=row.parent or None,
         removes_code=Flag.SHORTER in row.flags,
@@ -43,11 +51,63 @@ def observation_of(row: Row) -> Observation:
 
 def decide(rows: Sequence[Row], row: Row) -> Decision:
     """Return what to do after a run. `row` is the newest, and not in `rows` yet."""
-    runs = board_runs(rows, row.board)
+    runs = believed_runs([*board_runs(rows, row.board), row])
     candidates = tried_since_moved(rows, row.board, row.parent)
-    return judge([*observe(runs), observation_of(row)], candidates=candidates)
+    return judge([*observe(runs[:-1]), observation_of(row)], candidates=candidates)
 
 
+def believed_runs(runs: Sequence[Row]) -> list[Row]:
+    """Return the runs of a board that its belief is made of, oldest first.
+
+    They are the newest, and of the older ones those of the trainers that the newest were made from, of the
+    first, and of the one kept last. What lies farther back says next to nothing of the trainers that the
+    search may build on, and to weigh it anew after each run would take minutes.
+    """
+    start = max(0, (len(runs) - BELIEVED) // BELIEVED_STEP * BELIEVED_STEP)
+    older = runs[:start]
+    newest = runs[start:]
+    sources = {row.parent for row in newest if row.parent}
+    sources.update(row.source for row in older[:1])
+    sources.update([row.source for row in older if row.status == "keep"][-1:])
+    return [*(row for row in older if row.source in sources), *newest]
+
+
+def give_verdict(rows: Sequence[Row], row: Row, findings: Sequence[str]) -> None:
+    """Give a scored row its verdict: keep or discard, and why. A row that does not compare gets none.
+
+    rows: those of the ledger, without this one. findings: what made the run incomparable, in words
+    """
+    row.status = "discard"
+    if not row.comparable:
+        power = [flag for flag in (Flag.BATTERY, Flag.LOW_POWER) if flag in row.flags]
+        row.reason = "no verdict: " + "; ".join([*findings, *power])
+        return
+    decision = decide(rows, row)
+    row.p_better = round(decision.p_better, 3)
+    row.effect = decision.effect
+    row.effect_error = decision.effect_error
+    row.belief_before = decision.before
+    row.belief_before_error = decision.before_error
+    row.belief_after = decision.after
+    row.belief_after_error = decision.after_error
+    row.sigma = decision.sigma
+    row.reason = decision.reason
+    if decision.build_on == row.source:
+        row.status = "keep"
+    if row.flags & EVIDENCE:
+        return  # evidence, but it decides nothing
+    row.build_on = decision.build_on
+    if decision.action == "repeat":
+        row.add_flags(Flag.REPEAT)
+        row.reason += f"; once more with seed {row.seed + 1}"
+    elif row.goes_back:
+        earlier = runs_of(rows, row.board, row.build_on)[-1]
+        row.reason += f" ({earlier.run}: {earlier.description})"
+    if Flag.SHORT in row.flags:
+        row.reason += f"; a budget of {row.budget:g} s never ranks"
+
+
+@remembered
 def tried_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> set[str]:
     """Return the sources that the search may go back to from the committed trainer `head`.
 
@@ -58,8 +118,8 @@ def tried_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> set[st
     refuted = refuted_runs(rows)
     sources: set[str] = set()
     build_on = ""
-    for row in rows:
-        if row.board != board or row.run in refuted:
+    for row in by_board(rows).get(board, []):
+        if row.run in refuted:
             continue
         if row.status == MOVED:
             build_on = row.build_on
@@ -72,14 +132,39 @@ def tried_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> set[st
     return sources if head == build_on else {head}
 
 
+@remembered
 def survey_board(rows: Sequence[Row], board: BoardKey) -> Survey | None:
-    """Return what is believed of the trainers of a board, None without a run."""
-    return _survey(tuple(observe(board_runs(rows, board))))
+    """Return what is believed of the trainers of a board, None without a run.
+
+    Of those whose runs lie too far back it is what was believed then, and none of them is the best.
+    """
+    runs = board_runs(rows, board)
+    believed = survey(observe(believed_runs(runs)))
+    if believed is None:
+        return None
+    count = Counter(row.source for row in runs)
+    trainers = {}
+    for row in runs:
+        if row.source not in trainers:
+            trainers[row.source] = believed.trainers.get(row.source) or old_standing(row, count)
+    return believed._replace(trainers=trainers)
 
 
-@lru_cache(maxsize=2)  # a turn asks some ten times
-def _survey(observations: tuple[Observation, ...]) -> Survey | None:
-    return survey(observations)
+def old_standing(row: Row, count: Mapping[str, int]) -> Standing:
+    """Return what was believed of a trainer right after its run. count: runs of each trainer."""
+    mean = row.belief_before + row.effect if row.belief_before else row.val_bpb
+    error = math.hypot(row.belief_before_error, row.effect_error)
+    return Standing(
+        mean=mean,
+        error=error,
+        merit=mean,
+        counts_as=mean - OPTIMISM * error,
+        parent=row.parent if row.parent in count and row.parent != row.source else "",
+        p_better=row.p_better,
+        effect=row.effect,
+        effect_error=row.effect_error,
+        runs=count[row.source],
+    )
 
 
 def runs_of(rows: Sequence[Row], board: BoardKey, source: str) -> list[Row]:
@@ -105,7 +190,8 @@ def best_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> Row | N
     believed = survey_board(rows, board)
     if believed is None:
         return None
-    sources = tried_since_moved(rows, board, head) & believed.trainers.keys()
+    recent = {row.source for row in believed_runs(board_runs(rows, board))}
+    sources = tried_since_moved(rows, board, head) & {*recent, head} & believed.trainers.keys()
     if not sources:
         return None
     best = min(sources, key=lambda source: believed.trainers[source].merit)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import night
+from launcher import belief
 from launcher.belief import (
     LOOKS,
     PRIOR,
@@ -129,6 +130,35 @@ def test_going_back_is_said():
     gone = [d for d in decisions if d.action == "discard" and d.build_on == "best"]
     assert gone and all("back to an earlier trainer" in d.reason for d in gone)
     assert all(d.best == d.build_on for d in gone)
+
+
+def test_a_belief_that_grew_is_the_one_of_all_runs_at_once(monkeypatch):
+    chance = random.Random(1)
+    history = runs(1.0)
+    for i in range(230):  # beyond the runs that are all taken one by one
+        source = "best" if i % 40 == 7 else f"edit {i}"
+        parent = "best" if i < 100 else "edit 50"
+        history.append(Observation(source, 1 + chance.gauss(0.001, 0.001), kept=False, parent=parent))
+        if i % 25 and i < 200:
+            continue
+        grown = judge(history), survey(history)
+        monkeypatch.setattr(belief, "_beliefs", [])
+        assert (judge(history), survey(history)) == grown
+
+
+def test_an_error_leaves_no_half_belief(monkeypatch):
+    history = [*QUIET, *challengers(0.99)]
+    expected = judge(history)
+    judge(history[:-1])
+
+    def fail(*arguments):
+        raise FloatingPointError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Forest, "fit", fail)
+        with pytest.raises(FloatingPointError):
+            judge(history)
+    assert judge(history) == expected
 
 
 def test_an_edit_that_removes_code_needs_no_gain():

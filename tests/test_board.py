@@ -247,6 +247,34 @@ def test_a_long_board_says_how_much_is_left_out(tmp_path):
     assert "not ranked: 4, the last 3 of them" in text and "s0" not in text and "s3" in text
 
 
+# --- What is damaged, and what is missing -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", "-inf", "0", "-1", "-0.0", "x"])
+def test_a_score_that_is_none_is_never_ranked(tmp_path, score):
+    path = write(tmp_path / "results.tsv", row("honest", 1.5), row("odd", 1.25))
+    path.write_text(path.read_text().replace("1.250000", score))
+    assert runs_of(gather([path])) == [["honest"]]
+    assert "odd" not in printed([path]).split("not ranked")[0]
+
+
+def test_it_says_when_the_ledger_lacks_runs_that_have_a_row(tmp_path, capsys):
+    path = write(tmp_path / "results.tsv", row("there", 1.5))
+    for run, names in {
+        "there": ["run.json", "row.json"],
+        "lost": ["run.json", "row.json"],
+        "now": ["run.json"],
+    }.items():
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        for name in names:
+            (tmp_path / "runs" / run / name).write_text("{}")
+    printed([path], runs=tmp_path / "runs")
+    assert "the ledger lacks 1 of the runs" in capsys.readouterr().err
+    printed([path], runs=tmp_path / "runs", track="climbmix")  # rows of other tracks were not read
+    printed([path])
+    assert capsys.readouterr().err == ""
+
+
 # --- How long it takes --------------------------------------------------------------------------------------
 
 BLINK = """

@@ -8,6 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from backends import platforms
 from launcher import cli
 from launcher.ledger import Ledger, Row
 from launcher.runs import run_dir
@@ -92,11 +93,18 @@ def test_a_night_needs_no_agent(call, monkeypatch):
         (("run", "--budget", "inf"), "not in the range"),
         (("run", "--budget", "0"), "not in the range"),
         (("run", "--seed", "-1"), "not in the range"),
-        (("loop", "--agent", "true", "--pause", "inf"), "not a number of seconds"),
+        (("loop", "--agent", "true", "--pause", "inf"), "not in the range"),
         (("loop", "--agent", "true", "--agent-seconds", "nan"), "not a number of seconds"),
         (("loop", "--agent", "true", "--until", ""), "--until"),
         (("loop", "--agent", "no-such-agent"), "no program 'no-such-agent'"),
         (("loop", "--agent", "'"), "--agent"),
+        (("loop", "--agent", "true", "--agent-seconds", "1e308"), "not in the range"),
+        (("loop", "--agent", "true", "--pause", "-1"), "not in the range"),
+        (("loop", "--experiments", "9" * 5000), "not a valid integer"),
+        (("run", "--seed", "1e3"), "not a valid integer"),
+        (("run", "--platform", "\udce9"), "unknown platform"),
+        (("show", "../x"), "the ledger has no run"),
+        (("show", "\udce9\n"), "the ledger has no run"),
         (("noise", "--repeats", "1"), "not in the range"),
         (("leaderboard", "no-such-file"), "does not exist"),
         (("nonsense",), "No such command"),
@@ -117,6 +125,32 @@ def test_a_user_error_is_one_line(call, monkeypatch, code):
     assert done.exit_code == code and done.output == "autoresearch: the disk is full: free some\n"
 
 
+@pytest.mark.parametrize(
+    "place, says",
+    [
+        ("AUTORESEARCH_HOME", "a file/below/results.tsv: Not a directory"),
+        ("AUTORESEARCH_CONFIG", "a file/below: cannot be read"),
+        ("AUTORESEARCH_CACHE", "cannot write"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_one_line(call, house, monkeypatch, place, says):
+    (house / "a file").write_text("")
+    monkeypatch.setenv(place, str(house / "a file" / "below"))
+    platforms.load_platforms.cache_clear()
+    done = call("run", "--budget", 1)
+    assert done.exit_code in (1, 2) and done.output.startswith("autoresearch: ") and says in done.output
+    assert done.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("typed", ["caf\udce9", "a\tb\nc\x1b[31m", "\ud800", "\x85"])
+def test_any_description_is_a_line_of_the_ledger(call, told, house, typed):
+    call("run", "-m", typed)
+    row = Row(run="r1", description=told[0].description)
+    Ledger(house / "results.tsv").append(row)
+    assert Ledger(house / "results.tsv").rows() == [row]
+    assert not told[0].description or told[0].description.isprintable()
+
+
 def test_an_interruption_has_its_exit_code(call, monkeypatch):
     def fail(*arguments):
         raise KeyboardInterrupt
@@ -127,7 +161,7 @@ def test_an_interruption_has_its_exit_code(call, monkeypatch):
 
 def test_a_reader_that_goes_away_is_no_crash(house):
     """As `autoresearch platforms | head -1` does."""
-    command = [sys.executable, "-m", "launcher.cli", "platforms"]
+    command = [sys.executable, "-m", "launcher.entry", "platforms"]
     done = subprocess.run(
         ["bash", "-c", '"$0" "$@" | true; echo "${PIPESTATUS[0]}"', *command],
         cwd=ROOT,

@@ -1,5 +1,7 @@
 """results.tsv: what is written can be read, whatever happens in between."""
 
+import errno
+import math
 import multiprocessing
 import time
 
@@ -8,7 +10,19 @@ from conftest import row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.ledger import COLUMNS, TYPES, UNRANKED, Flag, Ledger, Row, parse, to_line
+from launcher.ledger import (
+    COLUMNS,
+    HEADER,
+    TYPES,
+    UNRANKED,
+    Flag,
+    Ledger,
+    Row,
+    parse,
+    remembered,
+    row_from,
+    to_line,
+)
 from prepare import UserError
 
 ORIGINAL = (
@@ -40,14 +54,14 @@ def test_a_description_that_tries_to_break_the_line(tmp_path):
 
 
 VALUES = {
-    str: st.text(),
+    str: st.text(st.characters()),  # half characters included
     int: st.integers(),
-    float: st.floats(allow_nan=False, allow_infinity=False),
+    float: st.floats(),
 }
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.fixed_dictionaries({name: VALUES[kind] for name, kind in TYPES.items() if name != "ledger"}))
+@given(st.fixed_dictionaries({name: VALUES[kind] for name, kind in TYPES.items()}))
 def test_every_row_is_one_line_and_is_read_back(values):
     """The first writing cleans text and rounds numbers; from then on nothing changes."""
     said = []
@@ -57,6 +71,30 @@ def test_every_row_is_one_line_and_is_read_back(values):
     for name, kind in TYPES.items():
         if kind is int:
             assert getattr(once, name) == values[name]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(COLUMNS), st.none() | st.booleans() | st.floats() | st.text()))
+def test_what_a_column_cannot_hold_costs_no_row(values):
+    """As `exp.start(depth=2.5)` once did: the run was kept, and its row could not be read."""
+    said = []
+    assert len(parse(written(Row(**values)), complain=said.append)) == 1 and not said
+
+
+def test_a_row_is_made_of_json_whatever_that_holds():
+    values = {"run": "r1", "depth": 2.5, "val_bpb": "x", "seed": None, "status": ["keep"], "mine": 1}
+    made = row_from(values)
+    assert (made.run, made.depth, made.val_bpb, made.seed, made.status) == ("r1", 2, 0.0, 0, "['keep']")
+
+
+def test_a_budget_is_read_back_as_it_was():
+    """It is part of the board: a run would be on another one than the command that asks for it."""
+    assert parse(written(row(budget=12.345678)))[0].board == row(budget=12.345678).board
+
+
+@pytest.mark.parametrize("run", ["../x", "a/b", "/etc", ".", "..", "a\0b", "x" * 200, "-x"])
+def test_a_run_that_is_named_like_no_folder_of_ours_has_no_name(run):
+    assert [each.run for each in parse(f"val_bpb\trun\n1.5\t{run}\n")] == [""]
 
 
 def test_text_that_is_no_unicode_is_written(tmp_path):
@@ -84,6 +122,117 @@ def test_a_bad_cell_costs_one_line():
     said = []
     rows = parse(ORIGINAL + "c\tbroken\t1\tkeep\tx\nd\t1.5\t2\tkeep\ty\n", "f.tsv", said.append)
     assert [row.commit for row in rows] == ["a1b2c3d", "b2c3d4e", "d"] and "f.tsv:4" in said[0]
+
+
+DAMAGED_HEADERS = {
+    "gone": "",
+    "cut": HEADER[:40] + "\n",
+    "empty": "\n",
+    "one name": HEADER.replace("val_bpb", "v?l_bpb") + "\n",
+    "some names": HEADER.replace("a", "\ufffd") + "\n",
+    "a tab": HEADER.replace("\t", " ", 1) + "\n",
+    "a byte order mark": "\ufeff" + HEADER + "\n",
+    "noise": "\0" * 100 + "\n",
+}
+
+
+@pytest.mark.parametrize("header", DAMAGED_HEADERS.values(), ids=DAMAGED_HEADERS)
+def test_a_damaged_header_costs_no_row(tmp_path, header, capsys):
+    some = [row(run=f"r{i}", description=f"idea {i}", val_bpb=1 + i / 10) for i in range(3)]
+    path = tmp_path / "results.tsv"
+    path.write_text(header + "".join(to_line(each) + "\n" for each in some))
+    assert Ledger(path).rows() == some
+    Ledger(path).append(row(run="new"))
+    assert path.read_text() == written(*some, row(run="new"))
+    [copy] = tmp_path.glob("results.tsv.old-*")
+    assert copy.read_text().startswith(header)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\0" * 4096, b"\r\n \r\n"])
+def test_an_emptied_ledger_is_begun_anew(tmp_path, content):
+    path = tmp_path / "results.tsv"
+    path.write_bytes(content)
+    assert Ledger(path).rows() == []
+    Ledger(path).append(row())
+    assert path.read_text() == written(row())
+
+
+def test_a_full_disk_leaves_the_ledger_as_it_was(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ledger = Ledger(tmp_path / "results.tsv")
+    ledger.append(row())
+    before = ledger.path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("launcher.ledger.os.fsync", fail)
+        with pytest.raises(OSError):
+            ledger.append(row(run="r2"))
+    assert ledger.path.read_bytes() == before
+    ledger.append(row(run="r2"))
+    assert [each.run for each in ledger.rows()] == ["r1", "r2"]
+
+
+# --- What was read is remembered ----------------------------------------------------------------------------
+
+
+def test_only_what_was_added_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "results.tsv"
+    Ledger(path).append(row(run="r1"))
+    first = Ledger(path).rows()
+    assert Ledger(path).rows() is first
+    Ledger(path).append(row(run="r2"))
+    second = Ledger(path).rows()
+    assert [each.run for each in second] == ["r1", "r2"] and second[0] is first[0]
+    assert [each.run for each in first] == ["r1"]
+
+
+def test_a_ledger_that_was_written_anew_is_read_anew(tmp_path):
+    path = tmp_path / "results.tsv"
+    for i in range(3):
+        Ledger(path).append(row(run=f"r{i}"))
+    assert len(Ledger(path).rows()) == 3
+    path.write_text(written(row(run="other"), row(run="r1"), row(run="r2"), row(run="r3")))  # the same inode
+    assert [each.run for each in Ledger(path).rows()] == ["other", "r1", "r2", "r3"]
+    path.write_text(written(row(run="short")))
+    assert [each.run for each in Ledger(path).rows()] == ["short"]
+    path.unlink()
+    assert Ledger(path).rows() == []
+
+
+def test_complaints_are_repeated_to_each_who_asks(tmp_path):
+    path = tmp_path / "results.tsv"
+    path.write_text(ORIGINAL + "c\tbroken\t1\tkeep\tx\nd\t1.5")
+    for _ in range(2):
+        said = []
+        assert len(Ledger(path).rows(said.append)) == 2
+        assert len(said) == 2 and ":4: not counted" in said[0] and "torn" in said[1]
+
+
+def test_only_the_columns_that_are_wanted_are_read(tmp_path):
+    path = tmp_path / "results.tsv"
+    path.write_text(written(row(agent="me", description="idea")))
+    [read] = Ledger(path).rows(wanted={"val_bpb", "agent"})
+    assert (read.val_bpb, read.agent, read.description) == (1.25, "me", "")
+    assert Ledger(path).rows()[0].description == "idea"
+
+
+def test_an_answer_about_the_rows_of_a_file_is_found_once(tmp_path):
+    asked = []
+
+    @remembered
+    def count(rows, status):
+        asked.append(status)
+        return sum(each.status == status for each in rows)
+
+    ledger = Ledger(tmp_path / "results.tsv")
+    ledger.append(row())
+    for _ in range(2):
+        assert (count(ledger.rows(), "keep"), count(ledger.rows(), "crash")) == (1, 0)
+    assert asked == ["keep", "crash"]
+    ledger.append(row(run="r2"))
+    assert count(ledger.rows(), "keep") == 2
+    assert count([row()], "keep") == 1 and len(asked) == 4
 
 
 def append_many(path, name):
@@ -180,6 +329,10 @@ def test_flags_are_added_once_and_in_order():
         ({"status": "crash", "marks": "interrupted"}, False, False, False),
         ({"status": "crash", "marks": "cut-off"}, False, False, False),
         ({"status": ""}, False, False, False),
+        ({"val_bpb": 0.0}, False, False, True),
+        ({"val_bpb": -1.0}, False, False, True),
+        ({"val_bpb": math.inf}, False, False, True),
+        ({"val_bpb": math.nan}, False, False, True),
     ],
 )
 def test_what_a_row_is_good_for(values, comparable, ranked, judged):

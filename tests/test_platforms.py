@@ -5,6 +5,7 @@ import pytest
 from backends.platforms import (
     apple_facts,
     cpu_facts,
+    current_entries,
     load_platforms,
     match_platform,
     nvidia_facts,
@@ -146,6 +147,18 @@ def test_bigram_tables_are_where_their_rows_are_stated(tmp_path, platforms):
     assert load_platforms(path)["cpu"].start.bigram_rows == 64
     with_tables = [name for name, platform in platforms.items() if platform.start.bigram_rows]
     assert with_tables == ["h100", "h100-pcie", "b200"]
+
+
+def test_a_gpu_that_states_no_memory_is_no_traceback():
+    facts = nvidia_facts("NVIDIA GB10, [N/A], 12.1, 580.95.05\n")
+    assert facts.memory_gb == 0 and facts.bf16
+
+
+@pytest.mark.parametrize("entries", ["x", "[]", "{}", '{"platform": 1, "track": 2}', "[" * 100_000])
+def test_entries_that_no_launcher_wrote_are_a_line(monkeypatch, entries):
+    monkeypatch.setenv("AUTORESEARCH_ENTRIES", entries)
+    with pytest.raises(UserError, match="AUTORESEARCH_ENTRIES holds no entries"):
+        current_entries()
 
 
 def test_the_command_names_the_machine(autoresearch):

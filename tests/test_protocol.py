@@ -2,10 +2,11 @@
 
 import contextlib
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
-from conftest import START
+from conftest import RESULT, START
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from backends.protocol import (
     Stop,
     format_event,
     parse_event,
+    read_json,
     write_json,
 )
 from prepare import UserError
@@ -85,6 +87,23 @@ def test_a_hostile_line_is_an_event_error(line):
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"depth": 2.5},
+        {"depth": 10**400},
+        {"weights": {"w": [-1]}},
+        {"weights": {"w": [10**400]}},
+        {"laptop": {"a": {"b": 1}}},
+        {"laptop": {"a": 10**400}},
+        {"laptop": {"a": math.nan}},
+    ],
+)
+def test_a_start_that_could_not_be_written_again_is_an_event_error(change):
+    with pytest.raises(EventError):
+        parse_event(json.dumps({**asdict(START), **change}))
+
+
 @given(
     st.binary(max_size=200)
     | st.text(max_size=200)
@@ -130,6 +149,24 @@ def test_the_files_of_a_run(tmp_path):
     assert run.log_tail(2) == "second\ufffd\nthird"
 
 
+def test_a_score_is_read_whole_or_not_at_all(tmp_path):
+    run = RunDir(tmp_path)
+    assert run.read_score() is None
+    write_json(run.result, asdict(RESULT))
+    assert run.read_score() == RESULT
+    for damage in ({"val_bpb": 0.0}, {"val_bpb": -1.0}, {"val_bpb": "1.5"}, {"depth": 2.5}, {"seed": None}):
+        write_json(run.result, {**asdict(RESULT), **damage})
+        assert run.read_score() is None
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"\xff", b"[" * 100_000, b"9" * 5000, b"\0"])
+def test_what_is_no_object_of_json_is_an_empty_one(tmp_path, content):
+    path = tmp_path / "a.json"
+    assert read_json(path) == {}
+    path.write_bytes(content)
+    assert read_json(path) == {}
+
+
 def test_events_are_read_past_damage(tmp_path):
     run = RunDir(tmp_path)
     good = json.dumps({"at": 1.5, **asdict(EVENTS[1])})
@@ -140,7 +177,11 @@ def test_events_are_read_past_damage(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "null", "{", '{"trainer": 3}', '{"trainer": "../../etc/passwd"}']
+    "content",
+    [
+        *("", "[]", "null", "{", '{"trainer": 3}', '{"trainer": "../../etc/passwd"}', '{"trainer": ""}'),
+        *('{"trainer": "a\\u0000b"}', f'{{"trainer": "{"x" * 300}"}}', '{"trainer": []}', '{"trainer": "."}'),
+    ],
 )
 def test_a_damaged_record_names_no_trainer(tmp_path, content):
     run = RunDir(tmp_path)

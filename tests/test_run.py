@@ -1,6 +1,7 @@
 """One experiment: its flags, its verdict, its row. Training is made up, but for the dry run."""
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -228,12 +229,40 @@ def test_a_run_is_recorded_even_when_the_launcher_fails(scores, house, monkeypat
     assert row.status == "crash" and row.reason == "the launcher failed: RuntimeError: a fault of ours"
 
 
-def test_a_finished_run_is_not_recorded_again_when_the_ledger_is_lost(scores, house):
+def test_a_finished_run_is_in_the_ledger_again_when_that_was_lost(scores, house):
     scores += [1.5, 1.6]
     attempt(house, "one")
+    before = rows(house)
     (house / "results.tsv").unlink()
     attempt(house, "two")
-    assert [row.description for row in rows(house)] == ["two"]
+    assert rows(house)[:1] == before and [row.description for row in rows(house)] == ["one", "two"]
+
+
+def test_a_run_has_one_row_whatever_fails_after_it(scores, house, monkeypatch):
+    def fail(*arguments):
+        raise OSError("the disk is gone")
+
+    scores.append(1.5)
+    monkeypatch.setattr(runner, "prune_weights", fail)
+    with pytest.raises(OSError):
+        attempt(house, "one")
+    assert [row.status for row in rows(house)] == ["keep"]
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, -1.0, 0.0])
+def test_a_score_that_is_none_is_invalid(scores, house, score):
+    scores += [score, 1.5]
+    row = attempt(house, "cheat")
+    assert row.status == "invalid" and row.reason == f"a score of {score} bits per byte is none"
+    assert "first result on this board" in attempt(house, "honest").reason
+    assert [row.status for row in rows(house)] == ["invalid", "keep"]
+
+
+def test_a_run_that_diverged_ends_no_night(scores, house):
+    scores += [1.5, 1e30, 1.7e308, 1.4]
+    attempt(house, "baseline")
+    assert attempt(house, "diverged").status == attempt(house, "diverged further").status == "discard"
+    assert attempt(house, "better").status == "keep"
 
 
 def test_a_run_shows_its_progress_where_it_is_told_to_and_nowhere_else(scores, house, monkeypatch):

@@ -64,6 +64,14 @@ def test_a_run_is_compared_with_what_it_was_made_from_not_with_the_best_before_i
     assert "-LR = 0.1\n+LR = 0.3" in capsys.readouterr().out
 
 
+def test_a_trainer_that_is_no_utf8_is_shown(house, capsys):
+    add(house, "2026-1", "a", "pass\n")
+    folder = add(house, "2026-2", "b", "", parent="a")
+    (folder.path / "train_cuda.py").write_bytes(b"caf\xe9 = 1\n")
+    show_run("2026-2")
+    assert "+caf\ufffd = 1" in capsys.readouterr().out
+
+
 def test_a_sparkline_goes_from_high_to_low():
     line = sparkline([(float(i), 6.0 - i / 100) for i in range(300)])
     assert len(line) == 72 and line[0] == "█" and line[-1] == "▁"

@@ -335,6 +335,7 @@ def test_cut_off_while_going_back_the_next_command_repairs(repository, monkeypat
     decide_to_go_back(monkeypatch, 1.5)
     number = 1
     ledger = (home() / "results.tsv").read_bytes()
+    kept_runs = set(os.listdir(home() / "runs"))
     while die_at(number, "SCORE = 1.6\n", repository):
         next_command()
         if rows()[-1].description == "cut off" and rows()[-1].judged:
@@ -345,6 +346,8 @@ def test_cut_off_while_going_back_the_next_command_repairs(repository, monkeypat
         assert git_checked("status", "--porcelain", "--", "README.md") == "" and not trial.journal().exists()
         git_checked("reset", "-q", "--hard", lucky)
         (home() / "results.tsv").write_bytes(ledger)
+        for run in set(os.listdir(home() / "runs")) - kept_runs:  # else it comes back into the ledger
+            shutil.rmtree(home() / "runs" / run, ignore_errors=True)
         number += 1
     assert number > 15
 
@@ -402,6 +405,7 @@ def test_cut_off_anywhere_the_next_command_repairs(repository, text, capsys):
         assert not trial.journal().exists() and (repository / "notes.txt").read_text() == "mine\n"
         if judged:  # begin again, with nothing on record
             (home() / "results.tsv").unlink()
+            shutil.rmtree(home() / "runs")  # what stands there comes back into the ledger
             git_checked("reset", "-q", "--hard", start)
             try_as_it_is("baseline")
         number += 1

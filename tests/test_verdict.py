@@ -1,10 +1,13 @@
 """Keep, discard or go back: which runs of a ledger are evidence, and which trainers may be gone back to."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import row
 
 from launcher.ledger import Flag
 from launcher.verdict import (
+    believed_runs,
     best_run,
     best_since_moved,
     board_runs,
@@ -92,6 +95,74 @@ def test_a_survey_knows_effects_now():
     assert believed.trainers["b"].effect == pytest.approx(-0.01, abs=0.002)
     assert believed.trainers["c"].effect == pytest.approx(0.02, abs=0.003)
     assert believed.trainers["c"].parent == "b" and believed.trainers["a"].parent == ""
+
+
+# --- A long board -------------------------------------------------------------------------------------------
+
+
+def long_board(runs):
+    """Rows of a branch on which every fiftieth edit was kept, each a little lower."""
+    rows = []
+    parent = ""
+    best = 1.3
+    for i in range(runs):
+        kept = i % 50 == 0
+        score = best - 0.001 if kept else best + 0.002
+        made = row(
+            run=f"r{i}",
+            source=f"s{i}",
+            seed=i,
+            parent=parent,
+            val_bpb=score,
+            status="keep" if kept else "discard",
+            effect=score - best,
+            effect_error=0.0005,
+            belief_before=best,
+            p_better=0.9 if kept else 0.1,
+        )
+        if kept:
+            parent = made.source
+            best = score
+        made.build_on = parent
+        rows.append(made)
+    return rows
+
+
+def test_a_belief_is_made_of_the_newest_runs_and_those_that_they_stand_on():
+    rows = long_board(1010)
+    believed = [row.source for row in believed_runs(rows)]
+    assert believed == ["s0", "s650", *(f"s{i}" for i in range(700, 1010))]
+    assert believed_runs(rows[:399]) == rows[:399]
+
+
+def test_a_long_board_is_judged_as_a_short_one():
+    rows = long_board(1010)
+    new = row(run="new", source="new", parent="s1000", val_bpb=1.27, status="")
+    decision = decide(rows, new)
+    assert (decision.action, decision.build_on, decision.best) == ("keep", "new", "new")
+    worse = decide(rows, replace(new, val_bpb=1.29))
+    assert (worse.action, worse.build_on, worse.best) == ("discard", "s1000", "s1000")
+
+
+def test_of_a_trainer_of_long_ago_it_is_said_what_was_believed_then():
+    rows = long_board(1010)
+    rows[101].val_bpb = 0.5  # lucky, and long ago
+    believed = survey_board(rows, BOARD)
+    assert list(believed.trainers) == [f"s{i}" for i in range(1010)]
+    assert believed.best == "s1000" == best_since_moved(rows, BOARD, "s1000").source
+    old = believed.trainers["s101"]
+    assert (old.parent, old.effect, old.p_better, old.runs) == ("s100", rows[101].effect, 0.1, 1)
+    assert old.mean == pytest.approx(rows[101].belief_before + rows[101].effect)
+    assert best_since_moved(rows, BOARD, "s101").source == "s101"  # a person went back there
+
+
+def test_a_run_that_diverged_is_a_bad_run_and_no_more():
+    rows = [
+        row(source="a", val_bpb=1.5),
+        row(source="b", parent="a", val_bpb=1e300, status="discard", run="r2"),
+    ]
+    decision = decide(rows, row(source="c", parent="a", val_bpb=1.4, status="", run="r3"))
+    assert decision.action == "keep" and decision.effect == pytest.approx(-0.1, abs=0.01)
 
 
 # --- A person's move is not undone --------------------------------------------------------------------------

@@ -1,0 +1,28 @@
+"""
+Where the command begins. Ctrl-C ends it at once until it is under way: an import cannot be cut off in order.
+"""
+
+import os
+import signal
+from types import FrameType
+
+EXIT_INTERRUPTED = 130
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """End this process at once: the handler of SIGINT while nothing is under way."""
+    os.write(2, b"interrupted\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
+def main() -> None:
+    """Call the command line."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, leave)
+    from launcher.cli import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Where the command begins: Ctrl-C is a line, at any moment."""
+
+import os
+import signal
+import subprocess
+import sys
+
+from launcher import cli, entry
+from prepare import ROOT
+
+# Ctrl-C comes when the first of its imports begins.
+INTERRUPTED = """
+import os, signal, sys
+module = sys.argv[1]
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+from launcher.entry import main
+sys.meta_path.insert(0, Finder())
+sys.argv[1:] = ["leaderboard"]
+main()
+"""
+
+
+def interrupted_at(module):
+    return subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, module],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_ctrl_c_during_an_import_is_a_line(house):
+    for module in ("click", "launcher.cli", "launcher.ledger", "launcher.board"):
+        done = interrupted_at(module)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n"), module
+
+
+def test_a_command_in_the_background_that_ignores_ctrl_c_goes_on_to_ignore_it(monkeypatch):
+    calls = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(cli, "main", lambda: calls.append(signal.getsignal(signal.SIGINT)))
+        entry.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert calls == [signal.SIG_IGN]
