@@ -24,6 +24,8 @@ RUN_EXIT_CODES = """\b
     used the device, or a laptop without power), 2 usage, 130 interrupted.
     An error that the message names: 1."""
 
+FOR_AGENTS = ("show", "restore", "leaderboard", "platforms", "program")  # what an agent of the loop may call
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -114,8 +116,16 @@ def print_version(context: click.Context, parameter: click.Parameter, wanted: bo
     callback=print_version,
     help="Print version, rules, harness and framework.",
 )
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """An AI agent does language-model research overnight, on whatever accelerator you own."""
+    if os.environ.get("AUTORESEARCH_LOOP") and context.invoked_subcommand not in FOR_AGENTS:
+        from prepare import UserError
+
+        raise UserError(
+            f"an agent of the loop may call {', '.join(FOR_AGENTS)}; the loop does the rest: "
+            "edit the trainer, say what you did, and end"
+        )
 
 
 def platform_option(command: Command) -> Command:

@@ -1,14 +1,13 @@
 """One experiment: take the device, run the trainer, judge the result, write the row."""
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backends.platforms import mac_state
-from backends.protocol import IN_LOOP_VARIABLE, RunDir, write_json
+from backends.protocol import RunDir, write_json
 from launcher import compiled, verdict
 from launcher.box import missing_walls
 from launcher.child import Outcome, supervise
@@ -38,7 +37,7 @@ from launcher.runs import (
     trainer_of,
 )
 from launcher.setting import Setting
-from prepare import RULES, UserError
+from prepare import RULES
 
 EXIT_CODES = {"keep": 0, "discard": 3, "crash": 1, "timeout": 4, "invalid": 5}
 EXIT_INTERRUPTED = 130
@@ -90,9 +89,8 @@ def run_once(request: Request) -> Row:
     """Run a trainer once and return its row.
 
     Raises:
-        UserError: nothing was started: no trainer, no framework, or the loop runs the experiments.
+        UserError: nothing was started: no trainer, or not the machine for it.
     """
-    refuse_in_loop()
     setting = request.setting
     setting.require_device()
     trainer = (request.trainer or setting.trainer).resolve()
@@ -141,12 +139,6 @@ def run_copy(request: Request, row: Row, run: RunDir, copy: Path) -> None:
     judge(row, [text for _, text in findings])
     append_row(row)
     prune_weights(row, request.keep_weights)
-
-
-def refuse_in_loop() -> None:
-    """Raise UserError for an agent that the loop called: it starts no experiment of its own."""
-    if os.environ.get(IN_LOOP_VARIABLE):
-        raise UserError("autoresearch loop runs the experiments: edit the trainer, say what you did, and end")
 
 
 def new_row(request: Request, source: bytes) -> Row:

@@ -21,7 +21,7 @@ from launcher.console import say
 from launcher.device import acquire
 from launcher.harness import read_trainer, source_hash
 from launcher.ledger import EVIDENCE, STATUSES, BoardKey, Row
-from launcher.run import Request, exit_code, print_result, refuse_in_loop, run_experiment
+from launcher.run import Request, exit_code, print_result, run_experiment
 from launcher.runs import id_time, ledger, read_source, record_killed_runs, scratch_folder
 from launcher.setting import Setting
 from launcher.verdict import board_runs, runs_of, survey_board
@@ -45,9 +45,8 @@ def hold_repository() -> Iterator[None]:
     """Hold the repository: one try or loop at a time. What an earlier command left is finished first.
 
     Raises:
-        UserError: there is no repository to commit to, or the agent of a loop asks.
+        UserError: there is no repository to commit to.
     """
-    refuse_in_loop()
     repo.require_repository()
     lock = FileLock(repo.git_path("autoresearch.lock"))
     acquire(lock, lambda: "another try or loop works in this repository")

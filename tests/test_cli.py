@@ -1,6 +1,7 @@
 """The command line: every command through click, its help, its exit codes, its mistakes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -237,3 +238,25 @@ def test_program_prints_the_page_of_this_machine(call):
     assert (
         done.exit_code == 0 and "Program for cpu" in done.output and "trainer: train_cuda.py" in done.output
     )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run",
+        "try -m x",
+        "loop",
+        "confirm",
+        "noise",
+        "verify best",
+        "prepare --force",
+        "clean --yes",
+        "report",
+    ],
+)
+def test_an_agent_of_the_loop_may_only_look(call, monkeypatch, house, command):
+    monkeypatch.setenv("AUTORESEARCH_LOOP", str(house))
+    done = call(*command.split())
+    assert done.exit_code == 1 and "an agent of the loop may call show, restore" in done.output
+    assert call("leaderboard").exit_code != 1 or "an agent of the loop" not in call("leaderboard").output
+    assert os.listdir(house) == []

@@ -211,13 +211,6 @@ def test_a_dry_run_says_what_is_wrong_and_leaves_nothing(house):
     assert not (house / "results.tsv").exists() and not list((house / "runs").glob("*/*"))
 
 
-def test_an_agent_of_the_loop_starts_no_experiment(house, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_LOOP", "1")
-    with pytest.raises(UserError, match="runs the experiments"):
-        run_experiment(Request(resolve("cpu")))
-    assert not (house / "runs").exists()
-
-
 def test_a_run_is_recorded_even_when_the_launcher_fails(scores, house, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("a fault of ours")

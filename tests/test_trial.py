@@ -9,7 +9,6 @@ import pytest
 from conftest import calls, edit, supervise
 from filelock import FileLock
 
-from backends.protocol import IN_LOOP_VARIABLE
 from launcher import verdict
 from launcher.harness import git_output
 from launcher.ledger import Flag, Ledger, Row
@@ -465,9 +464,3 @@ def test_a_left_behind_lock_is_named(repository, monkeypatch):
     lock.unlink()
     next_command()  # the verdict was written; the rest is made up for
     assert repo.content("HEAD", "train_cuda.py") == b"SCORE = 1.4\n"
-
-
-def test_an_agent_cannot_start_experiments_of_its_own(monkeypatch, repository):
-    monkeypatch.setenv(IN_LOOP_VARIABLE, "1")
-    with pytest.raises(UserError, match="runs the experiments"):
-        try_as_it_is("mine")
