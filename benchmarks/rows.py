@@ -6,8 +6,8 @@ What size costs: the leaderboard of a long ledger, and the launcher's work in a 
 The rows are made up, of one board: each trainer was made from the one that was kept last. The leaderboard is
 the real command, in a process of its own. The turns are those of a real night in a clone of the committed
 repository, in which every earlier run has its folder; training, scoring and the dry run are made up and take
-no time, and the agent adds a comment. So the seconds of a turn are those of the launcher, of git and of the
-start of a shell. Peak memory is that of the process. The last lines are for grep.
+no time, and the agent adds a comment. CPU time and peak memory are those of the command's own process. The
+last lines are for grep.
 """
 
 import argparse
@@ -198,6 +198,16 @@ def run_inside(count: int) -> None:
         write_json(run_dir.result, asdict(result))
         return Outcome(training_seconds=300.0, total_seconds=330.0, exit_code=0, result=result)
 
+    prompts: list[float] = []  # CPU time that each took
+    write_prompt = loop.Loop.write_prompt
+
+    def timed_prompt(self, result):  # type: ignore[no-untyped-def]
+        before = time.process_time()
+        prompt = write_prompt(self, result)
+        prompts.append(time.process_time() - before)
+        return prompt
+
+    loop.Loop.write_prompt = timed_prompt
     runner.supervise = supervise
     loop.dry_run = lambda *_: (Outcome(), "")
     setting = resolve("cpu")
@@ -209,8 +219,9 @@ def run_inside(count: int) -> None:
     own = [after[1] - before[1] for before, after in pairs]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"turn: launcher {median(own):.3f} s of CPU ({min(own):.3f} to {max(own):.3f}), "
-        f"with git and the agent {median(seconds):.3f} s, {peak:.2f} GiB"
+        f"turn: {median(own):.3f} s of CPU ({min(own):.3f} to {max(own):.3f}), "
+        f"{median(prompts[-COUNTED:]):.3f} of them for the prompt; "
+        f"{median(seconds):.3f} s with git and the agent, {peak:.2f} GiB"
     )
 
 

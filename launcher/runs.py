@@ -372,11 +372,15 @@ def prune_weights(row: Row, asked_for: bool) -> None:
     if asked_for and run.weights.exists():
         run.keep_weights.touch()
     rows = ledger().rows()
-    others = [other for other in by_board(rows).get(row.board, []) if other.ranked and other.run != row.run]
-    best_before = min(others, key=lambda other: other.val_bpb, default=row)
-    for folder in {run, run_dir(best_before.run)}:
-        if folder.run_id not in runs_to_keep(rows) and not folder.keep_weights.exists():
-            folder.weights.unlink(missing_ok=True)
+    kept = runs_to_keep(rows)
+    needless = run
+    if row.run in kept:
+        others = [
+            other for other in by_board(rows).get(row.board, []) if other.ranked and other.run != row.run
+        ]
+        needless = run_dir(min(others, key=lambda other: other.val_bpb, default=row).run)
+    if needless.run_id not in kept and not needless.keep_weights.exists():
+        needless.weights.unlink(missing_ok=True)
 
 
 def append_json_line(path: Path, data: dict) -> None:
