@@ -167,6 +167,15 @@ def old_standing(row: Row, count: Mapping[str, int]) -> Standing:
     )
 
 
+def lineage(believed: Survey, source: str) -> set[str]:
+    """Return the sources of a trainer and of those that it was made from, as far as they were scored."""
+    sources: set[str] = set()
+    while source in believed.trainers and source not in sources:
+        sources.add(source)
+        source = believed.trainers[source].parent
+    return sources
+
+
 def runs_of(rows: Sequence[Row], board: BoardKey, source: str) -> list[Row]:
     """Return the runs of a trainer on a board, oldest first."""
     return [row for row in board_runs(rows, board) if row.source == source]

@@ -8,7 +8,7 @@ from itertools import pairwise
 from launcher.belief import Standing, Survey
 from launcher.ledger import EVIDENCE, STATUSES, BoardKey, Flag, Row, refuted_runs
 from launcher.setting import Setting
-from launcher.verdict import survey_board
+from launcher.verdict import lineage, survey_board
 from night.agent import read_saved_answer
 
 NEAR_MISSES = 10  # discarded edits with the lowest expected effect, of which an agent is told all
@@ -60,12 +60,7 @@ class Tried:
     @cached_property
     def stack(self) -> set[str]:
         """Return the sources of the current trainer and of those that it was made from."""
-        sources: set[str] = set()
-        source = self.current
-        while self.survey and source in self.survey.trainers and source not in sources:
-            sources.add(source)
-            source = self.survey.trainers[source].parent
-        return sources
+        return lineage(self.survey, self.current) if self.survey else set()
 
     @cached_property
     def kept(self) -> list[Experiment]:
