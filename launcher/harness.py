@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prepare import ROOT, UserError, config_path
 
-# What a run imports or reads, beside the trainer: its content hash goes into the row.
+# What a run imports or reads, beside the trainer: its content hash goes into the row. Not launcher/report/.
 FOLDERS = ("backends", "launcher")
 FILES = ("prepare.py", "train_cuda_kernels.py")
 # What no trial may change, as git names paths: all code and configuration but the trainer.

@@ -1,236 +1,361 @@
-"""The morning report: a page that stands alone, and its figures."""
+"""The morning report: a page that stands alone, and a card. In a browser: test_report_browser.py."""
 
 import json
+import os
+import random
 import re
 import shutil
-import subprocess
-from dataclasses import asdict
+from html.parser import HTMLParser
 
 import matplotlib
 import pytest
+from conftest import row
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from made_up_night import make_night
+from PIL import Image
 from test_ledger import ORIGINAL
 
-from backends.protocol import Log
-from launcher.board import gather
-from launcher.ledger import Ledger, Row
-from launcher.report import (
-    MAX_CURVES,
-    agents_of,
-    choose_curves,
-    collect_series,
-    running_best,
-    running_best_of,
-    value_limits,
-    write_report,
-)
+from launcher import report as room
+from launcher.ledger import COLUMNS, Ledger, Row, to_line
+from launcher.report import write_report
+from launcher.report.figure import Box, place_labels
+from launcher.report.page import ASSETS, digest
+from launcher.report.report import make_report
+from launcher.report.text import UNWRITABLE
 from launcher.runs import run_dir
 from prepare import UserError
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-CHROMIUM_OPTIONS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+HOSTILE = "</script><img src=x onerror=alert(1)> \"quoted\" 'single' & $x$ <!-- \u202e \U0001f600"
 
 
-def add_run(house, number, **values):
-    """Add a run to the ledger of the house."""
-    defaults = {
-        "run": f"20260101-0000{number:02}-abcd",
-        "val_stderr": 0.01,
-        "rules": 1,
-        "budget": 300.0,
-        "track": "pysource",
-        "platform": "cpu",
-        "device": "AMD EPYC, 2 cores",
-        "fingerprint": "f" * 16,
-        "val_tokens": 524288,
-        "time": f"2026-01-01T{number:02}:00:00Z",
-        "source": f"s{number}",
-        "description": f"idea {number}: <b>bold</b> & long " + "x" * 30,
-        "tokens_per_second": 12000.0,
-        "mfu_percent": 50.0,
-    }
-    row = Row(**{**defaults, **values})
-    Ledger(house / "results.tsv").append(row)
-    return row
+@pytest.fixture
+def night(house):
+    """A small night of two machines. Yields the ledgers."""
+    return make_night(house, runs=24, mac_runs=12, points=40)
 
 
-def add_folder(row, number):
-    """Add the folder of a run: its trainer and its loss curve."""
-    folder = run_dir(row.run)
-    folder.path.mkdir(parents=True)
-    folder.record.write_text(json.dumps({"trainer": "train_cuda.py"}))
-    (folder.path / "train_cuda.py").write_text(f"MATRIX_LR = 0.0{number + 1}\nDEPTH = 4\n")
-    with open(folder.events, "w") as f:
-        for at in range(1, 300, 10):
-            loss = 7 - at / 60 - number / 50
-            event = Log(
-                step=at, loss=loss, smooth=loss, tokens=at * 12000, elapsed=at, tokens_per_s=12000, mfu=50
-            )
-            f.write(json.dumps({"at": at + 5, **asdict(event)}) + "\n")
+def page_of(ledgers, folder, **options):
+    page, _ = write_report(ledgers, folder, **options)
+    return page.read_text(encoding="utf-8")
 
 
-def make_night(house, count=24):
-    """Make a ledger and runs/ as a night leaves them. Returns the path of the ledger."""
-    best = 1.6
-    for i in range(count):
-        bpb = best - 0.02 if i % 4 == 0 else best + 0.01 * (i % 3)
-        if i == 7:
-            row = add_run(house, i, status="crash", reason="boom")
-        else:
-            row = add_run(house, i, val_bpb=bpb, status="keep" if bpb < best else "discard")
-        best = min(best, bpb)
-        add_folder(row, i)
-    return house / "results.tsv"
+def data_of(page):
+    """Return what the page gives to its script."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+class Structure(HTMLParser):
+    """The tags of a page with their attributes, and its text outside scripts and styles."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if self.cdata_elem is None:  # neither script nor style
+            self.text += data
 
 
 # --- The page -----------------------------------------------------------------------------------------------
 
 
-def test_the_page_stands_alone(house):
-    page, picture = write_report([make_night(house)], house / "report")
-    assert (page, picture) == (house / "report" / "report.html", house / "report" / "report.png")
-    text = page.read_text()
-    assert not re.search(r"(src|href)=[\"']?https?://", text) and "<script" not in text
-    assert text.count("<svg") == 2 and "&lt;b&gt;bold" in text and "<b>bold" not in text
-    assert "23 scored experiments, 6 of them set a new best" in text and "1 rows are not ranked" in text
-    assert "crash: boom" in text and "prefers-color-scheme: dark" in text
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 20_000
+def test_the_page_stands_alone(night, house):
+    page = page_of(night, house / "report")
+    read = Structure(page)
+    addresses = [attributes.get(name) for _, attributes in read.tags for name in ("src", "href")]
+    assert not [address for address in addresses if address and not address.startswith(("#", "data:"))]
+    assert "http://" not in re.sub(
+        r"http://www\.w3\.org/\S+", "", page.replace(asset("uPlot.iife.min.js"), "")
+    )
+    policy = next(attributes["content"] for tag, attributes in read.tags if "content" in attributes and
+                  attributes.get("http-equiv") == "Content-Security-Policy")  # fmt: skip
+    assert policy.startswith("default-src 'none'") and f"'sha256-{digest(asset('page.js'))}'" in policy
 
 
-def test_the_same_ledger_gives_the_same_page(house):
-    ledger = make_night(house, count=3)
-    first, _ = write_report([ledger], house / "one")
-    second, _ = write_report([ledger], house / "two")
-
-    def undated(page):
-        return re.sub(r"<dc:date>.*?</dc:date>", "", page.read_text())
-
-    assert undated(first) == undated(second)
+def asset(name):
+    return (ASSETS / name).read_text(encoding="utf-8")
 
 
-def test_the_originals_ledger_is_plotted(house):
+def test_it_is_read_without_script(night, house):
+    read = Structure(page_of(night, house / "report"))
+    text = " ".join(read.text.split())
+    headings = (
+        "What worked",
+        "Nearly",
+        "What failed",
+        "The night",
+        "Every run",
+        "Devices",
+        "How it was made",
+    )
+    assert [heading for heading in headings if heading not in text] == []
+    assert "bits per byte better than the baseline" in text and "fresh" not in text
+    assert "NVIDIA H100 80GB HBM3" in text and "Apple M4 Max" in text and "gap closed" in text
+    assert "agent tokens" in text and "kWh" in text and "RULES" in text and "5c1b8a53d948444b" in text
+    rows = [attributes for tag, attributes in read.tags if tag == "tr" and "data-run" in attributes]
+    assert len(rows) == 24 + 12 + 6  # and the pairs of the claim
+    assert sum(tag == "figure" for tag, _ in read.tags) == 2
+    assert any(tag == "rect" and attributes.get("class") == "training" for tag, attributes in read.tags)
+
+
+def test_a_run_has_its_numbers_its_words_and_its_diff_once(night, house):
+    page = page_of(night, house / "report")
+    read = Structure(page)
+    ids = [attributes["id"] for _, attributes in read.tags if attributes.get("id", "").startswith("run-2026")]
+    assert len(ids) == len(set(ids)) == 42
+    links = {attributes["href"] for tag, attributes in read.tags if tag == "a"}
+    assert links == {"#" + each for each in ids}
+    assert "<ins>+" in page and "<del>-" in page and "try it together with a longer warmdown" in page
+
+
+def test_no_text_of_a_ledger_or_an_agent_is_markup(house):
+    texts = (
+        "description",
+        "reason",
+        "device",
+        "platform",
+        "track",
+        "agent",
+        "marks",
+        "fingerprint",
+        "harness",
+    )
+    hostile = {name: f"{HOSTILE} {name}" for name in texts}
+    for number in range(3):
+        each = row(run=f"r{number}", val_bpb=1.5 - number / 10, source=f"s{number}", parent=f"s{number - 1}")
+        each.time = f"2026-01-01T0{number}:00:00Z"
+        each.total_seconds = 400.0
+        for name, text in hostile.items():
+            setattr(each, name, text)
+        Ledger(house / "results.tsv").append(each)
+        folder = house / "runs" / each.run
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"trainer": "train.py"}))
+        (folder / "train.py").write_text(f"# {HOSTILE} {number}\n\0\x1b[31m\n")
+        (folder / "answer.json").write_text(
+            json.dumps({"next": HOSTILE + "\ud800", "learned": "\x00" + HOSTILE})
+        )
+    log = house / "runs" / "loop" / "loop.jsonl"
+    log.parent.mkdir()
+    turn = {"time": "2026-01-01T01:00:00Z", "event": "turn", "agent": HOSTILE + "\udfff", "seconds": 60}
+    done = {"time": "2026-01-01T01:10:00Z", "event": "experiment", "run": "r1"}
+    log.write_text(json.dumps(turn) + "\n" + json.dumps(done) + "\n{torn")
+    page = page_of([house / "results.tsv"], house / "report")
+    read = Structure(page)
+    assert [tag for tag, _ in read.tags].count("script") == 3 and "img" not in [tag for tag, _ in read.tags]
+    assert not [name for _, attributes in read.tags for name in attributes if name.startswith("on")]
+    assert HOSTILE.split()[0] not in page.replace("</script>\n", "").split('id="data">')[0]
+    assert not UNWRITABLE.search(page) and HOSTILE + " description" in read.text
+    assert data_of(page)["series"][0]["name"][0].startswith(HOSTILE)
+
+
+def test_the_same_ledger_gives_the_same_page(night, house):
+    first, second = (page_of(night, house / name) for name in ("one", "two"))
+    assert re.sub(r"<dt>written.*?</dd>", "", first) == re.sub(r"<dt>written.*?</dd>", "", second)
+
+
+def test_a_night_of_200_runs_is_a_page_of_a_megabyte_and_a_half_at_most(house):
+    page, _ = write_report(make_night(house, runs=200, mac_runs=0, points=60, claims=False), house / "report")
+    assert page.stat().st_size < 1_500_000
+
+
+# --- What may be absent -------------------------------------------------------------------------------------
+
+
+def test_without_folders_and_log_the_rows_are_told(night, house):
+    shutil.rmtree(house / "runs")
+    page = page_of(night, house / "report")
+    assert "No diff: the copies of the trainers are not here." in page and "agent tokens" not in page
+    assert data_of(page)["curves"]["curves"] == {} and 'class="training"' in page
+
+
+def test_the_originals_ledger_is_told_beside_ours(night, house):
     old = house / "old.tsv"
     old.write_text(ORIGINAL + "c3d4e5f\t0.990000\t44.1\tkeep\tsmaller batch\n")
-    page, _ = write_report([make_night(house), old], house / "report")
-    text = page.read_text()
-    assert "old.tsv (from another tool: its rules are unknown): 2 scored experiments" in text
-    assert "smaller batch" in text and text.count("<svg") == 3
-
-
-def test_a_description_with_dollar_signs_is_no_formula(house):
-    row = add_run(house, 1, status="keep", val_bpb=1.5, description=r"costs $5 and $\nothing $ {more}")
-    add_folder(row, 1)
-    page, _ = write_report([house / "results.tsv"], house / "report")
-    assert r"costs $5 and $\nothing $ {more}" in page.read_text()
-
-
-def test_devices_are_compared(house):
-    add_run(house, 1, status="keep", val_bpb=1.5)
-    add_run(house, 2, status="keep", val_bpb=1.4, device="Apple M4 Max")
-    page, _ = write_report([house / "results.tsv"], house / "report")
-    assert "across devices" in page.read_text() and page.read_text().count("<svg") == 2
-
-
-def test_matplotlib_is_left_as_it_was(house):
-    before = dict(matplotlib.rcParams)
-    write_report([make_night(house, count=2)], house / "report")
-    assert dict(matplotlib.rcParams) == before
+    text = Structure(page_of([*night, old], house / "report")).text
+    assert "old.tsv" in text and "its rules are unknown" in text and "smaller batch" in text
+    alone = Structure(page_of([old], house / "report")).text
+    assert "val_bpb 0.9900, not confirmed" in alone and "How long the runs took is not on record." in alone
 
 
 def test_nothing_to_report_says_what_to_do(house):
     with pytest.raises(UserError, match="no scored experiment to report: autoresearch run"):
         write_report([house / "results.tsv"], house / "report")
+    (house / "results.tsv").write_text("")
+    with pytest.raises(UserError, match="no scored experiment"):
+        write_report([house / "results.tsv"], house / "report")
+    assert not (house / "report").exists()
+
+
+def test_a_run_that_is_not_there_is_an_error(night, house):
     with pytest.raises(UserError, match="no run 'nope'") as raised:
-        write_report([make_night(house)], house / "report", runs=["nope"])
+        write_report(night, house / "report", runs=["nope"])
     assert raised.value.code == 2 and not (house / "report").exists()
 
 
-# --- What is drawn ------------------------------------------------------------------------------------------
+def test_only_what_was_asked_for_is_told(night, house):
+    text = Structure(page_of(night, house / "report", platform="apple-max")).text
+    assert "Apple M4 Max" in text and "NVIDIA H100" not in text
+    with pytest.raises(UserError, match="no scored experiment"):
+        write_report(night, house / "report", track="nope")
 
 
-def test_the_running_best_steps_down():
-    scores = [(1.7, "discard"), (1.5, "keep"), (1.6, "discard"), (1.4, "keep"), (1.3, "discard")]
-    rows = [Row(val_bpb=bpb, status=status) for bpb, status in scores]
-    assert running_best(rows) == ([None, 1.5, 1.5, 1.4, 1.4], [1, 3])
-    assert running_best([]) == ([], [])
+def test_agents_are_compared_where_several_took_part(house):
+    for number, agent in enumerate(["", "builtin", "claude", "builtin", "claude"]):
+        each = row(run=f"r{number}", agent=agent, val_bpb=1.5 - number / 100, source=f"s{number}")
+        Ledger(house / "results.tsv").append(each)
+    page = page_of([house / "results.tsv"], house / "report")
+    assert "Agents against each other" in page
+    assert [line["label"] for line in data_of(page)["lines"]["agents-0"]["lines"]] == ["builtin", "claude"]
 
 
-def test_a_failure_far_above_does_not_flatten_the_rest():
-    rows = [Row(val_bpb=1.5 - i / 100) for i in range(20)] + [Row(val_bpb=9.0)]
-    low, high = value_limits(rows, falls=[0])
-    assert 1.2 < low < 1.31 and 1.5 < high < 1.8
+def test_a_long_ledger_is_shortened_to_its_newest_runs_and_says_so(house, monkeypatch):
+    monkeypatch.setattr("launcher.report.report.MOST_RUNS", 10)
+    ledgers = make_night(house, runs=30, mac_runs=0, points=10, claims=False)
+    report = make_report(ledgers)
+    kept = {report.series[0].baseline.number, report.series[0].best.number}
+    assert [run.number for run in report.runs] == sorted({*range(21, 31), *kept})
+    assert report.counts.experiments == 30
+    assert f"{report.left_out} earlier runs have no room here." in page_of(ledgers, house / "report")
 
 
-def test_curves_of_the_best_runs_or_of_those_named(house):
-    boards = gather([make_night(house, count=12)])
-    series = collect_series(boards)
-    best = choose_curves(series, boards.unranked, [])
-    scores = [curve.row.val_bpb for curve in best]
-    assert (
-        len(best) == MAX_CURVES and scores == sorted(scores) and best[0].points[0] == (1, 7 - 1 / 60 - 8 / 50)
-    )
-    crashed = "20260101-000007-abcd"
-    [named] = choose_curves(series, boards.unranked, [crashed])
-    assert named.row.run == crashed
-    shutil.rmtree(run_dir(best[0].row.run).path)  # as of a run of another machine
-    assert choose_curves(series, boards.unranked, [])[0].row == best[1].row
+# --- Curves and diffs ---------------------------------------------------------------------------------------
 
 
-# --- In a browser -------------------------------------------------------------------------------------------
+def test_curves_of_the_best_and_the_last_runs_or_of_those_named(night, house):
+    report = make_report(night)
+    series = report.series[0]
+    assert report.curves[:2] == [series.best.id, series.baseline.id] and series.scored[-1].id in report.curves
+    failed = next(run.id for run in series.runs if run.kind == "failed")
+    assert make_report(night, runs=[failed]).curves == [failed]
+    data = data_of(page_of(night, house / "report"))["curves"]
+    assert data["best"] == series.best.id and set(report.curves) <= data["curves"].keys()
+    lengths = {len(curve) for curve in data["curves"].values()}
+    assert lengths == {len(data["seconds"])}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine (Debian: apt-get install chromium)")
-@pytest.mark.parametrize("width", [1200, 400])
-def test_it_renders_in_a_real_browser(house, width):
-    page, _ = write_report([make_night(house)], house / "report")
-    shot = house / f"shot{width}.png"
-
-    def browse(*options):
-        command = [
-            CHROMIUM,
-            *CHROMIUM_OPTIONS,
-            f"--user-data-dir={house / 'profile'}",
-            f"--window-size={width},2000",
-            *options,
-            page.as_uri(),
-        ]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=90).stdout
-
-    browse(f"--screenshot={shot}")
-    from PIL import Image
-
-    image = Image.open(shot).convert("RGB")
-    colors = {color for _, color in image.getcolors(1 << 24)}
-    assert image.width == width and len(colors) > 50  # something was drawn, in colour
-    assert any(g > r + 40 and g > b + 20 for r, g, b in colors), "the running best is not there"
-    dom = browse("--dump-dom")
-    assert "<svg" in dom and "idea 8" in dom
+def test_a_diff_is_against_the_trainer_that_the_edit_was_made_on(night):
+    report = make_report(night)
+    for run in report.series[0].experiments[1:]:
+        diff = report.diffs[run.id]
+        parent = next(other.row for other in report.runs if other.id == diff.against)
+        assert parent.source == run.row.parent and any(line.startswith("+") for line in diff.lines)
 
 
-def test_agents_are_drawn_against_each_other_by_the_number_of_their_experiments(house):
-    agents = ["", "builtin", "claude", "builtin", "claude", "claude"]
-    values = [1.5, 1.45, 1.4, 1.44, 1.6, 1.3]
-    for number, (agent, value) in enumerate(zip(agents, values, strict=True)):
-        status = "keep" if value != 1.6 else "discard"
-        add_run(house, number, agent=agent, val_bpb=value, status=status)
-    [series] = collect_series(gather([house / "results.tsv"]))
-    assert agents_of(series.rows) == ["builtin", "claude"]
-    assert running_best_of(series.rows, "builtin") == ([1, 2], [1.45, 1.44])
-    assert running_best_of(series.rows, "claude") == ([1, 2, 3], [1.4, 1.4, 1.3])
-    page, _ = write_report([house / "results.tsv"], house / "report")
-    assert "agents against each other" in page.read_text()
+def test_a_damaged_folder_is_an_empty_one(night, house):
+    report = make_report(night)
+    run = report.series[0].best.id
+    folder = run_dir(run)
+    folder.events.write_bytes(b'\xff\xfe{"at": 1}\n[]\n{"at": "x"}\n\n{"at": 1, "event": "log"')
+    (folder.path / "answer.json").write_text("[" * 100_000)
+    folder.record.write_text("{}")
+    told = make_report(night).folders[run]
+    assert told.trainer is None and told.trace.points == [] and told.next == ""
 
 
-def test_one_agent_has_no_opponent_to_be_drawn_against(house):
-    add_run(house, 1, agent="builtin", val_bpb=1.5, status="keep")
-    page, _ = write_report([house / "results.tsv"], house / "report")
-    assert "agents against each other" not in page.read_text()
+def test_a_trainer_too_long_to_be_compared_has_no_diff(night):
+    run = Ledger(night[0]).rows()[5].run
+    run_dir(run).trainer().write_text("x = 1\n" * 6000)
+    assert run not in make_report(night).diffs
+
+
+# --- The card -----------------------------------------------------------------------------------------------
+
+
+def test_the_card_is_1200_by_630_and_in_colour(night, house):
+    _, card = write_report(night, house / "report")
+    image = Image.open(card).convert("RGB")
+    assert image.size == (1200, 630)
+    colors = {color for _, color in image.getcolors(1 << 20)}
+    assert any(green > red + 60 for red, green, _ in colors), "no step line"
+
+
+def test_labels_collide_with_nothing():
+    draw = random.Random(1)
+    points = [(draw.uniform(0, 900), draw.uniform(0, 300)) for _ in range(60)]
+    dots = [Box.around(point, 5) for point in points]
+    widths = [draw.uniform(40, 250) for _ in points]
+    frame = Box(0, 0, 900, 300)
+    placed = [label for label in place_labels(points, widths, 11, dots, frame) if label]
+    assert len(placed) > 10
+    for number, label in enumerate(placed):
+        assert label.box.lies_in(frame) and not any(label.box.meets(dot) for dot in dots)
+        others = [part for other in placed[number + 1 :] for part in other.parts()]
+        assert not any(label.box.meets(part) for part in others)
+
+
+def test_a_reader_never_meets_half_a_page(night, house, monkeypatch):
+    page, card = write_report(night, house / "report")
+    before = page.read_bytes(), card.read_bytes()
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(night, house / "report")
+    assert (page.read_bytes(), card.read_bytes()) == before
+
+
+def test_nothing_but_the_two_files_is_left(night, house):
+    write_report(night, house / "report")
+    assert sorted(path.name for path in (house / "report").iterdir()) == ["report.html", "report.png"]
+
+
+def test_matplotlib_is_left_as_it_was(night, house):
+    before = dict(matplotlib.rcParams)
+    write_report(night, house / "report")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_description_with_dollar_signs_is_no_formula(house):
+    text = r"costs $5 and $\nothing $ {more}"
+    Ledger(house / "results.tsv").append(row(val_bpb=1.5, description=text))
+    assert text in Structure(page_of([house / "results.tsv"], house / "report")).text
+
+
+# --- Anything -----------------------------------------------------------------------------------------------
+
+NUMBERS = st.one_of(
+    st.sampled_from([0.0, -1.0, 1e308, -1e308, 1e-308, float("nan"), float("inf")]), st.floats(0, 3)
+)
+VALUES = {float: NUMBERS, int: st.integers(-5, 10**20), str: st.text(max_size=20)}
+ROWS = st.fixed_dictionaries(
+    {},
+    optional={name: VALUES[type(getattr(Row(), name))] for name in COLUMNS}
+    | {
+        "status": st.sampled_from(["keep", "discard", "crash", "confirmed", "moved", "odd"]),
+        "time": st.sampled_from(
+            ["", "2026-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "2026-01-01T05:00:00+05:00"]
+        ),
+        "source": st.sampled_from(["", "a", "b", "c"]),
+        "parent": st.sampled_from(["", "a", "b", "c"]),
+        "rules": st.integers(0, 2),
+        "run": st.sampled_from(["", "r1", "r2", "../x", "r 3"]),
+    },
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(ROWS, min_size=1, max_size=6))
+def test_whatever_the_ledger_holds_there_is_a_report_or_a_line(house, rows):
+    lines = ["\t".join(COLUMNS), *(to_line(Row(**values)) for values in rows)]
+    (house / "results.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+    try:
+        page = page_of([house / "results.tsv"], house / "report", complain=lambda line: None)
+    except UserError as error:
+        assert "no scored experiment" in str(error)
+        return
+    assert data_of(page)["series"] and not UNWRITABLE.search(page)
+
+
+def test_the_assets_say_what_they_are_and_whence():
+    told = (ASSETS / "README.md").read_text()
+    version = re.search(r"uPlot \(v([\d.]+)\)", asset("uPlot.iife.min.js"))[1]
+    assert f"uPlot {version}" in told and "MIT" in asset("uPlot.LICENSE") and room.__doc__

@@ -1,0 +1,177 @@
+"""The night as a time line: when the agent thought, and what the device did, for each device."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from launcher.report.data import Run, Series, finite
+from launcher.report.files import Entry, Folder
+
+HOUR = 3600.0
+MOST_HOURS = 36  # the newest of a device that are drawn
+LONGEST = 7 * 24 * HOUR  # a span that is longer is a mistake in the record
+# In the order of an experiment.
+AGENT, DRY_RUN, START_UP, TRAINING, SCORING, WAITING = KINDS = (
+    "agent",
+    "dry run",
+    "start-up",
+    "training",
+    "scoring",
+    "waiting",
+)
+PHASES = {"dry run": DRY_RUN, "pause": WAITING}  # of the log; the other ones are told by turns and rows
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of time in which one thing was done."""
+
+    kind: str
+    start: float  # Unix seconds
+    end: float
+    text: str
+    run: str = ""  # id of the run that it belongs to
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass
+class Lane:
+    """What was done for one device, in time order."""
+
+    device: str
+    agent: list[Span] = field(default_factory=list)  # beside it: an agent may think while the device trains
+    spans: list[Span] = field(default_factory=list)
+
+    def seconds(self, kind: str) -> float:
+        return sum(span.seconds for span in [*self.agent, *self.spans] if span.kind == kind)
+
+
+class Piece(NamedTuple):
+    """The part of a span that lies in one hour."""
+
+    start: float  # seconds from the hour's beginning
+    end: float
+    span: Span
+
+
+def make_lanes(series: Sequence[Series], folders: Mapping[str, Folder], log: Sequence[Entry]) -> list[Lane]:
+    """Return a lane for each device with times on record. log: of the loop on this machine."""
+    lanes: dict[str, Lane] = {}
+    device_of: dict[str, str] = {}
+    for one in series:
+        for run in one.runs:
+            device_of[run.id] = one.device
+            lane = lanes.setdefault(one.device, Lane(one.device))
+            lane.spans += spans_of_run(run, folders.get(run.id, Folder()))
+    here = device_of_log(log, device_of)
+    if here:
+        lanes[here].spans += spans_of_phases(log)
+        lanes[here].agent += spans_of_turns(log)
+    for lane in lanes.values():
+        lane.spans.sort(key=lambda span: span.start)
+    return [lane for lane in lanes.values() if lane.spans]
+
+
+def spans_of_run(run: Run, folder: Folder) -> list[Span]:
+    """Return start-up, training and scoring of a run. Without its events, start-up stands for scoring too."""
+    total = finite(run.row.total_seconds)
+    if run.start is None or not 0 < total <= LONGEST:
+        return []
+    trained = min(finite(run.row.training_seconds), total)
+    began = folder.trace.started
+    if began is None or not 0 <= began <= total:
+        began = total - trained
+    stopped = folder.trace.stopped
+    if stopped is None or not began <= stopped <= total:
+        stopped = min(began + trained, total)
+    moments = (0.0, began, stopped, total)
+    text = run.row.description
+    return [
+        Span(kind, run.start + begin, run.start + end, text, run.id)
+        for kind, begin, end in zip((START_UP, TRAINING, SCORING), moments, moments[1:], strict=False)
+        if end > begin
+    ]
+
+
+def spans_of_phases(log: Sequence[Entry]) -> list[Span]:
+    """Return the dry runs and the pauses of the log.
+
+    A phase ends with the next line. Where that begins a loop, the one before was cut off, none knows when.
+    """
+    spans = []
+    for entry, after in zip(log, log[1:], strict=False):
+        kind = PHASES.get(str(entry.data.get("phase"))) if entry.event == "phase" else None
+        if kind and after.event != "begin" and 0 < after.time - entry.time <= LONGEST:
+            spans.append(Span(kind, entry.time, after.time, str(entry.data.get("text") or kind)))
+    return spans
+
+
+def spans_of_turns(log: Iterable[Entry]) -> list[Span]:
+    """Return the turns of the agent. Their line is written when they end."""
+    spans = []
+    for entry in log:
+        seconds = entry.number("seconds")
+        if entry.event == "turn" and 0 < seconds <= LONGEST:
+            text = f"{entry.data.get('agent') or 'the agent'} thinks"
+            spans.append(Span(AGENT, entry.time - seconds, entry.time, text))
+    return spans
+
+
+def device_of_log(log: Iterable[Entry], device_of: Mapping[str, str]) -> str:
+    """Return the device of the log's last known experiment, "" when the ledgers have none of them."""
+    found = ""
+    for entry in log:
+        if entry.event == "experiment":
+            found = device_of.get(str(entry.data.get("run")), found)
+    return found
+
+
+def by_hour(spans: Iterable[Span], offset: float) -> dict[int, list[Piece]]:
+    """Return {hour: pieces of the spans that lie in it}. offset: of the local time, seconds east of UTC."""
+    hours: dict[int, list[Piece]] = {}
+    for span in spans:
+        for hour, piece in split(span, offset):
+            hours.setdefault(hour, []).append(piece)
+    return hours
+
+
+def split(span: Span, offset: float) -> Iterator[tuple[int, Piece]]:
+    """Yield (hour, piece) for each hour that a span touches."""
+    start = span.start + offset
+    end = span.end + offset
+    for hour in range(math.floor(start / HOUR), math.ceil(end / HOUR)):
+        begin = max(start - hour * HOUR, 0.0)
+        yield hour, Piece(begin, min(end - hour * HOUR, HOUR), span)
+
+
+@dataclass(frozen=True)
+class AgentUse:
+    """What the agents of this machine's loops took, as far as they print it."""
+
+    turns: int
+    tokens: int
+    dollars: float
+
+
+def agent_use(log: Iterable[Entry]) -> AgentUse:
+    """Return what the turns of the log took."""
+    turns = [entry for entry in log if entry.event == "turn"]
+    return AgentUse(
+        turns=len(turns),
+        tokens=int(sum(entry.number("tokens") for entry in turns)),
+        dollars=sum(entry.number("cost") for entry in turns),
+    )
+
+
+def current_phase(log: Sequence[Entry]) -> Entry | None:
+    """Return the phase that a loop is in, None when no loop is in one."""
+    for entry in reversed(log):
+        if entry.event == "end":
+            return None
+        if entry.event == "phase":
+            return entry
+    return None
