@@ -473,7 +473,7 @@ def report(
     runs: tuple[str, ...],
     output: Path | None,
 ) -> None:
-    """Write the morning report: report.html, which needs no network, and report.png.
+    """Write the morning report: report.html, a page that needs no network, and report.png, a card to share.
 
     \b
     autoresearch report -o /tmp/report
@@ -484,6 +484,35 @@ def report(
     paths = ledgers or (home() / "results.tsv",)
     for path in write_report(paths, output or home() / "report", track, platform, runs):
         click.echo(path)
+
+
+@main.command()
+@ledgers_argument
+@filter_options
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8377, show_default=True, help="0: any that is free."
+)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Another than this machine's needs a --token."
+)
+@click.option("--token", default="", metavar="TEXT", help="Letters and digits that a reader must know.")
+def watch(
+    ledgers: tuple[Path, ...], track: str | None, platform: str | None, port: int, host: str, token: str
+) -> None:
+    """Serve the report on this machine, in a page that updates itself while a loop runs. Ctrl-C ends it.
+
+    \b
+    autoresearch watch --port 8377
+    """
+    from launcher.console import say
+    from launcher.report.watch import LiveReport, open_server
+    from launcher.runs import home
+
+    report = LiveReport(ledgers or (home() / "results.tsv",), track, platform)
+    with open_server(host, port, token, report) as server:
+        click.echo(server.url)
+        say("Ctrl-C ends it")
+        server.serve_forever()
 
 
 @main.command()
