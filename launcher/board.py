@@ -8,7 +8,7 @@ rich, imported when a table is due, draws it.
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
 
 from launcher.ledger import (
     ABOUT_RUNS,
+    COLUMNS,
     CONFIRMED,
     REFUTED,
     UNCONFIRMED,
@@ -133,6 +134,7 @@ def gather(
     track: str | None = None,
     platform: str | None = None,
     complain: Callable[[str], None] = warn,
+    wanted: Collection[str] = COLUMNS,
 ) -> Boards:
     """Read ledgers, merge them by run id, and rank what may be ranked.
 
@@ -141,8 +143,9 @@ def gather(
         track: take rows of this track only.
         platform: take rows of this platform only.
         complain: gets a line about every row that cannot be read.
+        wanted: the columns to read, which takes most of the time.
     """
-    rows, about = read_runs(paths, track, platform, complain)
+    rows, about = read_runs(paths, track, platform, complain, wanted)
     verifications = {row.run: row for row in about if row.status in (VERIFIED, REFUTED)}
     boards: dict[BoardKey, Board] = {}
     unranked = []
@@ -168,14 +171,18 @@ def gather(
 
 
 def read_runs(
-    paths: Iterable[Path], track: str | None, platform: str | None, complain: Callable[[str], None]
+    paths: Iterable[Path],
+    track: str | None,
+    platform: str | None,
+    complain: Callable[[str], None],
+    wanted: Collection[str],
 ) -> tuple[list[Row], list[Row]]:
     """Return the runs of the ledgers, and the rows about runs. The arguments are those of gather."""
     rows = []
     about = []
     seen = set()
     for path in paths:
-        for row in Ledger(path).rows(complain, NEEDED):
+        for row in Ledger(path).rows(complain, wanted):
             if (track and row.track != track) or (platform and row.platform != platform):
                 continue
             if row.status in ABOUT_RUNS:
@@ -365,7 +372,7 @@ def print_leaderboard(
         out: where to print; stdout if left out.
         runs: the folder of the runs that the ledgers should have; None: it is not known.
     """
-    boards = gather(paths, track, platform)
+    boards = gather(paths, track, platform, wanted=NEEDED)
     if runs and not (track or platform):
         warn_of_lost_runs(boards, runs)
     out = out or sys.stdout

@@ -163,6 +163,14 @@ def require_quiet(
         time.sleep(LOOK_AGAIN)
 
 
+def look_around(device_kind: DeviceKind, when_busy: WhenBusy) -> None:
+    """Do what require_quiet does. Where the run goes on in any case, it does not wait for the look."""
+    if when_busy == "go-on":
+        threading.Thread(target=require_quiet, args=(device_kind, when_busy), daemon=True).start()
+    else:
+        require_quiet(device_kind, when_busy)
+
+
 def others_at_work(seconds: float) -> list[Other]:
     """Return the processes that are not ours and computed during the next seconds, the busiest first."""
     before = cpu_seconds()

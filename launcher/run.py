@@ -12,7 +12,7 @@ from launcher import compiled, verdict
 from launcher.box import missing_walls
 from launcher.child import Outcome, supervise
 from launcher.console import Progress, say
-from launcher.device import EXIT_NO_VERDICT, DeviceLock, Watch, WhenBusy, awake, require_quiet
+from launcher.device import EXIT_NO_VERDICT, DeviceLock, Watch, WhenBusy, awake, look_around
 from launcher.harness import (
     git_output,
     harness_hash,
@@ -103,7 +103,7 @@ def run_once(request: Request) -> Row:
 
     with DeviceLock(setting.platform.device_kind) as lock, awake():
         if request.when_busy:
-            require_quiet(setting.platform.device_kind, request.when_busy)
+            look_around(setting.platform.device_kind, request.when_busy)
         row.run = new_run_id()
         row.time = now_utc()
         lock.set_holder(row.run)

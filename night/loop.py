@@ -21,12 +21,13 @@ from launcher.belief import PRIOR, REPEATS, visible_change
 from launcher.box import missing_walls
 from launcher.confirm import Contest, confirm, seconds_to_first_look
 from launcher.console import say
-from launcher.device import WhenBusy, awake, require_quiet
+from launcher.device import WhenBusy, awake, look_around, require_quiet
 from launcher.harness import source_hash
 from launcher.ledger import EVIDENCE, MOVED, STATUSES, Flag, Row
 from launcher.processes import Stopped, end_leftovers, ignore_signals, stop_on_signals
+from launcher.report import write_report
 from launcher.run import EXIT_INTERRUPTED, POWER_FLAGS, Request, dry_run
-from launcher.runs import ledger, new_run_id, now_utc, run_dir
+from launcher.runs import home, ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
 from launcher.verdict import best_since_moved, board_runs, fresh_seed, survey_board
 from night import repo
@@ -112,7 +113,7 @@ def run_night(night: Night) -> int:
         raise UserError(f"--box: {missing_walls()}", 2)
     panel = Panel(night.experiments, night.until)
     with hold_repository(), stop_on_signals(), awake(), panel:
-        require_quiet(night.setting.platform.device_kind, night.when_busy)
+        look_around(night.setting.platform.device_kind, night.when_busy)
         if night.agent.is_known:
             panel.enter(f"is {night.agent.name} ready?")
             check_agent(night.agent, night.setting, night.boxed)
@@ -334,9 +335,17 @@ class Loop:
             description=row.description,
             reason=row.reason,
         )
+        self.write_page()
         self.panel.note(
             f"experiment {self.panel.done}: {row.status} {row.val_bpb:.6f} {row.description} [{row.reason}]"
         )
+
+    def write_page(self) -> None:
+        """Write the page of the night. What goes wrong with it does not touch the night."""
+        try:
+            write_report([home() / "results.tsv"], home() / "report", complain=lambda line: None)
+        except Exception as error:
+            self.panel.note(f"the report is not written: {first_line(error)}")
 
     def show_best(self) -> None:
         """Show the trainer that is believed best, and what is believed of it."""

@@ -204,7 +204,9 @@ def repository(house, monkeypatch):
     monkeypatch.setattr("launcher.run.harness_modified", lambda: False)
     monkeypatch.setattr("launcher.run.supervise", supervise)
     monkeypatch.setattr("night.loop.dry_run", dry_run)
-    monkeypatch.setattr("night.loop.require_quiet", lambda *asked, **more: None)
+    for name in ("require_quiet", "look_around"):
+        monkeypatch.setattr(f"night.loop.{name}", lambda *asked, **more: None)
+    monkeypatch.setattr("night.loop.write_report", lambda *asked, **more: None)  # it takes a second
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # no name, no hooks
     calls.clear()
     for command in ("init -q -b main", "add -A", "-c user.name=me -c user.email=me@here commit -qm start"):

@@ -191,6 +191,16 @@ def test_a_run_can_wait_until_the_device_is_free(spinning, monkeypatch, capsys):
     )
 
 
+def test_a_run_that_goes_on_does_not_wait_for_the_look(monkeypatch):
+    asked = []
+    monkeypatch.setattr(device, "require_quiet", lambda *given: asked.append(threading.current_thread()))
+    for when_busy in ("go-on", "wait"):
+        device.look_around("cpu", when_busy)
+    while len(asked) < 2:
+        time.sleep(0.01)
+    assert (threading.main_thread() in asked) and asked.count(threading.main_thread()) == 1
+
+
 def test_a_quiet_machine_is_silent(monkeypatch, capsys):
     monkeypatch.setattr(device, "OTHERS_CPU", 9.0)
     device.require_quiet("cpu", "refuse", seconds=0.1)

@@ -299,7 +299,7 @@ def test_a_busy_device_is_waited_for_and_after_three_runs_the_night_ends(
     assert [row.marks for row in rows()] == ["", "contended", "contended", "contended"]
     assert trainer_text(repository) == "SCORE = 1.5\n"
     stashed = git_output("show", f"refs/autoresearch/{rows()[-1].run}:inner/train_cuda.py")
-    assert stashed == "SCORE = 1.0  # BUSY" and waited == ["go-on", "wait", "wait"]
+    assert stashed == "SCORE = 1.0  # BUSY" and waited == ["wait", "wait"]
     assert "3 times without a verdict: no verdict: other processes used 90%" in capsys.readouterr().out
 
 
@@ -716,6 +716,23 @@ def test_before_a_night_a_line_says_what_it_can_find(night, repository, capsys):
     assert "3 experiments one of 0.001396" in said
     assert night(BETTER, 4) == 0
     assert "(as believed from 3 trainers)" in capsys.readouterr().err
+
+
+def test_after_each_experiment_the_page_is_written_and_its_faults_touch_nothing(
+    night, repository, monkeypatch, capsys
+):
+    written = []
+
+    def write_report(paths, folder, complain):
+        written.append((paths, folder))
+        if len(written) == 2:
+            raise ZeroDivisionError("a fault of the page")
+
+    monkeypatch.setattr(loop, "write_report", write_report)
+    assert night(BETTER, 3) == 0
+    assert written == [([home() / "results.tsv"], home() / "report")] * 3
+    assert "the report is not written: a fault of the page" in capsys.readouterr().err
+    assert len(rows()) == 3 and not recorded("failed")
 
 
 def test_rows_and_commits_say_who_made_the_edit(night, repository):
