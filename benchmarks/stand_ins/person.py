@@ -55,7 +55,7 @@ def stage_an_edit(house: House) -> None:
 
 def stage_removals(house: House) -> None:
     house.git("rm", "-q", "--cached", "LICENSE")
-    house.git("mv", "AGENTS.md", "docs/agents.md")
+    house.git("mv", "AGENTS.md", "docs/moved.md")
 
 
 def intend_to_add(house: House) -> None:
