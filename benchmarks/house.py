@@ -43,7 +43,7 @@ platforms:
     start: {n_layer: 2, n_embd: 64, head_dim: 32, window_pattern: SL, short_window: 32,
             total_batch_size: 1024, device_batch_size: 8, eval_batch_size: 8}
 """
-IGNORE = "__pycache__/\n/runs/\n/results.tsv*\n/ignored/\n"
+IGNORE = "__pycache__/\n/report/\n/runs/\n/results.tsv*\n/ignored/\n"
 IDENTITY = "[user]\nname = me\nemail = me@here\n[init]\ndefaultBranch = main\n"
 # Variables that are a house's own, or of whoever started the benchmark.
 OWN_VARIABLES = ("AUTORESEARCH_", "GIT_", "HOSTILE_", "PYTHON", "XDG_")
@@ -109,6 +109,7 @@ class House:
             "GIT_CONFIG_NOSYSTEM": "1",
             "HOME": str(self.home),
             "HOUSE": str(self.folder),
+            "MPLCONFIGDIR": str(self.folder / "matplotlib"),  # it keeps a list of fonts
             "PYTHONPATH": str(self.project),
             "TMPDIR": str(self.temporary),
             **more,
@@ -308,7 +309,8 @@ def look(house: House) -> View:
 
 def files_of(house: House) -> dict[str, str]:
     """Return what lies in the working tree, but for the runs, and the trainer's content."""
-    skipped = {house.project / name for name in ("runs", "results.tsv", "results.tsv.lock", TRAINER)}
+    ours = ("report", "runs", "results.tsv", "results.tsv.lock", TRAINER)
+    skipped = {house.project / name for name in ours}
     if (house.top / ".git").is_dir():
         skipped.add(house.top / ".git")
     things = dict(files_below(house.top, skipped))

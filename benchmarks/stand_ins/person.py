@@ -149,7 +149,8 @@ def add_odd_files(house: House) -> None:
 
 def write_in_latin1(house: House) -> None:
     for name in ("program.md", "ideas.md"):
-        (house.project / name).write_bytes(b"- caf\xe9\n")
+        with open(house.project / name, "ab") as f:
+            f.write(b"- caf\xe9\n")
 
 
 def configure(values: dict[str, str]) -> Callable[[House], None]:
