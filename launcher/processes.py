@@ -187,7 +187,7 @@ def remove_tree(path: Path) -> None:
     if not path.is_symlink() and path.is_dir():
         for folder, names, _ in os.walk(path):
             for name in (".", *names):
-                with suppress(OSError):
+                with suppress(OSError, NotImplementedError):  # the latter for a link
                     os.chmod(os.path.join(folder, name), 0o700, follow_symlinks=name == ".")
         shutil.rmtree(path, ignore_errors=True)
     else:

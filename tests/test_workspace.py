@@ -44,6 +44,7 @@ def test_it_is_at_the_same_place_and_as_new_in_every_turn(repository):
     (first.folder / "closed" / "file").touch()
     (first.folder / "closed").chmod(0)
     os.mkfifo(first.folder / "pipe")
+    (first.folder / "elsewhere").symlink_to("/usr")
     (first.top / ".git" / "index.lock").touch()
     assert make_workspace(repo.head(), "") == first
     assert git_there(first, "status", "--porcelain", "--ignored").stdout == ""
