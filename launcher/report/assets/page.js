@@ -578,11 +578,22 @@ function rememberParts() {
   for (const part of all("[data-part]")) parts.set(part.dataset.part, part.outerHTML);
 }
 
+// Change the page, and keep what is seen of it where it is on the screen.
+function keepPlace(change) {
+  const seen = all("main section[id], main [data-progress]").find(part => part.getBoundingClientRect().bottom > 0);
+  const find = () => seen.id ? document.getElementById(seen.id) : seen; // a section may be replaced
+  const top = seen?.getBoundingClientRect().top;
+  change();
+  if (seen) scrollBy(0, find().getBoundingClientRect().top - top);
+}
+
 function showNow(state) {
   const now = document.getElementById("now");
-  now.hidden = !state.phase;
-  now.classList.toggle("gone", !state.alive);
-  now.textContent = state.phase;
+  keepPlace(() => {
+    now.hidden = !state.phase;
+    now.classList.toggle("gone", !state.alive);
+    now.textContent = state.phase;
+  });
 }
 
 async function poll() {
@@ -605,9 +616,12 @@ async function update(newest) {
   const fresh = all("[data-part]", page);
   const names = fresh.map(part => part.dataset.part).join();
   if (names !== all("[data-part]").map(part => part.dataset.part).join()) return location.reload();
+  keepPlace(() => takeOver(page, fresh));
+  version = newest;
+}
+
+function takeOver(page, fresh) {
   const open = new Set(all("details[open]").map(details => details.id));
-  const anchor = all("main section, main .plot").find(part => part.getBoundingClientRect().bottom > 0);
-  const top = anchor?.getBoundingClientRect().top;
   for (const part of fresh) {
     const name = part.dataset.part;
     if (part.outerHTML === parts.get(name)) continue;
@@ -618,12 +632,8 @@ async function update(newest) {
   }
   data = JSON.parse(page.getElementById("data").textContent);
   document.title = page.title;
-  version = newest;
   for (const key of charts.keys()) redrawChart(key);
   arrangeRows();
-  const there = anchor && (anchor.id ? document.getElementById(anchor.id) : anchor);
-  if (there) scrollBy(0, there.getBoundingClientRect().top - top);
-  document.documentElement.dataset.updated = newest;
 }
 
 // --- Begin ----------------------------------------------------------------------------------------------------
