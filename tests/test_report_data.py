@@ -93,6 +93,10 @@ def test_runs_that_decide_nothing_are_no_experiments(tmp_path):
     assert series.runs[2].status == "confirm"
 
 
+def test_runs_that_measure_noise_alone_are_no_series(tmp_path):
+    assert series_of(tmp_path, row(val_bpb=1.5, marks=Flag.NOISE), row(val_bpb=0.0)) == []
+
+
 def test_a_ledger_of_the_original_is_a_series_without_belief(tmp_path):
     old = tmp_path / "old.tsv"
     old.write_text(

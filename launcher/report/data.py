@@ -154,7 +154,7 @@ def collect_series(boards: Boards) -> list[Series]:
     ranked: list[Series] = []
     others: list[Series] = []
     for number, (key, rows) in enumerate(groups.items()):
-        if any(is_scored(row) for row in rows):
+        if any(is_scored(row) and not row.flags & EVIDENCE for row in rows):
             series = make_series(key, rows, boards, key in known, number)
             (ranked if series.is_ranked else others).append(series)
     return ranked + sorted(others, key=lambda series: -len(series.runs))

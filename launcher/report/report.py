@@ -3,7 +3,7 @@
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def make_report(
     if not whole:
         raise UserError("no scored experiment to report: autoresearch run")
     rows = all_rows(boards)
-    series = [shorten(one) for one in whole[:MOST_SERIES]]
+    series = [shorten(one, runs) for one in whole[:MOST_SERIES]]
     shown = [run for one in series for run in one.runs]
     folders = {run.id: read_folder(run.id) for run in shown}
     log = read_loop_log()
@@ -127,21 +127,14 @@ def make_report(
     )
 
 
-def shorten(series: Series) -> Series:
-    """Return a series with as many runs as a page holds: the first, the best, and the newest ones."""
+def shorten(series: Series, wanted: Sequence[str]) -> Series:
+    """Return a series with as many runs as a page holds: the first, the best, those wanted, the newest."""
     runs = series.runs
     if len(runs) <= MOST_RUNS:
         return series
-    needed = {series.baseline.id, series.best.id}
+    needed = {series.baseline.id, series.best.id, *wanted}
     head = [run for run in runs[:-MOST_RUNS] if run.id in needed]
-    return Series(
-        series.title,
-        series.detail,
-        series.device,
-        series.is_ranked,
-        [*head, *runs[-MOST_RUNS:]],
-        series.survey,
-    )
+    return replace(series, runs=[*head, *runs[-MOST_RUNS:]])
 
 
 def make_diffs(series: Sequence[Series], folders: dict[str, Folder]) -> dict[str, Diff]:
