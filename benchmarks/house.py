@@ -202,7 +202,7 @@ class Ended:
     @property
     def why(self) -> str:
         """The line that says why it ended, "" when there is none."""
-        found = re.search(r"^(?:ended|autoresearch|Error): (.*)|^interrupted$", self.out + self.err, re.M)
+        found = re.search(r"^(?:ended|autoresearch|Error): (.*)|^interrupted\b.*$", self.out + self.err, re.M)
         return (found[1] or "interrupted") if found else ""
 
     @property
