@@ -30,6 +30,7 @@ SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/opt", "
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 GPUS = ("nvidia*", "dri", "kfd")  # below /dev
 SHARED_MEMORY = "/dev/shm"
+THREADS = "/proc/self/task"  # CUDA writes the names of its threads there, and gives up where it cannot
 
 # Landlock: include/uapi/linux/landlock.h. The system calls have these numbers on every architecture.
 CREATE_RULESET = 444
@@ -159,6 +160,7 @@ def restrict_files(policy: Policy) -> None:
         ([*readable, *policy.files], EXECUTE | READ_FILE | READ_DIR),
         ([*opened, *policy.names], READ_DIR),
         (policy.write, every),
+        ([THREADS], WRITE_FILE | TRUNCATE),
     ):
         for path in paths:
             _allow(libc, ruleset, path, allowed & every)

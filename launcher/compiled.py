@@ -7,6 +7,7 @@ after it has seen training rows is forgotten: nothing that was learned reaches t
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,8 @@ from prepare import cache_dir
 MOST_BYTES = 8 * 2**30  # that the folder may hold: some hundred models, each of about 30 to 100 MB
 TRIMMED_BYTES = 6 * 2**30  # that are left when it held more
 CLOCK_TICK = 0.02  # seconds by which the time of a change may lie behind the clock
-VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # Triton's cache lies below it too
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # what torch.compile makes, its Triton kernels too
+KERNELS = "kernels"  # below that folder: what the trainer's own kernels are compiled to
 
 
 def folder() -> Path:
@@ -31,15 +33,27 @@ def bytecode_folder() -> Path:
     return cache_dir() / "bytecode"
 
 
-def environment() -> dict[str, str]:
-    """Return the variables that tell a trainer's process where to keep compiled code."""
+def environment(place: Path | None = None) -> dict[str, str]:
+    """Return the variables that tell a process where to keep compiled code: in `place`, folder() if None."""
+    place = place or folder()
+    kernels = place / KERNELS
     return {
-        VARIABLE: str(folder()),
+        VARIABLE: str(place),
         "PYTHONPYCACHEPREFIX": str(bytecode_folder()),
-        # Of FlashAttention-4, whose kernels are compiled on this machine too.
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
-        or str(folder() / "flash4"),
+        # Each library of kernels for a GPU has a place of its own, below the home folder or in the temporary
+        # one, where a boxed process cannot write or what it wrote is soon gone.
+        "TRITON_HOME": str(kernels),
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(kernels / "flash4"),
+        "QUACK_CACHE_DIR": str(kernels / "quack"),
+        "CUTE_DSL_CACHE_DIR": str(kernels / "cute"),
+        "CUDA_CACHE_PATH": str(kernels / "cuda"),
     }
+
+
+def copy_kernels(place: Path) -> None:
+    """Copy the GPU kernels of earlier runs to `place`, for a process that may not write to folder()."""
+    with suppress(OSError, shutil.Error):  # another run removes some: they are compiled again
+        shutil.copytree(folder() / KERNELS, place / KERNELS, dirs_exist_ok=True)
 
 
 def changed_since(moment: float) -> dict[Path, bool]:

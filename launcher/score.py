@@ -107,8 +107,11 @@ class ScoringProcess:
         command += [str(theirs.fileno()), *(["--compile"] if compiles else [])]
         settings = replace(job.settings, seed=seed, run_id=scoring_id(job.run.run_id, name))
         policy = scorer_policy(job.policy, self.folder, compiles)
+        code = None if compiles else self.folder / "compiled"
+        if code:
+            compiled.copy_kernels(code)
         with open(job.run.score_log, "ab") as log, theirs:
-            self._child = start_boxed(policy, command, settings, self.folder, log, theirs.fileno())
+            self._child = start_boxed(policy, command, settings, self.folder, log, theirs.fileno(), code)
 
     def wait_until_ready(self, on_event: OnEvent) -> None:
         """Wait until the model is built. Raises NotScored when it cannot be."""

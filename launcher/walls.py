@@ -75,6 +75,7 @@ def start_boxed(
     folder: Path,
     log: IO[bytes],
     descriptor: int,
+    code: Path | None = None,
 ) -> Guarded:
     """Start a process that runs an experiment's code, behind a guard: see start_guarded.
 
@@ -85,6 +86,7 @@ def start_boxed(
         folder: its own, which is there.
         log: takes what it prints.
         descriptor: of its end of a socket; it inherits no other.
+        code: where it keeps compiled code; None: where all runs do.
     """
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
@@ -92,12 +94,15 @@ def start_boxed(
         place.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
-        **compiled.environment(),
+        **compiled.environment(code),
         **settings.to_env(),
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "",  # it goes where compiled.environment() says
         "PYTHONNOUSERSITE": "1",
+        # A process that the trainer starts, as one that compiles, may not name threads (see box.THREADS). So
+        # it cannot start CUDA, but it can ask whether a GPU is there.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "HF_HUB_OFFLINE": "1",  # there is no network: what is not there is known at once
         "TMPDIR": str(temporary),
     }

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -69,6 +70,29 @@ attempt(lambda: open("/dev/null", "w").write("x"))
     )
     assert run(policy, code).split() == ["done", "done", "PermissionError", "PermissionError", "done"]
     assert (tmp_path / "own" / "new").read_text() == "mine" and (tmp_path / "open/file").read_text() == "open"
+
+
+@boxed
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux names threads in /proc")
+def test_it_names_its_threads_and_writes_nothing_else_in_proc(policy):
+    """CUDA names the threads that it starts, and gives up where it cannot."""
+    code = (
+        TRY
+        + f"""
+import os, threading
+stay = threading.Event()
+thread = threading.Thread(target=stay.wait)
+thread.start()
+attempt(lambda: open(f"/proc/self/task/{{thread.native_id}}/comm", "w").write("worker"))
+print(open(f"/proc/self/task/{{thread.native_id}}/comm").read())
+stay.set()
+attempt(lambda: open("/proc/{os.getpid()}/comm", "w"))
+attempt(lambda: open("/proc/self/oom_score_adj", "w"))
+attempt(lambda: open("/proc/sys/kernel/core_pattern", "w"))
+"""
+    )
+    refused = ["PermissionError"] * 3
+    assert run(policy, code).split() == ["done", "worker", *refused]
 
 
 @boxed

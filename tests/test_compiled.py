@@ -46,6 +46,27 @@ def test_a_trainer_is_told_where_unless_its_user_did(house, monkeypatch):
     assert environment()[compiled.VARIABLE] == "/mine" == str(folder())
 
 
+def test_every_library_keeps_its_kernels_below_the_place(tmp_path):
+    """In the home folder or the temporary one a boxed process cannot write, or what it wrote is soon gone."""
+    places = {name: path for name, path in environment(tmp_path).items() if name != "PYTHONPYCACHEPREFIX"}
+    assert len(places) == 6 and all(path.startswith(str(tmp_path)) for path in places.values())
+    assert len(set(places.values())) == 6
+
+
+def test_kernels_of_earlier_runs_are_copied_not_linked(house, monkeypatch, tmp_path):
+    fill(house, monkeypatch, ["kernels/quack/a", "fx/b"])
+    compiled.copy_kernels(tmp_path / "own")
+    copies = [path for path in (tmp_path / "own").rglob("*") if path.is_file()]
+    assert [str(path.relative_to(tmp_path)) for path in copies] == ["own/kernels/quack/a"]
+    assert copies[0].stat().st_nlink == 1 and copies[0].read_bytes() == b"x" * 1024
+
+
+def test_without_kernels_there_is_nothing_to_copy(house, monkeypatch, tmp_path):
+    fill(house, monkeypatch, [])
+    compiled.copy_kernels(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
 def test_what_was_written_after_a_moment_is_forgotten(house, monkeypatch):
     """A run that has seen training rows leaves nothing here: no file, no name of a folder, no time of one."""
     fill(house, monkeypatch, ["fx/a", "fy/b", "fz/c", "triton/0/cubin", "triton/1/cubin"])
