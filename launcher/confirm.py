@@ -15,9 +15,10 @@ from statistics import fmean
 from backends.protocol import write_json
 from launcher.belief import LOOKS, Claim, claim
 from launcher.console import say
+from launcher.exit_codes import EXIT_INTERRUPTED
 from launcher.ledger import CONFIRMED, UNCONFIRMED, Flag, Row
 from launcher.processes import Stopped
-from launcher.run import EXIT_INTERRUPTED, Request, run_once
+from launcher.run import Request, run_once
 from launcher.runs import (
     find_run,
     ledger,

@@ -1,14 +1,22 @@
 """What a command says while it works: on stderr, so that stdout holds results alone."""
 
 import errno
+import os
 import sys
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple, TextIO
 
 from backends.protocol import Event, Log, Start, Stop
+from launcher.ledger import single_line, warn
 
 LINE_EVERY = 30.0  # seconds between progress lines when there is no terminal
+FOLLOWED_BYTES = 2**14  # of a trainer's output that are shown at a time
+QUIET_VARIABLE = "AUTORESEARCH_QUIET"  # set where a command says little: prepare.py prints nothing then
+
+Loudness = Literal["quiet", "usual", "verbose"]
 
 
 class Scored(NamedTuple):
@@ -39,17 +47,99 @@ def describe_os_error(error: OSError) -> str:
     return f"{what}: {remedy}" if remedy else what
 
 
+# ---------------------------------------------------------------------------
+# How much is said
+# ---------------------------------------------------------------------------
+
+_loudness: Loudness = "usual"
+_said: set[str] | None = None  # what say_once said in its block; None: there is no block
+
+
+def set_loudness(loudness: Loudness) -> None:
+    """Choose how much this process says: quiet leaves warnings, errors and results."""
+    global _loudness
+    _loudness = loudness
+    if loudness == "quiet":
+        os.environ[QUIET_VARIABLE] = "1"
+    else:
+        os.environ.pop(QUIET_VARIABLE, None)
+
+
+def is_quiet() -> bool:
+    return _loudness == "quiet"
+
+
+def is_verbose() -> bool:
+    return _loudness == "verbose"
+
+
 def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    """Print a line on stderr, unless the person asked for quiet."""
+    if not is_quiet():
+        print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def saying_once() -> Iterator[None]:
+    """Let say_once and warn_once say a line once in the block: what holds for many runs in a row."""
+    global _said
+    before, _said = _said, set()
+    try:
+        yield
+    finally:
+        _said = before
+
+
+def say_once(message: str) -> None:
+    """Say a line, unless it was said before in the block of saying_once."""
+    if is_new(message):
+        say(message)
+
+
+def warn_once(message: str) -> None:
+    """Print a warning, unless it was printed before in the block of saying_once."""
+    if is_new(message):
+        warn(message)
+
+
+def is_new(message: str) -> bool:
+    """Return whether the block of saying_once did not have the message yet, and note it there."""
+    if _said is None:
+        return True
+    if message in _said:
+        return False
+    _said.add(message)
+    return True
+
+
+def can_draw(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal on which a line can be drawn over."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def wants_colour() -> bool:
+    """Return whether colours may be printed where a terminal is: https://no-color.org."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+# ---------------------------------------------------------------------------
+# The progress of a run
+# ---------------------------------------------------------------------------
 
 
 class Progress:
-    """The progress of a run: one live line on a terminal, a line every LINE_EVERY seconds elsewhere."""
+    """The progress of a run: one live line on a terminal, a line every LINE_EVERY seconds elsewhere.
+
+    Attributes:
+        log: what the trainer prints; it is shown where the person asked for more. None: it is not known.
+    """
 
     def __init__(self, budget: float) -> None:
         self.budget = budget
+        self.log: Path | None = None
         self.text = "starting: imports, compilation, warm-up"
-        self._live = sys.stderr.isatty()
+        self._shown = 0  # bytes of the log
+        self._live = can_draw(sys.stderr) and not is_quiet()
         self._began = time.monotonic()
         self._last_line = self._began
 
@@ -70,6 +160,8 @@ class Progress:
             self.text = "scoring"
         elif isinstance(event, Scored):
             self.text = f"scoring {event.done}/{event.rows} rows"
+        if is_verbose() and (event is None or isinstance(event, Stop)):
+            self.follow_log()
         if event is None or isinstance(event, Log | Scored):
             self.show()
 
@@ -82,6 +174,20 @@ class Progress:
         elif always or now - self._last_line >= LINE_EVERY:
             self._last_line = now
             say(f"{age:4.0f} s  {self.text}")
+
+    def follow_log(self) -> None:
+        """Print what the trainer printed since the last call."""
+        if self.log is None or not self.log.is_file():
+            return
+        with open(self.log, "rb") as f:
+            f.seek(self._shown)
+            data = f.read(FOLLOWED_BYTES)
+        whole = data.rfind(b"\n") + 1 or (len(data) if len(data) == FOLLOWED_BYTES else 0)
+        self._shown += whole
+        if whole and self._live:
+            print("\r\x1b[K", end="", file=sys.stderr)
+        for line in data[:whole].decode(errors="replace").splitlines():
+            say(f"  {single_line(line)}")
 
     def close(self) -> None:
         """Remove the live line."""

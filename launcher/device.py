@@ -20,10 +20,9 @@ from filelock import FileLock, Timeout
 
 from backends.platforms import DeviceKind, mac_state, output_of, visible_gpu
 from launcher.console import say
-from launcher.ledger import Flag, single_line
+from launcher.exit_codes import EXIT_NO_VERDICT
+from launcher.ledger import Flag, single_line, warn
 from prepare import UserError, cache_dir
-
-EXIT_NO_VERDICT = 6
 
 OTHERS_CPU = 0.10  # share of all cores that other processes may use when the CPU is the device ...
 OTHERS_CPU_HOST = 0.50  # ... and when the device is a GPU
@@ -157,7 +156,7 @@ def require_quiet(
         if when_busy == "refuse":
             raise UserError(f"{busy}: end them, or use --busy wait or --busy go-on", EXIT_NO_VERDICT)
         if when_busy == "go-on" or time.monotonic() - began > patience:
-            say(f"warning: {busy}; a run beside them does not rank (--busy wait waits for them)")
+            warn(f"{busy}; a run beside them does not rank (--busy wait waits for them)")
             return
         say(f"waiting: {busy}")
         time.sleep(LOOK_AGAIN)

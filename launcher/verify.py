@@ -12,10 +12,10 @@ from pathlib import Path
 
 from launcher.console import Progress, say
 from launcher.device import DeviceLock
+from launcher.exit_codes import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
 from launcher.harness import source_hash
 from launcher.ledger import REFUTED, UNVERIFIABLE, VERIFIED, Row
 from launcher.processes import Stopped, stop_on_signals
-from launcher.run import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
 from launcher.runs import find_run, ledger, now_utc, run_dir
 from launcher.score import Job, NotScored, Score, ScoringPair
 from launcher.setting import Setting, resolve

@@ -20,13 +20,14 @@ from backends.platforms import mac_state
 from launcher.belief import PRIOR, REPEATS, visible_change
 from launcher.box import missing_walls
 from launcher.confirm import Contest, confirm, seconds_to_first_look
-from launcher.console import say
+from launcher.console import say, saying_once
 from launcher.device import WhenBusy, awake, look_around, require_quiet
+from launcher.exit_codes import EXIT_INTERRUPTED
 from launcher.harness import source_hash
 from launcher.ledger import EVIDENCE, MOVED, STATUSES, Flag, Row
 from launcher.processes import Stopped, end_leftovers, ignore_signals, stop_on_signals
 from launcher.report import write_report
-from launcher.run import EXIT_INTERRUPTED, POWER_FLAGS, Request, dry_run
+from launcher.run import POWER_FLAGS, Request, dry_run
 from launcher.runs import home, ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
 from launcher.verdict import best_since_moved, board_runs, fresh_seed, survey_board
@@ -112,7 +113,7 @@ def run_night(night: Night) -> int:
     if night.boxed and missing_walls():
         raise UserError(f"--box: {missing_walls()}", 2)
     panel = Panel(night.experiments, night.until)
-    with hold_repository(), stop_on_signals(), awake(), panel:
+    with hold_repository(), stop_on_signals(), awake(), saying_once(), panel:
         look_around(night.setting.platform.device_kind, night.when_busy)
         if night.agent.is_known:
             panel.enter(f"is {night.agent.name} ready?")

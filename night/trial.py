@@ -19,6 +19,7 @@ from filelock import FileLock
 from backends.protocol import write_json
 from launcher.console import say
 from launcher.device import acquire
+from launcher.exit_codes import EXIT_USAGE
 from launcher.harness import read_trainer, source_hash
 from launcher.ledger import EVIDENCE, STATUSES, BoardKey, Row
 from launcher.run import Request, exit_code, print_result, run_experiment
@@ -91,10 +92,7 @@ def run_trial(
     parent = repo.content(base, trainer) if repo.committed_blob(trainer, base) else None
     earlier = scored_before(source, setting)
     if earlier and commit == base:
-        raise UserError(
-            f"{trainer} is as in the last commit, and run {earlier.run} scored it ({earlier.val_bpb:.6f}): "
-            "edit it first"
-        )
+        raise nothing_edited(trainer, earlier)
     trial = Trial(trainer, commit, base, repo.branch(), request.description, id_time())
     write_json(journal(), asdict(trial))
     if earlier:
@@ -139,6 +137,25 @@ def check_source(trainer: str, source: bytes) -> None:
         raise UserError(f"{trainer} does not compile: line {error.lineno or '?'}: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{trainer} does not compile: {error or type(error).__name__}") from None
+
+
+def require_edit(setting: Setting) -> None:
+    """Raise UserError when the trainer is as in the last commit, and a run scored that already."""
+    repo.require_repository()
+    trainer = setting.trainer
+    if not repo.is_edited(trainer.name) and any(row.comparable for row in ledger().rows()):
+        earlier = scored_before(read_trainer(trainer), setting)
+        if earlier:
+            raise nothing_edited(trainer.name, earlier)
+
+
+def nothing_edited(trainer: str, earlier: Row) -> UserError:
+    """Return the error that there is nothing to try."""
+    return UserError(
+        f"nothing was edited: {trainer} is as in the last commit, and run {earlier.run} scored it "
+        f"({earlier.val_bpb:.6f}): edit it first",
+        EXIT_USAGE,
+    )
 
 
 def scored_before(source: bytes, setting: Setting) -> Row | None:

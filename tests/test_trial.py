@@ -119,8 +119,9 @@ def test_a_file_whose_name_is_not_utf8_is_refused_in_one_line(repository):
 
 def test_identical_source_is_not_run_again(repository, capsys):
     try_as_it_is("baseline")
-    with pytest.raises(UserError, match="as in the last commit"):
+    with pytest.raises(UserError, match="nothing was edited: .* as in the last commit") as caught:
         try_as_it_is("baseline")
+    assert caught.value.code == 2
     assert attempt("SCORE = 1.7\n", repository) == 3 and len(calls) == 2
     assert attempt("SCORE = 1.7\n", repository) == 3 and len(calls) == 2
     assert "not run again" in capsys.readouterr().err and trainer_text(repository) == "SCORE = 1.5\n"
