@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.command import AGENTS, KEEP_HOUSE, READ, RESEARCH, START, Group
+from launcher.exit_codes import EXIT_DONE, EXIT_FAILED
 from launcher.ledger import single_line
 from launcher.options import (
     RUN,
@@ -15,6 +16,7 @@ from launcher.options import (
     Seconds,
     experiment_options,
     filter_options,
+    json_option,
     ledgers_argument,
     message_option,
     platform_option,
@@ -91,6 +93,38 @@ def ask_description(given: str | None) -> str:
 # ---------------------------------------------------------------------------
 # Start
 # ---------------------------------------------------------------------------
+
+
+@main.command(section=START)
+@platform_option
+@track_option
+@click.option(
+    "--agent",
+    metavar="NAME",
+    default="",
+    type=Name("agents"),
+    help="Ask this agent for a trivial edit, as a night does before it begins. It costs its tokens.",
+)
+@json_option
+def doctor(platform: str, track: str, agent: str, as_json: bool) -> None:
+    """Look whether this machine is ready, and say what is wrong.
+
+    Device, speed, memory, other processes, data, disk, hub, git and agents: each with its remedy. It takes
+    half a minute.
+
+    \b
+    autoresearch doctor
+    """
+    from itertools import chain
+
+    from launcher.doctor import STYLES, State, check_machine, print_checks
+    from night.doctor import check_night
+
+    def echo(text: str, state: "State") -> None:
+        click.secho(text, fg=None if as_json else STYLES[state])
+
+    checks = chain(check_machine(platform, track), check_night(agent, platform, track))
+    sys.exit(EXIT_DONE if print_checks(checks, echo, as_json) else EXIT_FAILED)
 
 
 @main.command(section=START)

@@ -73,6 +73,14 @@ class DeviceLock:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
+    def is_free(self) -> bool:
+        """Return whether no experiment holds the device now."""
+        try:
+            with self._lock.acquire(timeout=0):
+                return True
+        except Timeout:
+            return False
+
     def set_holder(self, run_id: str) -> None:
         """Tell those who wait which run holds the device."""
         self._holder.write_text(json.dumps({"run": run_id, "pid": os.getpid()}))

@@ -27,6 +27,7 @@ _TRIED = {
 }
 # By command, where a code says more than done or failed.
 MEANINGS: dict[str, dict[int, str]] = {
+    "doctor": {EXIT_DONE: "nothing keeps an experiment from running", EXIT_FAILED: "something does"},
     "run": _TRIED,
     "try": {**_TRIED, EXIT_USAGE: "usage, or nothing was edited"},
     "loop": {

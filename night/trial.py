@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from backends.protocol import write_json
 from launcher.console import say
@@ -41,6 +41,20 @@ def try_edit(request: Request) -> int:
         return exit_code(run_trial(request, on_row=print_result))
 
 
+def repository_lock() -> FileLock:
+    """Return the lock that a try or a loop holds."""
+    return FileLock(repo.git_path("autoresearch.lock"))
+
+
+def repository_is_held() -> bool:
+    """Return whether a try or a loop works in this repository now."""
+    try:
+        with repository_lock().acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 @contextmanager
 def hold_repository() -> Iterator[None]:
     """Hold the repository: one try or loop at a time. What an earlier command left is finished first.
@@ -49,7 +63,7 @@ def hold_repository() -> Iterator[None]:
         UserError: there is no repository to commit to.
     """
     repo.require_repository()
-    lock = FileLock(repo.git_path("autoresearch.lock"))
+    lock = repository_lock()
     acquire(lock, lambda: "another try or loop works in this repository")
     try:
         record_killed_runs()
