@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from launcher.setting import Setting
 
 # What an agent of the loop may call.
-FOR_AGENTS = ("show", "restore", "leaderboard", "platforms", "program", "help")
+FOR_AGENTS = ("show", "restore", "leaderboard", "diff", "log", "platforms", "program", "help")
 
 
 def print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -329,6 +329,29 @@ def loop(
 
 
 @main.command(section=RESEARCH)
+@click.option("--wait", is_flag=True, help="Return when the loop is over.")
+def stop(wait: bool) -> None:
+    """End the loop of this repository after the experiment at hand.
+
+    A training under way is finished and judged; an edit that has not begun to train waits for the next loop.
+    Ctrl-C, or SIGTERM to the loop, ends it at once.
+
+    \b
+    autoresearch stop
+    """
+    from launcher.report.files import read_loop_log
+    from launcher.report.timeline import current_phase
+    from night.stop import ask_to_stop, wait_for_end
+
+    loop = ask_to_stop()
+    phase = current_phase(read_loop_log())
+    doing = f" ({phase.data.get('text')})" if phase else ""
+    click.echo(single_line(f"the loop, process {loop.pid}, ends after the experiment at hand{doing}"))
+    if wait:
+        wait_for_end(loop)
+
+
+@main.command(section=RESEARCH)
 @click.option("--repeats", type=click.IntRange(2, 50), default=3, show_default=True, help="Seeds to run.")
 @setting_options
 def noise(repeats: int, platform: str, track: str, budget: float | None) -> None:
@@ -422,6 +445,40 @@ def show(run: str) -> None:
     from launcher.show import show_run
 
     show_run(run)
+
+
+@main.command(section=READ)
+@run_argument("old")
+@run_argument("new", default="")
+@json_option
+def diff(old: str, new: str, as_json: bool) -> None:
+    """Show how the trainers of two runs differ.
+
+    Without a second run, the second trainer is the one that lies here.
+
+    \b
+    autoresearch diff baseline best
+    """
+    from launcher.diff import print_difference
+
+    print_difference(old, new, as_json)
+
+
+@main.command(section=READ)
+@run_argument(default="last")
+@click.option("-n", "--lines", "most", type=click.IntRange(min=1), help="Only so many at the end.")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run is over.")
+@click.option("--score", "of_scoring", is_flag=True, help="What the processes print which score the model.")
+@json_option
+def log(run: str, most: int | None, follow: bool, of_scoring: bool, as_json: bool) -> None:
+    """Print what the trainer of a run printed, also while it runs.
+
+    \b
+    autoresearch log last -f
+    """
+    from launcher.log import print_log
+
+    print_log(run, most, follow, of_scoring, as_json)
 
 
 @main.command(section=READ)

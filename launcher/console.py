@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -110,6 +111,11 @@ def is_new(message: str) -> bool:
         return False
     _said.add(message)
     return True
+
+
+def without_controls(text: str) -> str:
+    """Return text without what moves a terminal's cursor or colours it; tabs and all letters stay."""
+    return re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def can_draw(stream: TextIO) -> bool:

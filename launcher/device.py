@@ -142,6 +142,7 @@ def require_quiet(
     when_busy: WhenBusy,
     seconds: float = LOOK_SECONDS,
     patience: float = math.inf,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> None:
     """Look whether other processes compute, before a run begins, and name them.
 
@@ -150,6 +151,7 @@ def require_quiet(
         when_busy: what to do where they do.
         seconds: that a look takes.
         patience: seconds after which a run waits no longer.
+        is_over: says whether no run will begin any more.
 
     Raises:
         UserError: they do, and the user said "refuse".
@@ -158,7 +160,7 @@ def require_quiet(
     while True:
         others = others_at_work(seconds)
         share = sum(other.share for other in others)
-        if share <= allowed_share(device_kind):
+        if share <= allowed_share(device_kind) or is_over():
             return
         busy = f"other processes use {100 * share:.0f}% of the CPU: {name_processes(others)}"
         if when_busy == "refuse":

@@ -35,6 +35,7 @@ MEANINGS: dict[str, dict[int, str]] = {
         EXIT_FAILED: "turn after turn led to no experiment, or an error that the message names",
         EXIT_NO_VERDICT: "--busy refuse, and other processes compute",
     },
+    "stop": {EXIT_DONE: "the loop is asked", EXIT_FAILED: "no loop runs in this repository"},
     "noise": {
         EXIT_DONE: "measured",
         EXIT_FAILED: "too few of the runs count, or one crashed",

@@ -7,6 +7,7 @@ from launcher.doctor import Check, make_check
 from launcher.setting import resolve
 from night import repo
 from night.agents import load_agents, parse_agent
+from night.stop import running_loop
 from night.trial import hold_repository, repository_is_held
 from night.turn import check_agent
 from prepare import UserError
@@ -15,6 +16,7 @@ from prepare import UserError
 def check_night(agent: str, platform: str, track: str) -> Iterator[Check]:
     """Look at git and at the agents. agent: that is asked for a trivial edit, "" for none."""
     yield make_check("git", lambda: check_git(platform))
+    yield make_check("loop", check_loop)
     if agent:
         yield make_check("agent", lambda: ask_agent(agent, platform, track))
     else:
@@ -36,6 +38,14 @@ def check_git(platform: str) -> Check:
     if repo.is_edited(trainer):
         found += f"; {trainer} is edited: the next try or loop runs that first"
     return Check("git", "ok", found)
+
+
+def check_loop() -> Check:
+    """Look whether a loop works in this repository."""
+    loop = running_loop()
+    if loop is None:
+        return Check("loop", "ok", "none runs in this repository")
+    return Check("loop", "ok", f"process {loop.pid} runs one in this repository")
 
 
 def check_agents() -> Check:

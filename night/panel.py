@@ -47,6 +47,7 @@ class Panel:
         self.detail = ""  # the progress of the phase
         self.share: float | None = None  # of the training that is over
         self.words: Callable[[], str] = str  # what the agent printed last
+        self.is_stopping: Callable[[], bool] = bool  # somebody called `autoresearch stop`
         self._entered = time.monotonic()
         self._console = Console(stderr=True)
         self._live: Live | None = None
@@ -136,6 +137,8 @@ class Panel:
 
     def left(self) -> str:
         """Return what is left of the night."""
+        if self.is_stopping():
+            return "it ends after this experiment: autoresearch stop"
         parts = []
         if self.until:
             seconds = int(max(0.0, (self.until - datetime.now()).total_seconds()))

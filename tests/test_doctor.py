@@ -55,7 +55,7 @@ def test_a_machine_that_is_ready(autoresearch):
     data = json.loads(done.stdout)
     checks = {check["name"]: check for check in data["checks"]}
     assert done.returncode == 0 and data["ready"], done.stdout
-    assert " ".join(checks) == "device speed expected memory others power box data disk hub git agent"
+    assert " ".join(checks) == "device speed expected memory others power box data disk hub git loop agent"
     assert "TFLOP/s of matrix products in float32" in checks["speed"]["found"]
     assert "an estimate; starts with 2 layers, width 64" in checks["expected"]["found"]
     assert checks["data"]["found"] == "prepared: tiny; not prepared: none"

@@ -52,8 +52,12 @@ def night(repository, monkeypatch):
         else:
             really_sleep(seconds)
 
-    monkeypatch.setattr(time, "sleep", sleep)
+    def rest(seconds, is_over):
+        if not is_over():
+            pauses.append(round(seconds))
 
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(loop, "rest", rest)
     monkeypatch.setattr(
         "launcher.belief.SURPRISING", 1e9
     )  # made-up scores differ by a hundred times too much
