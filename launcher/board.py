@@ -114,10 +114,14 @@ class Board:
 
     @property
     def title(self) -> str:
-        key = self.key
-        where = f"{key.track} on {key.device} ({key.platform})"
-        how = f"{key.budget:g} s, {key.val_tokens:,} tokens scored, rules {key.rules}"
-        return f"{where}: {len(self.rows)} runs, {how}, data {key.fingerprint[:8]}"
+        return describe_board(self.key, f"{len(self.rows)} runs, ")
+
+
+def describe_board(key: BoardKey, runs: str = "") -> str:
+    """Return what the runs of a board share, in a line. runs: words about them, with a comma at their end."""
+    where = f"{key.track} on {key.device} ({key.platform})"
+    how = f"{key.budget:g} s, {key.val_tokens:,} tokens scored, rules {key.rules}"
+    return f"{where}: {runs}{how}, data {key.fingerprint[:8]}"
 
 
 class Boards(NamedTuple):

@@ -129,7 +129,7 @@ def doctor(platform: str, track: str, agent: str, as_json: bool) -> None:
 
 @main.command(section=START)
 @platform_option
-@click.option("--json", "as_json", is_flag=True, help="Facts and match as JSON.")
+@json_option
 def platforms(platform: str, as_json: bool) -> None:
     """Show what this machine is, and which platform that makes it.
 
@@ -161,17 +161,25 @@ def platforms(platform: str, as_json: bool) -> None:
 @track_option
 @platform_option
 @click.option("--force", is_flag=True, help="Prepare again although it is prepared.")
-def prepare(track: str, platform: str, force: bool) -> None:
+@json_option
+def prepare(track: str, platform: str, force: bool, as_json: bool) -> None:
     """Prepare a track: corpus, tokenizer, packed rows.
 
     \b
     autoresearch prepare --track pysource
     """
+    from dataclasses import asdict
+
     import prepare as corpus
     from backends.platforms import choose_platform
+    from launcher.console import print_object
 
     name = track or choose_platform(platform)[0].track
-    click.echo(corpus.prepare_track(corpus.load_track(name), force=force).path)
+    data = corpus.prepare_track(corpus.load_track(name), force=force)
+    if as_json:
+        print_object({"track": name, "path": str(data.path), **asdict(data.meta)})
+    else:
+        click.echo(data.path)
 
 
 # ---------------------------------------------------------------------------
@@ -186,6 +194,7 @@ def prepare(track: str, platform: str, force: bool) -> None:
     "--trainer", type=click.Path(path_type=Path), help="Run this file instead of the platform's trainer."
 )
 @click.option("--keep-weights", is_flag=True, help="Keep the model even if it is not the best.")
+@json_option
 def run(
     description: str | None,
     platform: str,
@@ -195,6 +204,7 @@ def run(
     when_busy: "WhenBusy",
     trainer: Path | None,
     keep_weights: bool,
+    as_json: bool,
 ) -> None:
     """Run one experiment: five minutes of training, then the score.
 
@@ -206,13 +216,14 @@ def run(
     setting = setting_of(platform, track, budget)
     description = ask_description(description)
     row = run_experiment(Request(setting, description, seed, trainer, keep_weights, when_busy=when_busy))
-    print_result(row)
+    print_result(row, as_json)
     sys.exit(exit_code(row))
 
 
 @main.command("try", section=RESEARCH)
 @message_option
 @experiment_options
+@json_option
 def try_(
     description: str | None,
     platform: str,
@@ -220,6 +231,7 @@ def try_(
     budget: float | None,
     seed: int,
     when_busy: "WhenBusy",
+    as_json: bool,
 ) -> None:
     """Commit the trainer's edit, run it, and keep or revert it.
 
@@ -234,7 +246,7 @@ def try_(
     setting = setting_of(platform, track, budget)
     require_edit(setting)
     description = ask_description(description)
-    sys.exit(try_edit(Request(setting, description, seed, when_busy=when_busy)))
+    sys.exit(try_edit(Request(setting, description, seed, when_busy=when_busy), as_json))
 
 
 @main.command(section=RESEARCH)
@@ -354,7 +366,8 @@ def stop(wait: bool) -> None:
 @main.command(section=RESEARCH)
 @click.option("--repeats", type=click.IntRange(2, 50), default=3, show_default=True, help="Seeds to run.")
 @setting_options
-def noise(repeats: int, platform: str, track: str, budget: float | None) -> None:
+@json_option
+def noise(repeats: int, platform: str, track: str, budget: float | None, as_json: bool) -> None:
     """Measure how much val_bpb differs between seeds.
 
     It says how large a change a run and a night can see. A night learns it by itself; what is measured
@@ -365,7 +378,7 @@ def noise(repeats: int, platform: str, track: str, budget: float | None) -> None
     """
     from launcher.noise import measure_noise
 
-    sys.exit(measure_noise(setting_of(platform, track, budget), repeats))
+    sys.exit(measure_noise(setting_of(platform, track, budget), repeats, as_json))
 
 
 @main.command(section=RESEARCH)
@@ -378,7 +391,8 @@ def noise(repeats: int, platform: str, track: str, budget: float | None) -> None
     show_default=True,
     help="The run to be better than.",
 )
-def confirm(run: str, against: str) -> None:
+@json_option
+def confirm(run: str, against: str, as_json: bool) -> None:
     """Test whether a run is better than the baseline, p < 0.01.
 
     Both trainers get fresh seeds and are scored on the sealed set, three to sixteen times, as many as the
@@ -390,12 +404,13 @@ def confirm(run: str, against: str) -> None:
     """
     from launcher.confirm import confirm_run
 
-    sys.exit(confirm_run(run, against))
+    sys.exit(confirm_run(run, against, as_json))
 
 
 @main.command(section=RESEARCH)
 @run_argument()
-def verify(run: str) -> None:
+@json_option
+def verify(run: str, as_json: bool) -> None:
     """Score a saved run again, on text that no run was selected on.
 
     It is scored on val and on the sealed set, and compared with the baseline.
@@ -405,7 +420,7 @@ def verify(run: str) -> None:
     """
     from launcher.verify import verify_run
 
-    sys.exit(verify_run(run))
+    sys.exit(verify_run(run, as_json))
 
 
 # ---------------------------------------------------------------------------
@@ -436,7 +451,8 @@ def leaderboard(ledgers: tuple[Path, ...], track: str | None, platform: str | No
 
 @main.command(section=READ)
 @run_argument()
-def show(run: str) -> None:
+@json_option
+def show(run: str, as_json: bool) -> None:
     """Show a run: its numbers, its loss curve, and what it changed.
 
     \b
@@ -444,7 +460,7 @@ def show(run: str) -> None:
     """
     from launcher.show import show_run
 
-    show_run(run)
+    show_run(run, as_json)
 
 
 @main.command(section=READ)
@@ -497,12 +513,14 @@ def log(run: str, most: int | None, follow: bool, of_scoring: bool, as_json: boo
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder to write to; report/ if left out.",
 )
+@json_option
 def report(
     ledgers: tuple[Path, ...],
     track: str | None,
     platform: str | None,
     runs: tuple[str, ...],
     output: Path | None,
+    as_json: bool,
 ) -> None:
     """Write the night on a page, and a card to share.
 
@@ -511,12 +529,16 @@ def report(
     \b
     autoresearch report -o /tmp/report
     """
+    from launcher.console import print_object
     from launcher.report import write_report
     from launcher.runs import home
 
     paths = ledgers or (home() / "results.tsv",)
-    for path in write_report(paths, output or home() / "report", track, platform, runs):
-        click.echo(path)
+    page, card = write_report(paths, output or home() / "report", track, platform, runs)
+    if as_json:
+        print_object({"page": str(page), "card": str(card)})
+    else:
+        click.echo(f"{page}\n{card}")
 
 
 @main.command(section=READ)
@@ -571,7 +593,8 @@ def restore(run: str, force: bool) -> None:
 
 @main.command(section=KEEP_HOUSE)
 @click.option("--yes", is_flag=True, help="Free it; without, only show.")
-def clean(yes: bool) -> None:
+@json_option
+def clean(yes: bool, as_json: bool) -> None:
     """Show what can be freed on the disk, and free it.
 
     That is weights, prepared data and compiled code.
@@ -581,7 +604,7 @@ def clean(yes: bool) -> None:
     """
     from launcher.clean import free_disk
 
-    free_disk(yes)
+    free_disk(yes, as_json)
 
 
 # ---------------------------------------------------------------------------
@@ -591,7 +614,8 @@ def clean(yes: bool) -> None:
 
 @main.command(section=AGENTS)
 @setting_options
-def program(platform: str, track: str, budget: float | None) -> None:
+@json_option
+def program(platform: str, track: str, budget: float | None, as_json: bool) -> None:
     """Print what an agent is told: instructions, ideas, results.
 
     It is what to know before an edit is tried by hand.
@@ -599,9 +623,16 @@ def program(platform: str, track: str, budget: float | None) -> None:
     \b
     autoresearch program | claude -p
     """
+    from launcher.console import print_object
     from night.program import write_program
 
-    click.echo(write_program(setting_of(platform, track, budget)), nl=False)
+    setting = setting_of(platform, track, budget)
+    text = write_program(setting)
+    if as_json:
+        names = {"platform": setting.platform.name, "track": setting.track.name}
+        print_object({**names, "trainer": str(setting.trainer), "budget": setting.budget, "text": text})
+    else:
+        click.echo(text, nl=False)
 
 
 @main.command("help", section=AGENTS)

@@ -1,14 +1,15 @@
 """What a command says while it works: on stderr, so that stdout holds results alone."""
 
 import errno
+import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 from backends.protocol import Event, Log, Start, Stop
 from launcher.ledger import single_line, warn
@@ -111,6 +112,11 @@ def is_new(message: str) -> bool:
         return False
     _said.add(message)
     return True
+
+
+def print_object(data: Mapping[str, Any]) -> None:
+    """Print a result on stdout as one JSON object, for a program."""
+    print(json.dumps(data, indent=1), flush=True)
 
 
 def without_controls(text: str) -> str:

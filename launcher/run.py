@@ -5,13 +5,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from backends.platforms import mac_state
 from backends.protocol import RunDir, write_json
 from launcher import compiled, verdict
 from launcher.box import missing_walls
 from launcher.child import Outcome, supervise
-from launcher.console import Progress, say, say_once, warn_once
+from launcher.console import Progress, print_object, say, say_once, warn_once
 from launcher.device import DeviceLock, Watch, WhenBusy, awake, look_around
 from launcher.exit_codes import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
 from launcher.harness import (
@@ -22,7 +23,7 @@ from launcher.harness import (
     removes_code,
     source_hash,
 )
-from launcher.ledger import Flag, Row, single_line, warn
+from launcher.ledger import Flag, Row, facts_of, single_line, warn
 from launcher.processes import Stopped
 from launcher.runs import (
     add_result,
@@ -238,9 +239,18 @@ def judge(row: Row, findings: Sequence[str]) -> None:
         verdict.give_verdict(ledger().rows(), row, findings)
 
 
-def print_result(row: Row) -> None:
-    """Print the last lines of a run, greppable, on stdout; for a crash the end of its log comes first."""
+def print_result(row: Row, as_json: bool = False) -> None:
+    """Print the last lines of a run, greppable, on stdout; for a crash the end of its log comes first.
+
+    as_json: print one object instead
+    """
     run = run_dir(row.run)
+    if as_json:
+        facts: dict[str, Any] = {"exit_code": exit_code(row), "row": facts_of(row)}
+        facts["result"] = run.read_result() if row.scored else None
+        facts["log_tail"] = "" if row.scored else run.log_tail()
+        print_object(facts)
+        return
     if row.status == "crash" and Flag.INTERRUPTED not in row.flags:
         print(run.log_tail())
     if row.scored:

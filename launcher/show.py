@@ -8,9 +8,10 @@ from pathlib import Path
 
 from backends.platforms import choose_platform
 from backends.protocol import IN_LOOP_VARIABLE
-from launcher.console import say, without_controls
+from launcher.board import describe_board
+from launcher.console import print_object, say, without_controls
 from launcher.harness import git_output, source_hash
-from launcher.ledger import COLUMNS, Row
+from launcher.ledger import COLUMNS, Row, facts_of
 from launcher.runs import find_run, ledger, loss_curve, runs_dir, trainer_of
 from prepare import ROOT, UserError
 
@@ -19,9 +20,18 @@ WIDTH = 72
 DIFF_LINES = 120
 
 
-def show_run(name: str) -> None:
-    """Print a run: its row, its loss curve, and how its trainer differs from the one it was made from."""
+def show_run(name: str, as_json: bool = False) -> None:
+    """Print a run: its row, its loss curve, and how its trainer differs from the one it was made from.
+
+    as_json: print one object, with the whole curve and diff
+    """
     row = find_run(name)
+    if as_json:
+        facts = {"row": facts_of(row), "loss": loss_curve(row.run), "diff": trainer_difference(row)}
+        print_object({**facts, "board": describe_board(row.board)})
+        return
+    if name in ("best", "baseline"):
+        print(f"board: {describe_board(row.board)}")
     for column in COLUMNS:
         value = getattr(row, column)
         if value not in ("", 0, 0.0):

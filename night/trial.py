@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -30,15 +31,17 @@ from night import repo
 from prepare import UserError
 
 
-def try_edit(request: Request) -> int:
+def try_edit(request: Request, as_json: bool = False) -> int:
     """Try the trainer as it lies in the working tree, and print the result. Returns the exit code.
+
+    as_json: print it as one object
 
     Raises:
         UserError: as hold_repository and run_trial.
     """
     request.setting.require_device()
     with hold_repository():
-        return exit_code(run_trial(request, on_row=print_result))
+        return exit_code(run_trial(request, on_row=partial(print_result, as_json=as_json)))
 
 
 def repository_lock() -> FileLock:

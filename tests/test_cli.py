@@ -259,6 +259,30 @@ def test_report_writes_where_it_says(call, house):
     assert all(map(lambda path: (house / "page" / path).stat().st_size > 1000, ("report.html", "report.png")))
 
 
+@pytest.mark.parametrize(
+    "arguments, keys",
+    [
+        (("show", "best"), {"row", "board", "loss", "diff"}),
+        (("leaderboard",), {"boards", "across", "unranked"}),
+        (("log", "best"), {"run", "path", "lines"}),
+        (("diff", "best", "baseline"), {"old", "new", "diff"}),
+        (("clean",), {"items", "bytes", "freed"}),
+        (("prepare", "--track", "tiny"), {"track", "path", "fingerprint"}),
+        (("program",), {"platform", "track", "trainer", "text"}),
+        (("report", "-o", "page"), {"page", "card"}),
+        (("platforms",), {"facts", "platform", "why"}),
+        (("run", "-m", "idea"), {"exit_code", "row", "result"}),
+    ],
+)
+def test_what_a_program_may_read_is_one_object(call, told, house, monkeypatch, arguments, keys):
+    row = add_run(house)
+    run_dir(row.run).log.write_text("step 1\n")
+    monkeypatch.chdir(house)
+    done = call(*arguments, "--json")
+    assert keys <= json.loads(done.stdout).keys()
+    assert done.exit_code == (3 if arguments[0] == "run" else 0)
+
+
 def test_prepare_and_platforms(call, house):
     done = call("prepare", "--track", "tiny")
     assert done.exit_code == 0 and "tiny-" in done.output

@@ -129,6 +129,20 @@ def test_identical_source_is_not_run_again(repository, capsys):
     assert attempt("CRASH\n", repository) == 1 and len(calls) == 4  # it was never scored
 
 
+def test_a_program_may_read_the_verdict(repository, capsys):
+    try_as_it_is("baseline")
+    capsys.readouterr()
+    edit(repository, "SCORE = 1.4\n")
+    assert trial.try_edit(Request(resolve(), "better"), as_json=True) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["exit_code"] == 0 and data["row"]["status"] == "keep" and data["row"]["val_bpb"] == 1.4
+    assert data["result"]["num_steps"] == 10
+    edit(repository, "CRASH\n")
+    assert trial.try_edit(Request(resolve(), "worse"), as_json=True) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["row"]["val_bpb"] is None and data["result"] is None and data["row"]["reason"] == "it crashed"
+
+
 def test_an_old_trainer_that_was_kept_does_not_come_back_over_a_better_one(repository, capsys):
     try_as_it_is("baseline")
     attempt("SCORE = 1.4\n", repository, "better")
