@@ -11,6 +11,8 @@ from launcher.command import AGENTS, KEEP_HOUSE, READ, RESEARCH, START, Group
 from launcher.exit_codes import EXIT_DONE, EXIT_FAILED
 from launcher.ledger import single_line
 from launcher.options import (
+    COLUMN,
+    COLUMNS,
     RUN,
     Name,
     Seconds,
@@ -431,22 +433,49 @@ def verify(run: str, as_json: bool) -> None:
 @main.command(section=READ)
 @ledgers_argument
 @filter_options
+@click.option(
+    "--columns",
+    metavar="NAMES",
+    type=COLUMNS,
+    help="Show these columns, separated by commas, in place of those that fit.",
+)
+@click.option(
+    "--sort",
+    metavar="NAME",
+    type=COLUMN,
+    default="",
+    help="Sort by this column; -NAME begins with the largest.",
+)
+@click.option(
+    "-n", "--rows", "most", type=click.IntRange(min=1), default=20, show_default=True, help="Runs of a table."
+)
 @click.option("--json", "kind", flag_value="json", help="Everything, as JSON.")
 @click.option("--tsv", "kind", flag_value="tsv", help="The ranked rows, as TSV.")
-def leaderboard(ledgers: tuple[Path, ...], track: str | None, platform: str | None, kind: str | None) -> None:
+def leaderboard(
+    ledgers: tuple[Path, ...],
+    track: str | None,
+    platform: str | None,
+    columns: tuple[str, ...] | None,
+    sort: str,
+    most: int,
+    kind: str | None,
+) -> None:
     """Rank the experiments of each device, and compare devices.
 
-    Ledgers of other machines are merged in.
+    Ledgers of other machines are merged in. A ledger of another tool has a board of its own, which is not
+    verified. The best run of a board is marked with a star.
 
     \b
     autoresearch leaderboard results.tsv /mnt/mac/results.tsv
+    autoresearch leaderboard --sort -tokens_per_second --columns rank,val_bpb,tokens_per_second,run
     """
-    from launcher.board import print_leaderboard
+    from launcher.board import Wanted, print_leaderboard
 
     # launcher.runs knows this place too, but importing it takes as long as the whole leaderboard.
     home = Path(os.environ.get("AUTORESEARCH_HOME") or Path(__file__).resolve().parent.parent)
-    runs = None if ledgers else home / "runs"
-    print_leaderboard(ledgers or (home / "results.tsv",), track, platform, kind or "text", runs=runs)
+    wanted = Wanted(columns or (), sort, most)
+    paths = ledgers or (home / "results.tsv",)
+    print_leaderboard(paths, track, platform, kind or "text", wanted, runs=None if ledgers else home / "runs")
 
 
 @main.command(section=READ)
@@ -529,11 +558,13 @@ def report(
     \b
     autoresearch report -o /tmp/report
     """
+    from launcher.board import require_names
     from launcher.console import print_object
     from launcher.report import write_report
     from launcher.runs import home
 
     paths = ledgers or (home() / "results.tsv",)
+    require_names(paths, track, platform)
     page, card = write_report(paths, output or home() / "report", track, platform, runs)
     if as_json:
         print_object({"page": str(page), "card": str(card)})
@@ -561,11 +592,14 @@ def watch(
     \b
     autoresearch watch --port 8377
     """
+    from launcher.board import require_names
     from launcher.console import say
     from launcher.report.watch import LiveReport, open_server
     from launcher.runs import home
 
-    report = LiveReport(ledgers or (home() / "results.tsv",), track, platform)
+    paths = ledgers or (home() / "results.tsv",)
+    require_names(paths, track, platform)
+    report = LiveReport(paths, track, platform)
     with open_server(host, port, token, report) as server:
         click.echo(server.url)
         say("Ctrl-C ends it")

@@ -57,7 +57,47 @@ class Name(click.ParamType):
         ]
 
 
+class Column(Name):
+    """A column of the leaderboard, with a "-" before it or not."""
+
+    def __init__(self) -> None:
+        super().__init__("columns")
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if value:
+            self.require(value.removeprefix("-"), parameter, context)
+        return value
+
+    def require(self, name: str, parameter: click.Parameter | None, context: click.Context | None) -> None:
+        """Fail when there is no column of that name."""
+        from launcher.board import RankedRun
+
+        if name not in RankedRun._fields:
+            known = ", ".join(RankedRun._fields)
+            self.fail(f"there is no column {name!r}: the columns are {known}.", parameter, context)
+
+
+class Columns(Column):
+    """Columns of the leaderboard, separated by commas."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        names = tuple(name.strip() for name in value.split(","))
+        for name in names:
+            self.require(name, parameter, context)
+        return names
+
+    def shell_complete(
+        self, context: click.Context, parameter: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the last of the names, completed, behind those before it."""
+        before, comma, last = incomplete.rpartition(",")
+        found = super().shell_complete(context, parameter, last)
+        return [CompletionItem(f"{before}{comma}{item.value}") for item in found]
+
+
 RUN = Name("runs")
+COLUMN = Column()
+COLUMNS = Columns()
 
 
 def run_argument(name: str = "run", **more: Any) -> Callable[[Command], Command]:

@@ -12,7 +12,7 @@ from backends.protocol import RunDir, write_json
 from launcher import compiled, verdict
 from launcher.box import missing_walls
 from launcher.child import Outcome, supervise
-from launcher.console import Progress, print_object, say, say_once, warn_once
+from launcher.console import print_object, say, say_once, warn_once
 from launcher.device import DeviceLock, Watch, WhenBusy, awake, look_around
 from launcher.exit_codes import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
 from launcher.harness import (
@@ -25,6 +25,7 @@ from launcher.harness import (
 )
 from launcher.ledger import Flag, Row, facts_of, single_line, warn
 from launcher.processes import Stopped
+from launcher.progress import Progress
 from launcher.runs import (
     add_result,
     append_row,

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.console import Progress, print_object, say
+from launcher.console import print_object, say
 from launcher.device import DeviceLock
 from launcher.exit_codes import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
 from launcher.harness import source_hash
 from launcher.ledger import REFUTED, UNVERIFIABLE, VERIFIED, Row
 from launcher.processes import Stopped, stop_on_signals
+from launcher.progress import Progress
 from launcher.runs import find_run, ledger, now_utc, run_dir
 from launcher.score import Job, NotScored, Score, ScoringPair
 from launcher.setting import Setting, resolve

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from backends.protocol import Event, Log, Start
 from launcher.belief import Standing
-from launcher.console import Progress, Scored, say
+from launcher.console import say
 from launcher.ledger import Row, single_line
+from launcher.progress import Progress, Scored
 
 REFRESHES_A_SECOND = 2.0
 LAST_RESULTS = 5

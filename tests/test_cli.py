@@ -145,6 +145,11 @@ def test_a_night_needs_no_agent(call, monkeypatch):
         (("noise", "--repeats", "1"), "not in the range"),
         (("leaderboard", "no-such-file"), "does not exist"),
         (("nonsense",), "No such command"),
+        (("leaderboard", "--columns", "rank,nope"), "there is no column 'nope': the columns are rank"),
+        (("leaderboard", "--sort", "-nope"), "there is no column 'nope'"),
+        (("leaderboard", "--track", "nope"), "there is no track 'nope': the tracks are tiny"),
+        (("report", "--track", "nope"), "there is no track 'nope': the tracks are tiny"),
+        (("watch", "--platform", "nope"), "there is no platform 'nope': the platforms are cpu"),
         (("leaderbord",), "Did you mean 'leaderboard'?"),
         (("run", "--bugdet", "3"), "No such option"),
         (("show",), "Missing argument"),
@@ -404,3 +409,55 @@ def test_on_a_terminal_run_asks_what_changed(house, monkeypatch):
 
 def test_in_a_pipe_run_asks_nothing(call, told):
     assert "What does it change" not in call("run").output and told[0].description == ""
+
+
+# --- What a shell completes ---------------------------------------------------------------------------------
+
+
+def completed(words):
+    """Return what bash would offer after these words, as our own completion script asks for it."""
+    variables = {
+        **os.environ,
+        "_AUTORESEARCH_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(["autoresearch", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'autoresearch'; " + BLIND]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.stderr == ""
+    return [line.split(",", 1)[1] for line in done.stdout.splitlines() if line]
+
+
+# No framework, and neither numpy nor pydantic: a person waits after each key.
+BLIND = """
+import atexit
+from launcher.entry import main
+atexit.register(lambda: sys.modules.keys() & {"torch", "numpy", "pydantic"} and print("plain,slow"))
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "words, offered",
+    [
+        (["lea"], ["leaderboard"]),
+        (["run", "--track", ""], ["tiny"]),
+        (["run", "--platform", "mlx"], ["mlx-cpu"]),
+        (["show", ""], ["best", "last", "baseline", "20260101-000000-abcd"]),
+        (["diff", "best", "2026"], ["20260101-000000-abcd"]),
+        (["confirm", "--against", "ba"], ["baseline"]),
+        (["loop", "--agent", "cl"], ["claude"]),
+        (["loop", "--busy", ""], ["go-on", "wait", "refuse"]),
+        (["leaderboard", "--columns", "rank,val_"], ["rank,val_bpb"]),
+        (["help", "exit"], ["exit-codes"]),
+    ],
+)
+def test_a_shell_completes_names(house, words, offered):
+    add_run(house)
+    assert completed(words) == offered
+
+
+def test_where_names_cannot_be_looked_up_a_shell_gets_none(house, monkeypatch):
+    (house / "results.tsv").write_bytes(b"\xff\0 no ledger")
+    monkeypatch.setenv("AUTORESEARCH_CONFIG", str(house / "absent.yaml"))
+    assert completed(["run", "--track", ""]) == [] and completed(["show", ""]) == ["best", "last", "baseline"]
