@@ -582,16 +582,31 @@ def report(
     "--host", default="127.0.0.1", show_default=True, help="Another than this machine's needs a --token."
 )
 @click.option("--token", default="", metavar="TEXT", help="Letters and digits that a reader must know.")
+@click.option(
+    "--terminal", is_flag=True, help="Show the panel of the loop that runs here, and serve nothing."
+)
 def watch(
-    ledgers: tuple[Path, ...], track: str | None, platform: str | None, port: int, host: str, token: str
+    ledgers: tuple[Path, ...],
+    track: str | None,
+    platform: str | None,
+    port: int,
+    host: str,
+    token: str,
+    terminal: bool,
 ) -> None:
     """Serve that page on this machine, and keep it current.
 
-    It updates itself while a loop runs. Ctrl-C ends it.
+    It updates itself while a loop runs. Ctrl-C ends it. With --terminal, the panel of the loop is shown in
+    this terminal until the loop ends; in a pipe it is printed once.
 
     \b
     autoresearch watch --port 8377
+    autoresearch watch --terminal
     """
+    if terminal:
+        from night.watch import watch_loop
+
+        sys.exit(watch_loop())
     from launcher.board import require_names
     from launcher.console import say
     from launcher.report.watch import LiveReport, open_server

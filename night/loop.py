@@ -201,7 +201,7 @@ class Loop:
 
         limit: seconds that it may take
         """
-        record("phase", phase=phase, text=text)
+        record("phase", phase=phase, text=text, limit=limit)
         self.panel.enter(text, limit)
 
     def record_begin(self) -> None:

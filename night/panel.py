@@ -83,6 +83,12 @@ class Panel:
         else:
             self.note(phase)
 
+    def set_phase(self, phase: str, seconds: float, limit: float) -> None:
+        """Show a phase that began so many seconds ago. limit: seconds that it may take, 0 for none."""
+        self.phase = phase
+        self.limit = limit or None
+        self._entered = time.monotonic() - seconds
+
     def note(self, text: str) -> None:
         """Print a line that stays."""
         say(f"{time.strftime('%H:%M:%S')} {text}")

@@ -38,6 +38,9 @@ def call(*arguments):
     return CliRunner().invoke(cli.main, arguments)
 
 
+started: list[int] = []  # nights whose end no test has seen
+
+
 def start_night(agent, arguments=(), **more):
     """Run a night without an end in a process of its own. Returns its id."""
     script = home() / "agent.py"
@@ -49,7 +52,36 @@ def start_night(agent, arguments=(), **more):
             os._exit(run_night(Night(agent, resolve(), **more)))
         finally:
             os._exit(99)
+    started.append(child)
     return child
+
+
+def one_more_night(experiments):
+    """Run a night with the agent of the last one. Returns its exit code."""
+    agent = Agent("python", [sys.executable, str(home() / "agent.py")])
+    return run_night(Night(agent, resolve(), experiments=experiments))
+
+
+def exit_code_of(child, seconds=60):
+    """Wait for the end of a night, and return its exit code: -9 where it was killed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            started.remove(child)
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    raise AssertionError("the night does not end")
+
+
+@pytest.fixture(autouse=True)
+def no_night_left():
+    """Kill the nights that a test that failed left behind."""
+    yield
+    while started:
+        child = started.pop()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def wait_until(condition, seconds=60):
@@ -75,38 +107,25 @@ def fast(repository, monkeypatch):
 
 def test_a_loop_ends_after_the_experiment_at_hand(fast):
     child = start_night(SLOW)
-    try:
-        wait_until(lambda: len(rows()) >= 2)
-        assert running_loop().pid == child
-        done = call("stop", "--wait")
-        assert done.exit_code == 0 and f"the loop, process {child}, ends after" in done.output
-    finally:
-        _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    wait_until(lambda: len(rows()) >= 2)
+    assert running_loop().pid == child
+    done = call("stop", "--wait")
+    assert done.exit_code == 0 and f"the loop, process {child}, ends after" in done.output
+    assert exit_code_of(child) == 0
     assert end_of_log()["event"] == "end" and end_of_log()["why"] == "autoresearch stop"
     assert all(row.status == "keep" for row in rows())  # nothing was cut off
     assert running_loop() is None and not stop.request_path().exists()
-    left = len(rows())
-    assert (
-        run_night(
-            Night(Agent("python", [sys.executable, str(home() / "agent.py")]), resolve(), experiments=1)
-        )
-        == 0
-    )
-    assert len(rows()) == left + 1  # the edit that waited, or the agent's next one
+    before = len(rows())
+    assert one_more_night(1) == 0
+    assert len(rows()) == before + 1  # the edit that waited, or the agent's next one
 
 
 def test_a_pause_is_cut_short(fast):
     child = start_night("import sys; sys.exit(1)", pause=3600.0)
-    try:
-        wait_until(
-            lambda: '"pause"' in (home() / "runs" / "loop" / "loop.jsonl").read_text() if rows() else False
-        )
-        ask_to_stop()
-        began = time.monotonic()
-    finally:
-        _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0 and time.monotonic() - began < 20
+    log = home() / "runs" / "loop" / "loop.jsonl"
+    wait_until(lambda: log.exists() and '"pause"' in log.read_text())
+    ask_to_stop()
+    assert exit_code_of(child, 20) == 0
 
 
 def test_without_a_loop_there_is_nothing_to_stop(repository):
@@ -120,17 +139,12 @@ def test_a_loop_that_was_killed_is_no_loop(fast):
     loop = running_loop()
     stop.write_json(stop.request_path(), {"token": loop.token})  # it was asked, and then killed
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    assert exit_code_of(child) == -signal.SIGKILL
     assert stop.loop_path().exists() and running_loop() is None
     with pytest.raises(UserError, match="no loop runs"):
         ask_to_stop()
     before = len(rows())
-    assert (
-        run_night(
-            Night(Agent("python", [sys.executable, str(home() / "agent.py")]), resolve(), experiments=2)
-        )
-        == 0
-    )
+    assert one_more_night(2) == 0
     assert len(rows()) >= before + 1  # the old request is not for the new loop
 
 
@@ -199,8 +213,7 @@ def test_the_agent_of_a_loop_may_not_stop_it(fast):
     """Not by the command, nor past it: whoever descends from the loop is refused."""
     arguments = [str(fast), str(ROOT), *ROOTED]
     child = start_night(TRAITOR, arguments, experiments=2)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0 and len(rows()) == 2
+    assert exit_code_of(child) == 0 and len(rows()) == 2
     assert "may not stop it" in (home() / "said").read_text()
     variables = {**os.environ, "AUTORESEARCH_LOOP": str(fast)}
     command = [sys.executable, "-m", "launcher.cli", "stop"]
