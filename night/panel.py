@@ -12,7 +12,7 @@ from rich.text import Text
 
 from backends.protocol import Event, Log, Start
 from launcher.belief import Standing
-from launcher.console import say
+from launcher.console import is_quiet, say
 from launcher.ledger import Row, single_line
 from launcher.progress import Progress, Scored
 
@@ -52,7 +52,7 @@ class Panel:
         self._entered = time.monotonic()
         self._console = Console(stderr=True)
         self._live: Live | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not is_quiet():
             self._live = Live(
                 get_renderable=self.table,
                 console=self._console,
