@@ -54,6 +54,7 @@ def print_version(context: click.Context, parameter: click.Parameter, wanted: bo
 
 @click.group(
     cls=Group,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="autoresearch COMMAND --help says more about a command, autoresearch help about the rest.",
 )
@@ -68,6 +69,9 @@ def print_version(context: click.Context, parameter: click.Parameter, wanted: bo
 @click.pass_context
 def main(context: click.Context) -> None:
     """An AI agent does language-model research overnight, on whatever accelerator you own."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+        return
     if os.environ.get("AUTORESEARCH_LOOP") and context.invoked_subcommand not in FOR_AGENTS:
         from prepare import UserError
 

@@ -127,9 +127,6 @@ class Group(click.Group):
         try:
             with reader_may_leave():
                 code = super().main(*arguments, **{**more, "standalone_mode": False})
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            code = error.exit_code
         except click.Abort:
             click.echo("interrupted", err=True)
             code = EXIT_INTERRUPTED

@@ -91,6 +91,10 @@ def test_a_topic_has_a_page_that_fits(call, topic):
     assert topic in call("help").output and f"  {topic}" not in call("help", topic).output
 
 
+def test_alone_the_command_prints_its_help(call):
+    assert call().output == call("--help").output and call().exit_code == 0
+
+
 def test_help_of_a_command_is_its_own_help(call):
     assert call("help", "run").output == call("run", "--help").output
     done = call("help", "nope")
