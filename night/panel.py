@@ -12,8 +12,9 @@ from rich.text import Text
 
 from backends.protocol import Event, Log, Start
 from launcher.belief import Standing
-from launcher.console import Progress, Scored, say
+from launcher.console import is_quiet, say
 from launcher.ledger import Row, single_line
+from launcher.progress import Progress, Scored
 
 REFRESHES_A_SECOND = 2.0
 LAST_RESULTS = 5
@@ -47,10 +48,11 @@ class Panel:
         self.detail = ""  # the progress of the phase
         self.share: float | None = None  # of the training that is over
         self.words: Callable[[], str] = str  # what the agent printed last
+        self.is_stopping: Callable[[], bool] = bool  # somebody called `autoresearch stop`
         self._entered = time.monotonic()
         self._console = Console(stderr=True)
         self._live: Live | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not is_quiet():
             self._live = Live(
                 get_renderable=self.table,
                 console=self._console,
@@ -80,6 +82,12 @@ class Panel:
             self._console.set_window_title(f"autoresearch {self.done + 1}{self.of_all()}: {phase}")
         else:
             self.note(phase)
+
+    def set_phase(self, phase: str, seconds: float, limit: float) -> None:
+        """Show a phase that began so many seconds ago. limit: seconds that it may take, 0 for none."""
+        self.phase = phase
+        self.limit = limit or None
+        self._entered = time.monotonic() - seconds
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
@@ -136,6 +144,8 @@ class Panel:
 
     def left(self) -> str:
         """Return what is left of the night."""
+        if self.is_stopping():
+            return "it ends after this experiment: autoresearch stop"
         parts = []
         if self.until:
             seconds = int(max(0.0, (self.until - datetime.now()).total_seconds()))

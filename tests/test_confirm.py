@@ -101,6 +101,14 @@ def test_what_is_no_better_is_not_claimed(contest, house, capsys):
     assert rows(house)[-1].status == UNCONFIRMED
 
 
+def test_a_program_may_read_the_answer(contest, house, capsys):
+    contest(0.05)
+    assert confirm_run("best", "baseline", as_json=True) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["verdict"] == "claim" and data["p"] < 0.01 and len(data["pairs"]) == data["runs"]
+    assert data["sentence"].endswith("runs of each)") and data["baseline"] == rows(house)[0].run
+
+
 def test_asked_again_it_goes_on_with_what_is_on_record(contest, house, capsys):
     """Otherwise a person would ask until luck answers."""
     contested = contest(0.004)
