@@ -71,7 +71,8 @@ class Platform:
     start: StartSizes
     match: str = ""  # regular expression, found in the device's name; "" matches all
     min_memory_gb: float = 0.0  # device memory from which this entry applies
-    bf16: bool = True  # matrix units compute in bfloat16
+    bf16: bool | None = None  # compute in bfloat16, or in float32; None: the faster one (backends/dtype.py)
+    needs_bf16: bool = False  # this entry applies only to a device that has bfloat16; so does bf16: true
     peak_bf16_tflops: float = 0.0  # dense, without sparsity; 0: measured at the start of a run
     val_tokens: int = 0  # tokens scored; 0: as many as the track says
     startup_seconds: float = 150.0  # from the command to exp.start: imports, compilation, warm-up
@@ -88,7 +89,7 @@ class Facts:
     device_kind: DeviceKind
     device: str  # its name, as the vendor writes it
     memory_gb: float  # of the device; unified memory on a Mac
-    bf16: bool = True
+    bf16: bool = True  # it has instructions for bfloat16; how fast they are is another question
     cores: int = 0  # CPU cores, or GPU cores on a Mac
     details: dict[str, str] = field(default_factory=dict)
 
@@ -168,7 +169,7 @@ def fits(platform: Platform, facts: Facts) -> bool:
         and platform.device_kind == facts.device_kind
         and facts.memory_gb >= platform.min_memory_gb
         and re.search(platform.match, facts.device) is not None
-        and (facts.bf16 or not platform.bf16)
+        and (facts.bf16 or not (platform.bf16 or platform.needs_bf16))
     )
 
 
@@ -179,7 +180,7 @@ def reasons(platform: Platform, facts: Facts) -> str:
         why.append(f"'{facts.device}' matches /{platform.match}/")
     if platform.min_memory_gb:
         why.append(f"{facts.memory_gb:.0f} GB is at least {platform.min_memory_gb:g}")
-    if not platform.bf16:
+    if not (platform.bf16 or platform.needs_bf16):
         why.append("no bf16 needed")
     return ", ".join(why)
 

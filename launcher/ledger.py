@@ -108,6 +108,7 @@ class Row:
     harness: str = ""  # content hash of all that no experiment changes
     budget: float = 0.0  # seconds
     val_tokens: int = 0
+    dtype: str = ""  # of activations and embeddings
     val_stderr: float = 0.0
     training_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -228,6 +229,7 @@ FEW_TEXTS = {
     "track",
     "fingerprint",
     "harness",
+    "dtype",
     "agent",
     "marks",
 }  # in a column

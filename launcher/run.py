@@ -108,6 +108,7 @@ def run_once(request: Request) -> Row:
         row.time = now_utc()
         lock.set_holder(row.run)
         compiled.trim()
+        row.dtype = setting.dtype.dtype  # in the lock: where it is measured, no other run computes
         run = run_dir(row.run)
         run.path.mkdir(parents=True)
         copy = run.path / trainer.name
@@ -193,7 +194,7 @@ def train_and_score(request: Request, copy: Path, run: RunDir, watch: Watch) -> 
     try:
         say(
             f"run {run.run_id}: {setting.platform.name} ({setting.why}), track {setting.track.name}, "
-            f"{setting.budget:g} s of training, seed {request.seed}"
+            f"{setting.budget:g} s of training in {setting.dtype.dtype}, seed {request.seed}"
         )
         outcome = supervise(copy, run, setting, request.seed, watch, progress)
     except Stopped as stop:
