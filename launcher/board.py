@@ -104,6 +104,11 @@ class Board:
         return RuleSet(self.key.track, self.key.fingerprint, self.key.rules)
 
     @property
+    def is_practice(self) -> bool:
+        """Its runs had another budget than that of the rules."""
+        return self.rows[0].practice
+
+    @property
     def best(self) -> Row:
         return self.rows[0]
 
@@ -117,13 +122,15 @@ class Board:
         key = self.key
         where = f"{key.track} on {key.device} ({key.platform})"
         how = f"{key.budget:g} s, {key.val_tokens:,} tokens scored, rules {key.rules}"
-        return f"{where}: {len(self.rows)} runs, {how}, data {key.fingerprint[:8]}"
+        title = f"{where}: {len(self.rows)} runs, {how}, data {key.fingerprint[:8]}"
+        return f"practice, a budget that never ranks: {title}" if self.is_practice else title
 
 
 class Boards(NamedTuple):
     """Everything that the ledgers hold, each run once."""
 
     boards: list[Board]  # by track, then by their best val_bpb
+    practice: list[Board]  # those of other budgets, in the same order
     unranked: list[Row]
     verifications: dict[str, Row]  # run id -> the last row that `autoresearch verify` added about it
     claims: dict[str, Row]  # run id -> the last row that `autoresearch confirm` added about it
@@ -150,24 +157,29 @@ def gather(
     boards: dict[BoardKey, Board] = {}
     unranked = []
     for row in rows:
-        if not row.ranked or is_refuted(row, verifications):
+        if not (row.ranked or row.practice) or is_refuted(row, verifications):
             unranked.append(row)
             continue
         key = row.board
         if key not in boards:
             boards[key] = Board(key)
         boards[key].rows.append(row)
-    current = current_rule_sets(boards.values())
-    ranked = []
-    for board in boards.values():
-        if board.rule_set in current:
-            board.rows.sort(key=lambda row: row.val_bpb)
-            ranked.append(board)
-        else:
-            unranked += board.rows
-    ranked.sort(key=lambda board: (board.key.track, board.best.val_bpb))
+    ranked, older = split_boards([board for board in boards.values() if not board.is_practice])
+    practice, older_practice = split_boards([board for board in boards.values() if board.is_practice])
+    for board in (*older, *older_practice):
+        unranked += board.rows
     claims = {row.run: row for row in about if row.status in (CONFIRMED, UNCONFIRMED)}
-    return Boards(ranked, unranked, verifications, claims)
+    return Boards(ranked, practice, unranked, verifications, claims)
+
+
+def split_boards(boards: Sequence[Board]) -> tuple[list[Board], list[Board]]:
+    """Return the boards of the rules and the data in force, sorted with their runs, and all others."""
+    current = current_rule_sets(boards)
+    kept = [board for board in boards if board.rule_set in current]
+    for board in kept:
+        board.rows.sort(key=lambda row: row.val_bpb)
+    kept.sort(key=lambda board: (board.key.track, board.best.val_bpb))
+    return kept, [board for board in boards if board.rule_set not in current]
 
 
 def read_runs(
@@ -386,7 +398,7 @@ def print_leaderboard(
 
 def warn_of_lost_runs(boards: Boards, folder: Path) -> None:
     """Say how many runs in a folder of runs have a row, and the ledgers have it not."""
-    rows = chain(boards.unranked, *(board.rows for board in boards.boards))
+    rows = chain(boards.unranked, *(board.rows for board in (*boards.boards, *boards.practice)))
     lost = [run for run in missing_runs(folder, rows) if (folder / run / "row.json").is_file()]
     if lost:
         warn(f"the ledger lacks {len(lost)} of the runs in {folder}: the next run, try or loop adds them")
@@ -394,18 +406,20 @@ def warn_of_lost_runs(boards: Boards, folder: Path) -> None:
 
 def print_json(boards: Boards, out: TextIO) -> None:
     """Print everything as one JSON object."""
-    tables = []
-    for board in boards.boards:
-        lines = list_ranked(board, boards.claims)
-        tables.append({"title": board.title, "rows": [line._asdict() for line in lines]})
     unranked = list_unranked(boards.unranked, boards.verifications)
     data = {
-        "boards": tables,
+        "boards": [table_of(board, boards.claims) for board in boards.boards],
+        "practice": [table_of(board, boards.claims) for board in boards.practice],
         "across": [line._asdict() for line in compare_devices(boards.boards)],
         "unranked": [line._asdict() for line in unranked],
     }
     json.dump(data, out, indent=1)
     out.write("\n")
+
+
+def table_of(board: Board, claims: dict[str, Row]) -> dict[str, object]:
+    """Return a board as JSON has it."""
+    return {"title": board.title, "rows": [line._asdict() for line in list_ranked(board, claims)]}
 
 
 def print_tsv(boards: Boards, out: TextIO) -> None:
@@ -418,24 +432,37 @@ def print_tsv(boards: Boards, out: TextIO) -> None:
 
 
 def print_text(boards: Boards, most: int, out: TextIO) -> None:
-    """Print a table for each board, the comparison of devices, and what is not ranked."""
-    if not boards.boards and not boards.unranked:
+    """Print a table for each board, the comparison of devices, and what is not ranked.
+
+    Practice boards come last, so that what ranks is seen first.
+    """
+    if not (boards.boards or boards.practice or boards.unranked):
         out.write("no experiments yet: autoresearch run\n")
         return
     console = open_console(out)
     for board in boards.boards:
-        print_table(console, board.title, list_ranked(board, boards.claims, most))
-        if len(board.rows) > most:
-            out.write(f"... {len(board.rows) - most} more (--json or --tsv has them)\n")
-        out.write("\n")
+        print_board(console, board, boards.claims, most)
     if len(boards.boards) > 1:
         print_table(console, "across devices", compare_devices(boards.boards))
         out.write("\n")
+    for board in boards.practice:
+        print_board(console, board, boards.claims, most)
+    if boards.practice and not boards.boards:
+        out.write("nothing ranks yet: a run without --budget does (autoresearch run)\n\n")
     if boards.unranked:
         title = f"not ranked: {len(boards.unranked)}"
         if len(boards.unranked) > most:
             title += f", the last {most} of them (--json has all)"
         print_table(console, title, list_unranked(boards.unranked[-most:], boards.verifications))
+
+
+def print_board(console: "Console", board: Board, claims: dict[str, Row], most: int) -> None:
+    """Print a board's title, its best runs, how many more there are, and an empty line."""
+    print_table(console, board.title, list_ranked(board, claims, most))
+    if len(board.rows) > most:
+        where = "--json has" if board.is_practice else "--json or --tsv has"
+        console.file.write(f"... {len(board.rows) - most} more ({where} them)\n")
+    console.file.write("\n")
 
 
 def open_console(out: TextIO) -> "Console":

@@ -162,6 +162,11 @@ class Row:
         return self.comparable and not self.flags & UNRANKED.keys()
 
     @property
+    def practice(self) -> bool:
+        """The run stands on a practice board: only its budget keeps it from a leaderboard."""
+        return self.comparable and self.flags & UNRANKED.keys() == {Flag.SHORT}
+
+    @property
     def judged(self) -> bool:
         """The run decided keep, discard or failure.
 
