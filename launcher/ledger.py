@@ -170,11 +170,19 @@ class Row:
     def judged(self) -> bool:
         """The run decided keep, discard or failure.
 
-        False for a run that was interrupted, does not compare, or waits for a second seed.
+        False for a run that was interrupted, does not compare, waits for a second seed, or ended on a limit
+        that the machine missed.
         """
         if self.scored:
             return self.comparable and Flag.REPEAT not in self.flags
+        if self.disturbed_timeout:
+            return False
         return bool(self.status) and not self.flags & {Flag.INTERRUPTED, Flag.CUT_OFF}
+
+    @property
+    def disturbed_timeout(self) -> bool:
+        """The run ended on a limit on a machine that was contended, asleep or slowed: no word about it."""
+        return self.status == "timeout" and bool(self.flags & INCOMPARABLE)
 
     @property
     def goes_back(self) -> bool:
