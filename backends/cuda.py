@@ -39,7 +39,8 @@ class TorchDevice(Device):
         if wants_gpu and not torch.cuda.is_available():
             raise SystemExit(
                 f"platform {self.platform.name} needs a GPU and PyTorch {torch.__version__} sees none: "
-                "check nvidia-smi and the driver, or use --platform cpu"
+                f"check {'rocm-smi' if torch.version.hip else 'nvidia-smi'} and the driver, "
+                "or use --platform cpu"
             )
         self.torch_device = torch.device("cuda" if wants_gpu else "cpu")
         if wants_gpu:
