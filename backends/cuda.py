@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from backends import experiment
 from backends.device import SCORE_CHUNK, Device, check_logits
+from backends.dtype import BFLOAT16, MEASURE_SECONDS, LayerTimes, choose_dtype
 from backends.platforms import Platform, current_platform, facts_for
 
 # What the trainer imports from here.
@@ -38,16 +39,16 @@ class TorchDevice(Device):
         if wants_gpu and not torch.cuda.is_available():
             raise SystemExit(
                 f"platform {self.platform.name} needs a GPU and PyTorch {torch.__version__} sees none: "
-                "check nvidia-smi and the driver, or use --platform cpu"
+                f"check {'rocm-smi' if torch.version.hip else 'nvidia-smi'} and the driver, "
+                "or use --platform cpu"
             )
         self.torch_device = torch.device("cuda" if wants_gpu else "cpu")
         if wants_gpu:
             self._copies = torch.cuda.Stream()
             torch.cuda.reset_peak_memory_stats()
-            self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             keep_freed_memory()
-            self.bf16 = facts_for(self.platform).bf16
+        self.bf16 = compute_dtype(self.platform) == torch.bfloat16
         torch.manual_seed(self.seed)
 
     def seed_changed(self) -> bool:
@@ -218,12 +219,77 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, n: int = 0, seconds:
 
 
 def compute_dtype(platform: Platform) -> torch.dtype:
-    """Return the dtype of activations and embeddings: bfloat16 where the device has it, else float32."""
-    if platform.device_kind == "gpu":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    """Return the dtype of activations and embeddings.
+
+    The launcher hands it over with the platform. A trainer that runs alone chooses as the launcher would.
+    """
+    if platform.bf16 is None:
+        bf16 = choose_dtype(platform, facts_for(platform)).dtype == BFLOAT16
     else:
-        bf16 = facts_for(platform).bf16
+        bf16 = platform.bf16
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def layer_times(device: str, width: int) -> LayerTimes:
+    """Return how long a layer's work takes in float32 and in bfloat16, in turn, at best.
+
+    Whatever else the machine does meanwhile slows both down.
+    """
+    torch.set_float32_matmul_precision("high")  # as in the trainer
+    rows = 2**14 if device == "cuda" else 2**9
+    works = {
+        (dtype, name): work
+        for dtype in (torch.float32, torch.bfloat16)
+        for name, work in layer_work(torch.device(device), dtype, rows, width).items()
+    }
+    best = dict.fromkeys(works, float("inf"))
+    for work in works.values():
+        work()  # the first call chooses kernels
+    began = time.monotonic()
+    while time.monotonic() - began < MEASURE_SECONDS or float("inf") in best.values():
+        for key, work in works.items():
+            t0 = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best[key] = min(best[key], 1e3 * (time.perf_counter() - t0))
+    return LayerTimes(
+        float32_products=best[torch.float32, "products"],
+        float32_elementwise=best[torch.float32, "elementwise"],
+        bfloat16_products=best[torch.bfloat16, "products"],
+        bfloat16_elementwise=best[torch.bfloat16, "elementwise"],
+    )
+
+
+def layer_work(
+    device: torch.device, dtype: torch.dtype, rows: int, width: int
+) -> dict[str, Callable[[], None]]:
+    """Return the work of a transformer layer but for attention, forward and backward, of its two kinds.
+
+    rows: tokens. width: of the hidden states.
+    """
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    shapes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
+    matrices = [(random(rows, into), random(into, out), random(rows, out)) for into, out in shapes]
+    x = random(rows, width).requires_grad_()
+    hidden = random(rows, 4 * width).requires_grad_()
+    gradients = random(rows, width), random(rows, 4 * width)
+
+    def products() -> None:
+        for inputs, weight, gradient in matrices:
+            inputs @ weight
+            gradient @ weight.T
+            inputs.T @ gradient
+
+    def elementwise() -> None:
+        residual = 0.9 * x + F.rms_norm(x, (width,))
+        torch.autograd.backward([residual, F.relu(hidden).square()], list(gradients))
+        x.grad = hidden.grad = None
+
+    return {"products": products, "elementwise": elementwise}
 
 
 def keep_freed_memory() -> None:

@@ -32,7 +32,7 @@ class MlxDevice(Device):
                 "use --platform mlx-cpu (slow) or, on Linux, --platform cpu"
             )
         mx.set_default_device(mx.cpu if on_cpu else mx.gpu)
-        self.bf16 = self.platform.bf16
+        self.bf16 = compute_dtype(self.platform) == mx.bfloat16
         # 0 where MLX names none (the CPU): then nothing is limited.
         self._memory_limit = int(MEMORY_SHARE * mx.device_info().get("max_recommended_working_set_size", 0))
         if self._memory_limit:
@@ -173,5 +173,5 @@ def matmul_tflops(dtype: mx.Dtype, n: int = 0, seconds: float = 0.5) -> float:
 
 
 def compute_dtype(platform: Platform) -> mx.Dtype:
-    """Return the dtype of activations and embeddings: bfloat16 unless the platform has none."""
-    return mx.bfloat16 if platform.bf16 else mx.float32
+    """Return the dtype of activations and embeddings: bfloat16 unless the platform says otherwise."""
+    return mx.float32 if platform.bf16 is False else mx.bfloat16

@@ -7,12 +7,15 @@ here imports a framework: the launcher asks too.
 """
 
 import functools
+import importlib.util
 import json
+import math
 import os
 import platform as python_platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +74,8 @@ class Platform:
     start: StartSizes
     match: str = ""  # regular expression, found in the device's name; "" matches all
     min_memory_gb: float = 0.0  # device memory from which this entry applies
-    bf16: bool = True  # matrix units compute in bfloat16
+    bf16: bool | None = None  # compute in bfloat16, or in float32; None: the faster one (backends/dtype.py)
+    needs_bf16: bool = False  # this entry applies only to a device that has bfloat16; so does bf16: true
     peak_bf16_tflops: float = 0.0  # dense, without sparsity; 0: measured at the start of a run
     val_tokens: int = 0  # tokens scored; 0: as many as the track says
     startup_seconds: float = 150.0  # from the command to exp.start: imports, compilation, warm-up
@@ -88,7 +92,7 @@ class Facts:
     device_kind: DeviceKind
     device: str  # its name, as the vendor writes it
     memory_gb: float  # of the device; unified memory on a Mac
-    bf16: bool = True
+    bf16: bool = True  # it has instructions for bfloat16; how fast they are is another question
     cores: int = 0  # CPU cores, or GPU cores on a Mac
     details: dict[str, str] = field(default_factory=dict)
 
@@ -168,7 +172,7 @@ def fits(platform: Platform, facts: Facts) -> bool:
         and platform.device_kind == facts.device_kind
         and facts.memory_gb >= platform.min_memory_gb
         and re.search(platform.match, facts.device) is not None
-        and (facts.bf16 or not platform.bf16)
+        and (facts.bf16 or not (platform.bf16 or platform.needs_bf16))
     )
 
 
@@ -179,7 +183,7 @@ def reasons(platform: Platform, facts: Facts) -> str:
         why.append(f"'{facts.device}' matches /{platform.match}/")
     if platform.min_memory_gb:
         why.append(f"{facts.memory_gb:.0f} GB is at least {platform.min_memory_gb:g}")
-    if not platform.bf16:
+    if not (platform.bf16 or platform.needs_bf16):
         why.append("no bf16 needed")
     return ", ".join(why)
 
@@ -266,7 +270,10 @@ def facts_for(platform: Platform) -> Facts:
 
 @functools.lru_cache
 def machine_facts() -> Facts:
-    """Return the facts of this machine: an NVIDIA GPU if one answers, else Apple Silicon, else the CPU."""
+    """Return the facts of this machine: of an NVIDIA GPU if one answers, else of a Mac, an AMD GPU, the CPU.
+
+    An AMD GPU counts where PyTorch is built for it; a build for CUDA does not see it.
+    """
     query = "--query-gpu=name,memory.total,compute_cap,driver_version"
     csv = output_of("nvidia-smi", f"--id={visible_gpu()}", query, "--format=csv,noheader,nounits")
     nvidia = nvidia_facts(csv)
@@ -277,6 +284,11 @@ def machine_facts() -> Facts:
         apple = apple_facts(sysctl, output_of("ioreg", "-rc", "AGXAccelerator", "-d1"))
         if apple:
             return apple
+    amd = amd_gpu()
+    if amd and hip_version():
+        return amd
+    if amd:
+        return replace(cpu_facts(), details={"unused_gpu": f"{amd.device}: PyTorch is not built for ROCm"})
     return cpu_facts()
 
 
@@ -296,12 +308,13 @@ def nvidia_facts(csv: str) -> Facts | None:
     )
 
 
-def to_number(cell: str) -> float:
-    """Return a number of nvidia-smi's, 0 for "[N/A]": where memory is shared, it states none."""
+def to_number(cell: Any) -> float:
+    """Return a number of a vendor's tool, 0 for "[N/A]": where memory is shared, it states none."""
     try:
-        return float(cell)
-    except ValueError:
+        number = float(cell)
+    except (ValueError, TypeError, OverflowError):
         return 0.0
+    return number if 0 <= number < math.inf else 0.0
 
 
 def apple_facts(sysctl: str, ioreg: str) -> Facts | None:
@@ -334,6 +347,102 @@ def cpu_facts() -> Facts:
     bf16 = bool(re.search(r"avx512_bf16|amx_bf16|\bbf16\b", info))
     memory_gb = round(psutil.virtual_memory().total / 2**30, 1)
     return Facts("torch", "cpu", f"{model}, {cores} cores", memory_gb, bf16=bf16, cores=cores)
+
+
+# GPUs of AMD with matrix instructions for bfloat16: CDNA (MI100 and newer), RDNA 3 and newer.
+AMD_WITH_BF16 = re.compile(r"gfx(908|90a|94\d|95\d|1[12]\d\d)")
+AMD_NAMES = ("Card Series", "Card series", "Device Name", "market_name")  # keys, the best first
+AMD_ARCHITECTURES = ("GFX Version", "target_graphics_version")
+
+
+def hip_version() -> str:
+    """Return the version of HIP that the installed PyTorch is built for, "" for none. It is not imported."""
+    try:
+        spec = importlib.util.find_spec("torch")
+        text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+    except (OSError, ValueError, ImportError):
+        return ""
+    found = re.search(r"^hip\b[^=\n]*=\s*['\"](.+?)['\"]", text, re.M)
+    return found[1] if found else ""
+
+
+def amd_gpu() -> Facts | None:
+    """Return the facts of the AMD GPU that a run would use, None where there is none."""
+    visible = os.environ.get("HIP_VISIBLE_DEVICES") or visible_gpu()
+    number = int(visible) if visible.isdecimal() else 0
+    said = output_of("rocm-smi", "--showproductname", "--showmeminfo", "vram", "--json")
+    return amd_facts(said, number) or amd_facts(
+        output_of("amd-smi", "static", "--asic", "--vram", "--json"), number
+    )
+
+
+def amd_facts(said: str, number: int = 0) -> Facts | None:
+    """Read what `rocm-smi` or `amd-smi` says in JSON. None when it names no GPU.
+
+    said: perhaps with lines of warnings around the JSON. number: of the GPU, from 0
+    """
+    cards = amd_cards(said)
+    if not cards:
+        return None
+    card = cards[number] if number < len(cards) else cards[0]
+    architecture = first_text(card, AMD_ARCHITECTURES)
+    name = first_text(card, AMD_NAMES) or f"AMD {architecture or 'GPU'}"
+    return Facts(
+        "torch",
+        "gpu",
+        name,
+        amd_memory_gb(card),
+        bf16=AMD_WITH_BF16.match(architecture) is not None,
+        details={"architecture": architecture} if architecture else {},
+    )
+
+
+def amd_cards(said: str) -> list[dict[str, Any]]:
+    """Return the values of each GPU, in order, with those of `asic` and `vram` among the others.
+
+    rocm-smi: {"card0": {...}, ...}; amd-smi: [{"gpu": 0, "asic": {...}, "vram": {...}}], bare or as gpu_data.
+    """
+    starts = [at for at in (said.find("{"), said.find("[")) if at >= 0]
+    data: Any = None
+    for start in sorted(starts):
+        try:
+            data, _ = json.JSONDecoder().raw_decode(said[start:])
+            break
+        except (ValueError, RecursionError):
+            continue
+    if isinstance(data, dict) and "gpu_data" in data:
+        data = data["gpu_data"]
+    if isinstance(data, dict):
+        numbered = [(key, card) for key, card in data.items() if re.fullmatch(r"card:?\d+", key)]
+        data = [card for _, card in sorted(numbered, key=lambda pair: int(re.sub(r"\D", "", pair[0])))]
+    if not isinstance(data, list):
+        return []
+    cards = [card for card in data if isinstance(card, dict)]
+    return [{**card, **section(card, "asic"), **section(card, "vram")} for card in cards]
+
+
+def section(card: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a part of what amd-smi says of a GPU, {} without it."""
+    part = card.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def first_text(card: dict[str, Any], keys: Iterable[str]) -> str:
+    """Return the first of the values that is a name: no number, and not "N/A"."""
+    for key in keys:
+        value = card.get(key)
+        if isinstance(value, str) and value.strip() not in ("", "N/A") and not value.startswith("0x"):
+            return value.strip()
+    return ""
+
+
+def amd_memory_gb(card: dict[str, Any]) -> float:
+    """Return the memory of a GPU in GiB, 0 where it is not stated. rocm-smi counts bytes, amd-smi MiB."""
+    size = card.get("size")
+    mebibytes = size.get("value") if isinstance(size, dict) else size
+    if mebibytes is not None:
+        return round(to_number(mebibytes) / 2**10, 1)
+    return round(to_number(card.get("VRAM Total Memory (B)")) / 2**30, 1)
 
 
 # Dense bf16 TFLOP/s of one Apple GPU core: 128 lanes, two operations a cycle, at the generation's clock. M1:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from launcher.ledger import (
     ABOUT_RUNS,
@@ -28,6 +28,9 @@ from launcher.ledger import (
     single_line,
     warn,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # The columns that boards and the report need. Without the others a long ledger takes half the memory.
 NEEDED = {
@@ -86,6 +89,11 @@ class Board:
         return RuleSet(self.key.track, self.key.fingerprint, self.key.rules)
 
     @property
+    def is_practice(self) -> bool:
+        """Its runs had another budget than that of the rules."""
+        return self.rows[0].practice
+
+    @property
     def best(self) -> Row:
         return self.rows[0]
 
@@ -96,7 +104,8 @@ class Board:
 
     @property
     def title(self) -> str:
-        return describe_board(self.key, f"{len(self.rows)} runs, ")
+        title = describe_board(self.key, f"{len(self.rows)} runs, ")
+        return f"practice, a budget that never ranks: {title}" if self.is_practice else title
 
 
 def describe_board(key: BoardKey, runs: str = "") -> str:
@@ -124,6 +133,7 @@ class Boards(NamedTuple):
 
     runs: list[Row]  # all of them, those of a file in its order
     boards: list[Board]  # by track, then by their best val_bpb
+    practice: list[Board]  # those of other budgets, in the same order
     foreign: list[ForeignBoard]  # one for each file
     unranked: list[Row]
     verifications: dict[str, Row]  # run id -> the last row that `autoresearch verify` added about it
@@ -155,26 +165,31 @@ def gather(
         if row.scored and not row.rules:
             foreign.setdefault(row.ledger, ForeignBoard(row.ledger, row)).rows.append(row)
             continue
-        if not row.ranked or is_refuted(row, verifications):
+        if not (row.ranked or row.practice) or is_refuted(row, verifications):
             unranked.append(row)
             continue
         key = row.board
         if key not in boards:
             boards[key] = Board(key)
         boards[key].rows.append(row)
-    current = current_rule_sets(boards.values())
-    ranked = []
-    for board in boards.values():
-        if board.rule_set in current:
-            board.rows.sort(key=lambda row: row.val_bpb)
-            ranked.append(board)
-        else:
-            unranked += board.rows
-    ranked.sort(key=lambda board: (board.key.track, board.best.val_bpb))
+    ranked, older = split_boards([board for board in boards.values() if not board.is_practice])
+    practice, older_practice = split_boards([board for board in boards.values() if board.is_practice])
+    for board in (*older, *older_practice):
+        unranked += board.rows
     for other in foreign.values():
         other.rows.sort(key=lambda row: row.val_bpb)
     claims = {row.run: row for row in about if row.status in (CONFIRMED, UNCONFIRMED)}
-    return Boards(rows, ranked, list(foreign.values()), unranked, verifications, claims)
+    return Boards(rows, ranked, practice, list(foreign.values()), unranked, verifications, claims)
+
+
+def split_boards(boards: Sequence[Board]) -> tuple[list[Board], list[Board]]:
+    """Return the boards of the rules and the data in force, sorted with their runs, and all others."""
+    current = current_rule_sets(boards)
+    kept = [board for board in boards if board.rule_set in current]
+    for board in kept:
+        board.rows.sort(key=lambda row: row.val_bpb)
+    kept.sort(key=lambda board: (board.key.track, board.best.val_bpb))
+    return kept, [board for board in boards if board.rule_set not in current]
 
 
 def read_runs(
@@ -490,11 +505,13 @@ def print_json(boards: Boards, wanted: Wanted, out: TextIO) -> None:
     def rows_of(board: Board | ForeignBoard) -> list[dict[str, Any]]:
         return [line._asdict() for line in list_ranked(board, boards.claims, sort=wanted.sort)]
 
+    def table_of(board: Board) -> dict[str, Any]:
+        return {"title": board.title, **board.key._asdict(), "rows": rows_of(board)}
+
     unranked = list_unranked(boards.unranked, boards.verifications)
     data = {
-        "boards": [
-            {"title": board.title, **board.key._asdict(), "rows": rows_of(board)} for board in boards.boards
-        ],
+        "boards": [table_of(board) for board in boards.boards],
+        "practice": [table_of(board) for board in boards.practice],
         "foreign": [
             {"title": board.title, "ledger": board.ledger, "rows": rows_of(board)} for board in boards.foreign
         ],
@@ -524,7 +541,10 @@ def tsv_cell(value: object) -> object:
 
 
 def print_text(boards: Boards, wanted: Wanted, out: TextIO) -> None:
-    """Print a table for each board, the comparison of devices, and what is not ranked."""
+    """Print a table for each board, the comparison of devices, and what is not ranked.
+
+    Practice boards come last, so that what ranks is seen first.
+    """
     if not boards.runs:
         out.write("no experiments yet: autoresearch run\n")
         return
@@ -533,14 +553,14 @@ def print_text(boards: Boards, wanted: Wanted, out: TextIO) -> None:
     console = open_console(out)
     shown: list[Board | ForeignBoard] = [*boards.boards, *boards.foreign]
     for board in shown:
-        lines = list_ranked(board, boards.claims, wanted.most, wanted.sort)
-        print_table(console, board.title, lines, wanted.columns)
-        if len(board.rows) > wanted.most:
-            out.write(f"... {len(board.rows) - wanted.most} more (--rows, --json or --tsv has them)\n")
-        out.write("\n")
+        print_board(console, board, boards.claims, wanted)
     if len(boards.boards) > 1:
         print_table(console, "across devices", compare_devices(boards.boards))
         out.write("\n")
+    for board in boards.practice:
+        print_board(console, board, boards.claims, wanted)
+    if boards.practice and not boards.boards:
+        out.write("nothing ranks yet: a run without --budget does (autoresearch run)\n\n")
     if boards.unranked:
         title = f"not ranked: {len(boards.unranked)}"
         if len(boards.unranked) > wanted.most:
@@ -548,3 +568,16 @@ def print_text(boards: Boards, wanted: Wanted, out: TextIO) -> None:
         lines_about = list_unranked(boards.unranked[-wanted.most :], boards.verifications)
         columns = [name for name in wanted.columns if name in UnrankedRun._fields]
         print_table(console, title, lines_about, columns)
+
+
+def print_board(
+    console: "Console", board: Board | ForeignBoard, claims: dict[str, Row], wanted: Wanted
+) -> None:
+    """Print a board's title, its best runs, how many more there are, and an empty line."""
+    from launcher.table import print_table
+
+    lines = list_ranked(board, claims, wanted.most, wanted.sort)
+    print_table(console, board.title, lines, wanted.columns)
+    if len(board.rows) > wanted.most:
+        console.file.write(f"... {len(board.rows) - wanted.most} more (--rows or --json has them)\n")
+    console.file.write("\n")

@@ -18,7 +18,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from backends.protocol import (
     EVENT_BYTES,
@@ -40,7 +40,7 @@ from backends.protocol import (
 from launcher import compiled, shared_memory
 from launcher.box import Policy
 from launcher.device import Watch
-from launcher.ledger import single_line
+from launcher.ledger import BoardKey, Flag, Row, single_line
 from launcher.processes import (
     Guarded,
     Stopped,
@@ -50,17 +50,26 @@ from launcher.processes import (
     stop_on_signals,
 )
 from launcher.progress import OnEvent
+from launcher.runs import ledger
 from launcher.score import Job, NotScored, Score, ScoringPair
 from launcher.setting import Setting
+from launcher.verdict import board_runs
 from launcher.walls import common_policy, start_boxed, trainer_policy
 
-GRACE = 10.0  # seconds beyond the budget after which the child is ended
+GRACE = 10.0  # seconds beyond the budget after which the child is ended, ...
+GRACE_STEPS = 2.0  # ... or so many of its steps, where they take longer
 # What a run may take beyond its budget is a sum of three parts.
 SLACK = 1.0  # seconds, always
 LAST_STEP = 2.0  # seconds at most for the last step, which may take as long as the longest one did
-LAST_STEP_SHARE = 0.01  # share of the budget that the last step may take, where that is more
+LAST_STEP_SHARE = 0.01  # share of the budget that the last step may take, where that is more,
+USUAL_STEPS = 1.5  # or so many usual steps of this machine: see _last_step
 WRITING = 200e6  # bytes of weights that are written in a second
 MOST_WRITING = 2.0  # seconds at most for writing them
+MOST_STARTUP = 8.0  # times startup_seconds that a start may take as long as it compiles
+QUIET_SHARE = 0.5  # of startup_seconds without newly compiled code, from which on a late start is ended
+SCORING_RATE = 0.25  # tokens scored for each one trained in the same time: a slow machine has longer
+MOST_SCORING = 10.0  # times score_seconds, at most
+TORN_SECONDS = 30.0  # before a start is broken off, in which compiled code may be written in part
 POLL_SECONDS = 0.5  # between looks at the limits
 MOST_SHARES = 8  # kinds of work of a step that are listened to
 READS = 100  # of the socket, at most, between looks at the limits: a trainer may send without a pause
@@ -78,6 +87,8 @@ class Outcome:
     # Shares of a step's time by kind of work, where steps were profiled.
     step_shares: dict[str, float] = field(default_factory=dict)
     exit_code: int | None = None
+    # What disturbed the start or the scoring, where a limit was missed in it.
+    findings: list[tuple[Flag, str]] = field(default_factory=list)
 
     def fail(self, status: str, reason: str) -> None:
         """Record what went wrong. The first failure counts, but a broken rule counts before a crash."""
@@ -106,6 +117,21 @@ def supervise(
     return Supervision(trainer, run_dir, setting, settings, watch, on_event).run()
 
 
+def scoring_seconds(setting: Setting, rate: float) -> float:
+    """Return what the scoring may take: what the platform says, and more on a slower machine.
+
+    rate: tokens that it trained on in a second
+    """
+    usual = setting.platform.score_seconds
+    needed = setting.val_tokens / (SCORING_RATE * rate) if rate > 0 else 0.0
+    return min(max(usual, needed), MOST_SCORING * usual)
+
+
+def first_run(board: BoardKey) -> Row | None:
+    """Return the first run of a board that counts, None before there is one."""
+    return next(iter(board_runs(ledger().rows(), board)), None)
+
+
 class Supervision:
     """One child from its start to its score. Start-up, training and scoring have a limit each."""
 
@@ -128,10 +154,13 @@ class Supervision:
         self._began = time.monotonic()
         self._start: Start | None = None
         self._stop: Stop | None = None
+        self._phase: Literal["start", "training", "scoring"] = "start"
         self._started = 0.0  # on the launcher's clock
         self._last_log = 0.0
         self._longest_step = 0.0  # seconds between two points of the loss curve, by the same clock
+        self._longest_gap = 0.0  # the same, the time to the first point left out
         self._rows_given = 0.0  # the same moment by the wall clock
+        self._around = Watch(setting.platform.device_kind)  # what else happens while it starts, or is scored
         self._deadline = math.inf  # of the start-up or of the training
         self._overdue_message = ""  # what the run is told then
         self._buffer = b""
@@ -158,6 +187,9 @@ class Supervision:
                 raise
             except NotScored as error:
                 self.outcome.fail(error.status, error.reason)
+        self._around.end()
+        if self.outcome.status == "timeout" and self._phase != "training":
+            self.outcome.findings = self._around.findings()
         self.outcome.total_seconds = round(time.monotonic() - self._began, 2)
         if self.outcome.result:
             result = replace(self.outcome.result, total_seconds=self.outcome.total_seconds)
@@ -176,6 +208,7 @@ class Supervision:
             job = Job(self.trainer, self.run_dir, self.settings, policy, setting.data, setting.bf16)
             with defer_signals():
                 self._scoring = stack.enter_context(ScoringPair(job))
+            self._around.begin(self._child.pid, *self._scoring.pids)
             self._follow(self._child, events)
         finally:
             self._end()
@@ -251,7 +284,11 @@ class Supervision:
             self._training_begins(event)
         elif isinstance(event, Log) and self._start is not None:
             self._longest_step = max(self._longest_step, now - self._last_log)
+            if self._last_log > self._started:
+                self._longest_gap = max(self._longest_gap, now - self._last_log)
             self._last_log = now
+            grace = min(max(GRACE, GRACE_STEPS * self._longest_step), max(GRACE, self.setting.budget))
+            self._deadline = self._started + self.setting.budget + grace
         elif isinstance(event, Stop) and self._start is not None:
             self._stop = event
             self.outcome.training_seconds = max(round(now - self._started, 3), 0.001)
@@ -266,13 +303,20 @@ class Supervision:
         """Hand over the training rows, when all is ready: from this moment on the clock runs."""
         assert self._child and self._scoring  # they were made before an event was read
         self._start = event
-        self._scoring.wait_until_ready(self._deadline - time.monotonic(), self.on_event)
+        taken = time.monotonic() - self._began
+        left = self.setting.platform.startup_seconds - taken
+        self._scoring.wait_until_ready(max(left, QUIET_SHARE * taken), self.on_event)
         self._scoring.compare_shapes(event.weights)
         compiled.write_back(time.time() - (time.monotonic() - self._began))
+        self._around.end()
         self.watch.begin(self._child.pid)
         budget = self.setting.budget
-        message = f"training went on {GRACE:.0f} s past its {budget:g} s: the loop does not end"
+        message = (
+            f"training went on past its {budget:g} s: the loop does not end, or a step takes very long "
+            "(TOTAL_BATCH_SIZE)"
+        )
         self._set_deadline(budget + GRACE, message)
+        self._phase = "training"
         with open(self.setting.data.path / "train.bin", "rb") as rows:
             self._rows_given = time.time()
             self._started = self._last_log = time.monotonic()
@@ -285,9 +329,19 @@ class Supervision:
 
     def _overdue(self) -> bool:
         late = time.monotonic() > self._deadline
+        if late and self._start is None and self._compiles():
+            self._deadline = time.monotonic() + POLL_SECONDS
+            return False
         if late:
             self.outcome.fail("timeout", self._overdue_message)
         return late
+
+    def _compiles(self) -> bool:
+        """Return whether a start that is late makes progress: new compiled code is written."""
+        startup = self.setting.platform.startup_seconds
+        if time.monotonic() - self._began > MOST_STARTUP * startup:
+            return False
+        return bool(compiled.changed_since(time.time() - QUIET_SHARE * startup))
 
     # --- The end --------------------------------------------------------------------------------------------
 
@@ -325,21 +379,37 @@ class Supervision:
         if not stat.S_ISREG(found.st_mode):
             raise NotScored("invalid", "the trainer's weights are no file")
         late = self.outcome.training_seconds - self.setting.budget
-        step = min(self._longest_step, max(LAST_STEP, LAST_STEP_SHARE * self.setting.budget))
-        allowed = SLACK + step + min(512 * found.st_blocks / WRITING, MOST_WRITING)
+        allowed = SLACK + self._last_step() + min(512 * found.st_blocks / WRITING, MOST_WRITING)
         if late > allowed:
+            excused = self.watch.findings() and late <= SLACK + self._longest_gap + 2 * MOST_WRITING
             raise NotScored(
-                "invalid",
+                "timeout" if excused else "invalid",
                 f"training took {self.outcome.training_seconds:.1f} s, {late:.1f} s more than its budget "
                 f"({allowed:.1f} s are allowed for the last step and for writing the weights): end the loop "
                 "when exp.progress reaches 1, and make steps shorter (TOTAL_BATCH_SIZE)",
             )
         os.replace(self._weights, self.run_dir.weights)
 
+    def _last_step(self) -> float:
+        """Return the seconds that the last step may take beyond the budget: as long as the longest one did.
+
+        It is bounded: a step of a trainer that logs rarely looks long. On a slow machine a mean step of the
+        board's first run is long too, and bounds it; of the first run itself, its own.
+        """
+        assert self._stop
+        first = first_run(self.setting.board)
+        seconds = first.training_seconds if first else self.outcome.training_seconds
+        steps = first.num_steps if first else self._stop.num_steps
+        usual = min(seconds / max(steps, 1), GRACE)
+        most = max(LAST_STEP, LAST_STEP_SHARE * self.setting.budget, USUAL_STEPS * usual)
+        return min(self._longest_step, most)
+
     def _score(self) -> Score:
-        assert self._scoring
+        assert self._scoring and self._stop
+        self._phase = "scoring"
+        self._around.begin(*self._scoring.pids)
         rows = {"val": self.setting.val_tokens // self.setting.track.seq_len}
-        seconds = self.setting.platform.score_seconds
+        seconds = scoring_seconds(self.setting, self._stop.tokens / self.outcome.training_seconds)
         return self._scoring.score(self.run_dir.weights, rows, seconds, self.on_event)[0]
 
     def _result(self, start: Start, stop: Stop, score: Score) -> Result:
@@ -374,12 +444,17 @@ class Supervision:
         )
 
     def _clean(self) -> None:
-        """Remove what the child wrote. Of compiled code, what it wrote before it had rows stays."""
+        """Remove what the child wrote. Of compiled code, what it wrote before it had rows stays.
+
+        When a start is broken off, a compiler may have written half a file: every later run would load it.
+        """
         with ignore_signals():
             remove_tree(self.run_dir.box)
             shared_memory.remove_new(self._shared_before)
             if self._rows_given:
                 compiled.remove_since(self._rows_given)
+            else:
+                compiled.remove_since(time.time() - TORN_SECONDS)
 
     def _flush(self, events: TextIO) -> None:
         events.flush()

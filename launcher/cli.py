@@ -144,11 +144,14 @@ def platforms(platform: str, as_json: bool) -> None:
     """
     import json
 
-    from backends.platforms import choose_platform, load_platforms, machine_facts
+    from backends.dtype import choose_dtype
+    from backends.platforms import choose_platform, facts_for, load_platforms, machine_facts
 
     facts = machine_facts().known()
     chosen, why = choose_platform(platform)
     summary = {"platform": chosen.name, "why": why, "trainer": chosen.trainer, "track": chosen.track}
+    dtype = choose_dtype(chosen, facts_for(chosen))
+    summary |= {"dtype": dtype.dtype, "why_dtype": dtype.why}
     if as_json:
         click.echo(json.dumps({"facts": facts, **summary}))
         return

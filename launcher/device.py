@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal, NamedTuple
 
 import psutil
@@ -241,9 +241,9 @@ def name_processes(others: Sequence[Other]) -> str:
 
 
 class Watch:
-    """Samples the machine during training, in a thread: nvidia-smi can take seconds.
+    """Samples the machine during a phase of a run, in a thread: nvidia-smi can take seconds.
 
-    `findings` says at the end what made the run incomparable.
+    `findings` says at its end what made it incomparable. Another phase can begin then.
     """
 
     def __init__(self, device_kind: DeviceKind) -> None:
@@ -255,7 +255,7 @@ class Watch:
         self._allowed_share = allowed_share(device_kind)
         self._there_before = gpu_processes() if self._on_gpu else set()
         self.others_on_gpu = bool(self._there_before)
-        self._child: psutil.Process | None = None
+        self._processes: list[psutil.Process] = []  # under watch, with what they start
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
         self._sampled = 0.0
@@ -265,12 +265,22 @@ class Watch:
         self._before: dict[tuple[int, float], float] = {}  # what each process had used
         self._others: list[Other] = []
 
-    def begin(self, pid: int) -> None:
-        """Begin with the training of process `pid`: what happened before does not count."""
-        try:
-            self._child = psutil.Process(pid)
-        except psutil.Error:  # it has ended already
+    def begin(self, *pids: int) -> None:
+        """Begin with a phase of the processes `pids`: what happened before does not count.
+
+        One that has ended already is not watched.
+        """
+        self.end()
+        self._processes = []
+        for pid in pids:
+            with suppress(psutil.Error):
+                self._processes.append(psutil.Process(pid))
+        if not self._processes:
             return
+        self.throttled = False
+        self.slept_seconds = self.others_share = 0.0
+        self._others = []
+        self._over = threading.Event()
         self._wall = time.time()
         self._clock = self._sampled = time.monotonic()
         self._others_cpu = busy_seconds() - self._own_seconds()
@@ -296,7 +306,7 @@ class Watch:
 
     def end(self) -> None:
         """End with the training: add up what others used. A second call changes nothing."""
-        if self._child is None or self._thread is None:
+        if not self._processes or self._thread is None:
             return
         elapsed = time.monotonic() - self._clock
         self.slept_seconds = time.time() - self._wall - elapsed
@@ -305,7 +315,7 @@ class Watch:
             self.others_share = others / max(elapsed * (os.cpu_count() or 1), 1e-9)
             own = own_tree(os.getpid())
             self._others = busiest(self._before, cpu_seconds(), max(elapsed, 1e-9), own)
-        self._child = None
+        self._processes = []
         self._over.set()
         self._thread.join()
 
@@ -325,16 +335,14 @@ class Watch:
         return found
 
     def _own_seconds(self) -> float:
-        """Return the CPU seconds of the launcher, the trainer and its children."""
+        """Return the CPU seconds of the launcher, the processes under watch and their children."""
         total = sum(os.times()[:4])
-        try:
-            assert self._child
-            for process in [self._child, *self._child.children(recursive=True)]:
-                times = process.cpu_times()
-                total += times.user + times.system
-                total += getattr(times, "children_user", 0) + getattr(times, "children_system", 0)
-        except psutil.Error:
-            pass
+        for watched in self._processes:
+            with suppress(psutil.Error):
+                for process in [watched, *watched.children(recursive=True)]:
+                    times = process.cpu_times()
+                    total += times.user + times.system
+                    total += getattr(times, "children_user", 0) + getattr(times, "children_system", 0)
         return total
 
 

@@ -108,6 +108,7 @@ class Row:
     harness: str = ""  # content hash of all that no experiment changes
     budget: float = 0.0  # seconds
     val_tokens: int = 0
+    dtype: str = ""  # of activations and embeddings
     val_stderr: float = 0.0
     training_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -161,14 +162,27 @@ class Row:
         return self.comparable and not self.flags & UNRANKED.keys()
 
     @property
+    def practice(self) -> bool:
+        """The run stands on a practice board: only its budget keeps it from a leaderboard."""
+        return self.comparable and self.flags & UNRANKED.keys() == {Flag.SHORT}
+
+    @property
     def judged(self) -> bool:
         """The run decided keep, discard or failure.
 
-        False for a run that was interrupted, does not compare, or waits for a second seed.
+        False for a run that was interrupted, does not compare, waits for a second seed, or ended on a limit
+        that the machine missed.
         """
         if self.scored:
             return self.comparable and Flag.REPEAT not in self.flags
+        if self.disturbed_timeout:
+            return False
         return bool(self.status) and not self.flags & {Flag.INTERRUPTED, Flag.CUT_OFF}
+
+    @property
+    def disturbed_timeout(self) -> bool:
+        """The run ended on a limit on a machine that was contended, asleep or slowed: no word about it."""
+        return self.status == "timeout" and bool(self.flags & INCOMPARABLE)
 
     @property
     def goes_back(self) -> bool:
@@ -228,6 +242,7 @@ FEW_TEXTS = {
     "track",
     "fingerprint",
     "harness",
+    "dtype",
     "agent",
     "marks",
 }  # in a column

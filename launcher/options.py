@@ -117,7 +117,7 @@ def track_option(command: Command) -> Command:
 
 
 def budget_option(command: Command) -> Command:
-    text = "Seconds of training; other than 300 is marked and never ranks."
+    text = "Seconds of training; other than 300 is practice, which has boards of its own and never ranks."
     return click.option("--budget", type=Seconds(min=1, max=86400), default=None, help=text)(command)
 
 

@@ -81,7 +81,7 @@ def exit_code(row: Row) -> int:
     """Return the exit code that says how a run ended."""
     if Flag.INTERRUPTED in row.flags:
         return EXIT_INTERRUPTED
-    if row.scored and not row.comparable:
+    if (row.scored and not row.comparable) or row.disturbed_timeout:
         return EXIT_NO_VERDICT
     return EXIT_CODES[row.status]
 
@@ -109,6 +109,7 @@ def run_once(request: Request) -> Row:
         row.time = now_utc()
         lock.set_holder(row.run)
         compiled.trim()
+        row.dtype = setting.dtype.dtype  # in the lock: where it is measured, no other run computes
         run = run_dir(row.run)
         run.path.mkdir(parents=True)
         copy = run.path / trainer.name
@@ -131,12 +132,14 @@ def run_copy(request: Request, row: Row, run: RunDir, copy: Path) -> None:
     if outcome is None:
         record_interruption(row, run)
         return
-    findings = watch.findings()
+    findings = [*watch.findings(), *outcome.findings]
     for flag, text in findings:
         warn(f"{flag}: {text}; the row does not rank")
     row.add_flags(*[flag for flag, _ in findings])
     row.energy_kj = round(watch.energy_j / 1000, 3)
     fill(row, outcome, request.setting)
+    if row.disturbed_timeout:
+        row.reason = f"no verdict: {'; '.join(text for _, text in findings)}; {row.reason}"
     judge(row, [text for _, text in findings])
     append_row(row)
     prune_weights(row, request.keep_weights)
@@ -193,7 +196,7 @@ def train_and_score(request: Request, copy: Path, run: RunDir, watch: Watch) -> 
     try:
         say_once(
             f"platform {setting.platform.name} ({setting.why}), track {setting.track.name}, "
-            f"{setting.budget:g} s of training"
+            f"{setting.budget:g} s of training in {setting.dtype.dtype}"
         )
         say(f"run {run.run_id}: seed {request.seed}")
         outcome = supervise(copy, run, setting, request.seed, watch, progress)
@@ -266,7 +269,8 @@ def print_result(row: Row, as_json: bool = False) -> None:
 def dry_run(setting: Setting, source: bytes, seed: int = 1) -> tuple[Outcome, str]:
     """Train for a few seconds and score two rows: does a trainer run at all, given its source?
 
-    Returns (outcome, end of the log). Nothing is recorded, and nothing of it stays.
+    Returns (outcome, end of the log). Nothing is recorded, and nothing of it stays. A limit that was missed
+    while the machine did other things refutes no edit: the run itself will tell.
     """
     # Two rows: the score of one has no standard error.
     short = replace(setting, budget=DRY_BUDGET, val_tokens=2 * setting.track.seq_len)
@@ -277,5 +281,8 @@ def dry_run(setting: Setting, source: bytes, seed: int = 1) -> tuple[Outcome, st
         copy = scratch / setting.trainer.name
         copy.write_bytes(source)
         run = RunDir(scratch)
-        outcome = supervise(copy, run, short, seed, Watch(kind), lambda event: None, profiled=True)
+        watch = Watch(kind)
+        outcome = supervise(copy, run, short, seed, watch, lambda event: None, profiled=True)
+        if outcome.status == "timeout" and (watch.findings() or outcome.findings):
+            outcome.status = ""
         return outcome, run.log_tail()

@@ -120,7 +120,7 @@ def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
     """Return the row of a run, by its id or an unambiguous beginning of it.
 
     "last" is the newest run, "best" the lowest val_bpb on the board of the newest ranked run, "baseline" the
-    first run of that board.
+    first run of that board. Where none is ranked, it is that of the newest practice run.
 
     Raises:
         UserError: no run or several have that name.
@@ -130,7 +130,8 @@ def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
     if name == "last" and rows:
         return rows[-1]
     refuted = refuted_runs(everything)
-    ranked = [row for row in rows if row.ranked and row.run not in refuted]
+    counted = [row for row in rows if row.run not in refuted]
+    ranked = [row for row in counted if row.ranked] or [row for row in counted if row.practice]
     if name == "best" and ranked:
         return lowest_runs(everything)[ranked[-1].board]
     if name == "baseline" and ranked:
@@ -156,11 +157,14 @@ def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
 
 @remembered
 def lowest_runs(rows: Sequence[Row]) -> dict[BoardKey, Row]:
-    """Return the ranked run of each board with the lowest val_bpb, those left out that `verify` refuted."""
+    """Return the run of each board with the lowest val_bpb, practice boards included.
+
+    Left out are those that are not ranked, and those that `verify` refuted.
+    """
     refuted = refuted_runs(rows)
     lowest = {}
     for board, of_board in by_board(rows).items():
-        ranked = [row for row in of_board if row.ranked and row.run not in refuted]
+        ranked = [row for row in of_board if (row.ranked or row.practice) and row.run not in refuted]
         if ranked:
             lowest[board] = min(ranked, key=lambda row: row.val_bpb)
     return lowest
@@ -389,7 +393,9 @@ def prune_weights(row: Row, asked_for: bool) -> None:
     needless = run
     if row.run in kept:
         others = [
-            other for other in by_board(rows).get(row.board, []) if other.ranked and other.run != row.run
+            other
+            for other in by_board(rows).get(row.board, [])
+            if (other.ranked or other.practice) and other.run != row.run
         ]
         needless = run_dir(min(others, key=lambda other: other.val_bpb, default=row).run)
     if needless.run_id not in kept and not needless.keep_weights.exists():

@@ -146,6 +146,11 @@ class ScoringProcess:
         self._send({"do": "logits", "shape": x.shape, "positions": positions.shape[1]}, x, positions)
         return self._receive_numbers((*positions.shape, self.job.data.vocab_size))
 
+    @property
+    def pid(self) -> int:
+        """That of its guard."""
+        return self._child.pid
+
     def kill(self) -> None:
         """End the process from another thread: whoever waits for it sees that it is gone."""
         self._child.kill()
@@ -232,6 +237,11 @@ class ScoringPair(ExitStack):
 
     def __enter__(self) -> Self:
         return self
+
+    @property
+    def pids(self) -> tuple[int, int]:
+        """The processes from which those that score descend."""
+        return self.first.pid, self.second.pid
 
     def wait_until_ready(self, seconds: float, on_event: OnEvent) -> None:
         """Wait until both have built the model."""

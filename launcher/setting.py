@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from backends.dtype import BFLOAT16, Choice, choose_dtype
 from backends.platforms import Facts, Platform, choose_platform, entries_as_json, facts_for, scored_tokens
 from backends.protocol import RunSettings
 from launcher.box import missing_walls
@@ -53,20 +54,25 @@ class Setting:
             boxed=not missing_walls(),
         )
 
+    @cached_property
+    def dtype(self) -> Choice:
+        """What the trainer and its scoring compute in. The first use on a machine measures it: seconds."""
+        return choose_dtype(self.platform, self.facts)
+
     @property
     def bf16(self) -> bool:
-        """The trainer computes in bfloat16: the device has it, or on MLX the platform says so."""
-        return self.platform.bf16 if self.platform.framework == "mlx" else self.facts.bf16
+        """The trainer and its scoring compute in bfloat16."""
+        return self.dtype.dtype == BFLOAT16
 
     def run_settings(self, seed: int) -> RunSettings:
         """Return the names that these settings have, for whoever resolves them again."""
         return RunSettings(self.platform.name, self.track.name, seed=seed, budget=self.budget)
 
     def boxed_settings(self, seed: int, run_id: str) -> RunSettings:
-        """Return what a boxed process is told of its experiment: it can look nothing up."""
+        """Return what a boxed process is told of its experiment: it can look nothing up, or measure it."""
         return replace(
             self.run_settings(seed),
-            entries=entries_as_json(self.platform, self.track),
+            entries=entries_as_json(replace(self.platform, bf16=self.bf16), self.track),
             data_dir=str(self.data.path),
             run_id=run_id,
         )

@@ -36,6 +36,8 @@ def show_run(name: str, as_json: bool = False) -> None:
         value = getattr(row, column)
         if value not in ("", 0, 0.0):
             print(f"{column}: {value}")
+    if row.practice:
+        print(f"board: practice, a budget of {row.budget:g} s never ranks")
     points = loss_curve(row.run)
     if points:
         seconds, last_loss = points[-1]

@@ -104,7 +104,7 @@ def give_verdict(rows: Sequence[Row], row: Row, findings: Sequence[str]) -> None
         earlier = runs_of(rows, row.board, row.build_on)[-1]
         row.reason += f" ({earlier.run}: {earlier.description})"
     if Flag.SHORT in row.flags:
-        row.reason += f"; a budget of {row.budget:g} s never ranks"
+        row.reason += f"; practice: a budget of {row.budget:g} s never ranks"
 
 
 @remembered

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from backends.dtype import BFLOAT16
 from launcher.console import print_object, say
 from launcher.device import DeviceLock
 from launcher.exit_codes import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
@@ -81,8 +82,11 @@ def verify_run(name: str, as_json: bool = False) -> int:
 
 
 def setting_of(row: Row) -> Setting:
-    """Return the setting in which a run was made."""
-    return replace(resolve(row.platform, row.track, row.budget), val_tokens=row.val_tokens)
+    """Return the setting in which a run was made, its dtype included where the row has it."""
+    setting = replace(resolve(row.platform, row.track, row.budget), val_tokens=row.val_tokens)
+    if not row.dtype:
+        return setting
+    return replace(setting, platform=replace(setting.platform, bf16=row.dtype == BFLOAT16))
 
 
 def saved(row: Row) -> tuple[Path | None, Path | None]:

@@ -192,7 +192,8 @@ START = Start(
 def repository(house, monkeypatch):
     """A repository of its own for `try` and `loop`.
 
-    Its trainers say what becomes of them: `SCORE = 1.5`, CRASH, DIE, STOP, BUSY, and NODRY for a dry run.
+    Its trainers say what becomes of them: `SCORE = 1.5`, CRASH, DIE, STOP, BUSY, LATE, and NODRY for
+    a dry run.
     """
     root = house / "project" / "inner"  # below the repository's top folder: paths must hold there too
     root.mkdir(parents=True)
@@ -232,6 +233,10 @@ def supervise(trainer: Path, run_dir: RunDir, setting, seed, watch, on_event):
     if "BUSY" in text:
         watch.others_share = 0.9
     outcome = Outcome(training_seconds=300.0, total_seconds=310.0, exit_code=0)
+    if "LATE" in text:  # a limit was missed while others computed
+        watch.others_share = 0.9
+        outcome.fail("timeout", "no exp.start")
+        return outcome
     if "CRASH" in text:
         outcome.fail("crash", "it crashed")
         outcome.exit_code = 1

@@ -72,7 +72,8 @@ def test_runs_are_ranked_by_device_and_the_rest_is_unranked(tmp_path):
     )
     found = gather([path])
     assert runs_of(found) == [["bb", "ccc", "a"], ["mac"]]
-    assert {row.run for row in found.unranked} == {"short", "busy", "dead"}
+    assert [[row.run for row in board.rows] for board in found.practice] == [["short"]]
+    assert {row.run for row in found.unranked} == {"busy", "dead"}
     [foreign] = found.foreign
     assert [row.run for row in foreign.rows] == ["old"]  # its rules are unknown
     assert found.boards[0].baseline.run == "a" and found.boards[0].best.run == "bb"
@@ -92,6 +93,40 @@ def test_a_board_has_a_key_with_named_fields(tmp_path):
     assert board.title == (
         f"climbmix on {H100} (h100): 1 runs, 300 s, 1,000 tokens scored, rules 1, data ffffffff"
     )
+
+
+def test_what_a_newcomer_plays_with_is_on_a_practice_board(tmp_path):
+    """Each budget has its own, none beside the boards that rank, and what disturbs a run keeps it off too."""
+    short = {"marks": "short", "budget": 10.0}
+    path = write(
+        tmp_path / "a.tsv",
+        row("a", 1.6, **short),
+        row("b", 1.5, **short),
+        row("c", 1.4, marks="short", budget=20.0),
+        row("d", 1.0, marks="short,contended", budget=10.0),
+        row("e", 1.0, marks="short,confirm", budget=10.0),
+        row("f", 1.0, status="crash", **short),
+    )
+    found = gather([path])
+    assert [[row.run for row in board.rows] for board in found.practice] == [["c"], ["b", "a"]]
+    assert not found.boards and {row.run for row in found.unranked} == {"d", "e", "f"}
+    text = printed([path])
+    assert f"practice, a budget that never ranks: climbmix on {H100} (h100): 2 runs, 10 s" in text
+    assert "nothing ranks yet: a run without --budget does" in text
+    data = json.loads(printed([path], "json"))
+    assert [len(board["rows"]) for board in data["practice"]] == [1, 2] and not data["boards"]
+    assert len(printed([path], "tsv").splitlines()) == 1  # the ranked ones
+    write(path, row("g", 1.9))
+    text = printed([path])
+    assert text.index("h100): 1 runs, 300 s") < text.index("practice,") and "nothing ranks" not in text
+
+
+def test_practice_under_older_rules_or_on_other_data_is_on_no_board(tmp_path):
+    short = {"marks": "short", "budget": 10.0}
+    path = write(tmp_path / "a.tsv", row("a", 1.6, rules=2, **short), row("b", 1.5, **short), row("c", 1.9))
+    found = gather([path])
+    assert [board.best.run for board in found.practice] == ["a"]
+    assert runs_of(found) == [["c"]]  # what ranks is chosen among what ranks
 
 
 def test_one_track_or_platform_alone(tmp_path):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import psutil
@@ -15,8 +16,9 @@ from backends.protocol import RunDir
 from launcher import child, guard
 from launcher.child import supervise
 from launcher.device import Watch
-from launcher.ledger import Flag, Ledger
+from launcher.ledger import Flag, Ledger, Row
 from launcher.processes import processes_of, scoring_id
+from launcher.score import NotScored
 from launcher.setting import resolve
 from prepare import ROOT
 
@@ -150,15 +152,6 @@ def test_a_crash_shows_its_last_lines(autoresearch, house, source, code, says):
     assert row.status == "crash" and row.reason
 
 
-def test_startup_has_a_limit(autoresearch, house, tiny_cache, monkeypatch):
-    text = (tiny_cache / "platforms.yaml").read_text().replace("startup_seconds: 120", "startup_seconds: 2")
-    (house / "quick.yaml").write_text(text)
-    monkeypatch.setenv("AUTORESEARCH_CONFIG", str(house / "quick.yaml"))
-    (house / "slow.py").write_text("import time; time.sleep(100)")
-    done = autoresearch("run", "--trainer", house / "slow.py")
-    assert done.returncode == 4 and "no exp.start within 2 s" in done.stdout
-
-
 EVENTS = """
 import json, os, socket, sys, time
 start = {"event": "start", "device": "d", "platform": "cpu", "track": "tiny", "seed": 1, "budget": 300.0,
@@ -239,10 +232,151 @@ def test_a_flood_of_events_does_not_hide_the_limits(house, monkeypatch):
     flood = "send(**start)\nlog = dict(event='log', step=1, loss=1.0, smooth=1.0, tokens=1, elapsed=1.0, "
     flood += "tokens_per_s=1.0, mfu=1.0)\nwhile True: send(**log)"
     monkeypatch.setattr(child, "GRACE", 0.5)
+    monkeypatch.setattr(child, "ScoringPair", Scorers)
     setting = replace(resolve("cpu"), budget=0.5)
     outcome = supervise(hostile(house, flood), RunDir(house), setting, 1, Watch("cpu"), lambda event: None)
     assert outcome.status == "timeout" and "the loop does not end" in outcome.reason
     assert outcome.total_seconds < 30
+
+
+# --- Limits that know the machine ---------------------------------------------------------------------------
+
+
+QUIET: list = []
+BUSY = [(Flag.CONTENDED, "a browser computes")]
+
+
+class Scorers(ExitStack):
+    """Stand in for the processes that score: they are ready at once, and find no model."""
+
+    def __init__(self, job):
+        super().__init__()
+        self.pids = (os.getpid(), os.getpid())
+
+    def wait_until_ready(self, seconds, on_event):
+        pass
+
+    def compare_shapes(self, trained):
+        pass
+
+    def score(self, weights, num_rows, seconds, on_event):
+        raise NotScored("crash", "there is no model")
+
+
+@pytest.fixture
+def limited(house, monkeypatch):
+    """Run a trainer under small limits on a machine that does what `found` says; return the outcome."""
+    monkeypatch.setattr(child, "ScoringPair", Scorers)
+
+    def run(acts, found=QUIET, budget=1.0, **limits):
+        monkeypatch.setattr(child.Watch, "findings", lambda self: found)
+        setting = resolve("cpu", budget=budget)
+        setting = replace(setting, platform=replace(setting.platform, **limits))
+        trainer = hostile(house, acts)
+        return supervise(trainer, RunDir(house), setting, 1, Watch("cpu"), lambda event: None)
+
+    return run
+
+
+COMPILES = """
+for i in range({writes}):
+    folder = os.path.join(os.environ["TORCHINDUCTOR_CACHE_DIR"], "kernel" + str(i))
+    os.makedirs(folder, exist_ok=True)
+    open(os.path.join(folder, "main.so"), "w").close()
+    time.sleep(0.25)
+send(event="invalid", message="compiled")
+"""
+
+
+def test_a_start_goes_on_as_long_as_it_compiles(limited):
+    outcome = limited(COMPILES.format(writes=16), startup_seconds=1.0)
+    assert (outcome.status, outcome.reason) == ("invalid", "compiled") and outcome.total_seconds > 3
+
+
+def test_a_start_that_makes_no_progress_has_a_limit(limited, monkeypatch):
+    monkeypatch.setattr(child.compiled, "changed_since", lambda moment: {})
+    outcome = limited("time.sleep(60)", startup_seconds=1.0)
+    assert outcome.status == "timeout" and "no exp.start within 1 s" in outcome.reason
+    assert outcome.total_seconds < 20 and outcome.findings == []
+
+
+def test_a_start_that_compiles_for_ever_is_ended_all_the_same(limited, monkeypatch):
+    monkeypatch.setattr(child, "MOST_STARTUP", 2.0)
+    outcome = limited(COMPILES.format(writes=400), startup_seconds=1.0)
+    assert outcome.status == "timeout" and outcome.total_seconds < 20
+
+
+def test_what_a_start_that_was_broken_off_wrote_in_part_is_not_loaded_later(limited, monkeypatch):
+    """A compiler that was killed leaves half a library, and no later run could load it."""
+    monkeypatch.setattr(child, "MOST_STARTUP", 3.0)
+    monkeypatch.setattr(child, "TORN_SECONDS", 1.5)
+    assert limited(COMPILES.format(writes=400), startup_seconds=1.0).status == "timeout"
+    written = [int(path.parent.name[6:]) for path in child.compiled.folder().glob("kernel*/main.so")]
+    assert 0 in written and len(written) < 10  # of about 12: the last ones are gone
+
+
+def test_a_start_that_was_disturbed_says_by_what(limited, monkeypatch):
+    monkeypatch.setattr(child.compiled, "changed_since", lambda moment: {})
+    outcome = limited("time.sleep(60)", found=BUSY, startup_seconds=1.0)
+    assert outcome.status == "timeout" and outcome.findings == BUSY
+
+
+STEPS = """
+send(**start); launcher.recv(1)
+began = time.monotonic()
+log = dict(event="log", loss=1.0, smooth=1.0, tokens=1, elapsed=1.0, tokens_per_s=1.0, mfu=1.0)
+for step in range({steps}):
+    time.sleep({seconds}); send(step=step, **log)
+open(os.environ["AUTORESEARCH_WEIGHTS"], "w").write("nonsense")
+send(event="stop", num_steps={steps}, tokens=1, peak_memory_mb=1.0); time.sleep(60)
+"""
+
+
+def test_the_last_step_of_a_slow_machine_may_be_long(limited):
+    """It takes 4 s and ends 3.5 s after the budget: the weights are scored."""
+    outcome = limited(STEPS.format(steps=1, seconds=4.0), budget=0.5)
+    assert outcome.training_seconds > 4 and outcome.reason == "there is no model"
+
+
+def test_a_step_that_is_long_beside_those_of_the_first_run_is_not(limited, monkeypatch):
+    first = Row(training_seconds=10.0, num_steps=100)
+    monkeypatch.setattr(child, "first_run", lambda board: first)
+    acts = STEPS.format(steps=1, seconds=4.0)
+    outcome = limited(acts, budget=0.5)
+    assert outcome.status == "invalid" and "more than its budget" in outcome.reason
+    outcome = limited(acts, found=BUSY, budget=0.5)  # there it is the machine's
+    assert outcome.status == "timeout" and outcome.findings == []  # the watch of the training has them
+
+
+def test_a_slow_machine_is_not_excused_for_a_clock_that_was_turned_back(limited, monkeypatch):
+    """Nine seconds more in steps of 0.1 s, while others compute."""
+    outcome = limited(STEPS.format(steps=80, seconds=0.1), found=BUSY)
+    assert outcome.status == "invalid" and "more than its budget" in outcome.reason
+
+
+def test_the_grace_follows_the_steps(limited, monkeypatch):
+    monkeypatch.setattr(child, "GRACE", 0.5)
+    outcome = limited(STEPS.format(steps=2, seconds=2.0), budget=2.5)  # its end is 1.5 s late
+    assert outcome.training_seconds > 4 and outcome.reason == "there is no model"
+
+
+@pytest.mark.parametrize("found", [QUIET, BUSY])
+def test_scoring_that_was_disturbed_says_by_what(limited, monkeypatch, found):
+    def score(self, *asked):
+        raise NotScored("timeout", "scoring took over 1 s")
+
+    monkeypatch.setattr(Scorers, "score", score)
+    outcome = limited(STEPS.format(steps=1, seconds=0.1), found=found)
+    assert outcome.status == "timeout" and outcome.findings == found
+
+
+def test_a_slow_machine_has_longer_to_score(house):
+    setting = resolve("cpu")
+    usual = setting.platform.score_seconds
+    assert child.scoring_seconds(setting, 1e6) == usual
+    assert child.scoring_seconds(setting, setting.val_tokens / usual) == 4 * usual
+    assert child.scoring_seconds(setting, 0.001) == child.MOST_SCORING * usual
+    assert child.scoring_seconds(setting, 0.0) == usual
 
 
 @pytest.mark.skipif(not guard.LINUX, reason="this system has no parent-death signal")

@@ -61,6 +61,19 @@ def test_what_others_did_before_and_after_the_training_does_not_count(spinning):
     assert watch.findings() == []
 
 
+def test_phases_are_told_apart(spinning, monkeypatch):
+    """What disturbed the start is no finding of the training, and a process that is ours disturbs neither."""
+    watch = Watch("cpu")
+    watch.begin(spinning.pid)
+    watch.throttled = True
+    watch._wall -= 30
+    watch.end()
+    assert Flag.SLEPT in flags_of(watch) and Flag.THROTTLED in flags_of(watch)
+    watch.begin(spinning.pid, os.getpid(), 2**22 + 1)  # the last is no process
+    watch.end()
+    assert flags_of(watch) == []
+
+
 def test_sleep_and_heat_on_a_mac(monkeypatch):
     monkeypatch.setattr(device.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(device, "mac_state", lambda: {"thermal_speed_limit": 60})

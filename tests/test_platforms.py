@@ -1,8 +1,13 @@
 """Which platform a machine is, from recorded facts of machines that we do not have."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
+from backends import platforms as machine
 from backends.platforms import (
+    amd_facts,
     apple_facts,
     cpu_facts,
     current_entries,
@@ -66,6 +71,120 @@ def test_apple(platforms, chip, cores, memory):
     assert platform.name == name and platform.trainer == "train_mlx.py"
     assert facts.memory_gb == memory and facts.cores == cores
     assert peak_tflops(platform, facts) == pytest.approx(tflops, rel=0.02)
+
+
+def rocm_smi(series, memory, gfx="", **more):
+    """What `rocm-smi --showproductname --showmeminfo vram --json` says of a GPU."""
+    return {
+        "VRAM Total Memory (B)": str(memory),
+        "VRAM Total Used Memory (B)": "27856896",
+        "Card Series": series,
+        "Card Model": "0x744c",
+        "Card Vendor": "Advanced Micro Devices, Inc. [AMD/ATI]",
+        "Card SKU": "D70401XT",
+        "Node ID": "1",
+        "GFX Version": gfx,
+        **more,
+    }
+
+
+RX_7900 = rocm_smi("Radeon RX 7900 XT", 21458059264, "gfx1100")
+OLDER = {"Card series": "Radeon RX 6800 XT", "VRAM Total Memory (B)": "17163091968"}
+IN_CAR = rocm_smi("AMD Radeon 8060S Graphics", 536870912, "gfx1151")
+MI300X = {
+    "gpu": 0,
+    "asic": {"market_name": "AMD Instinct MI300X", "target_graphics_version": "gfx942"},
+    "vram": {"type": "HBM3", "vendor": "HYNIX", "size": {"value": 196592, "unit": "MB"}},
+}
+UNNAMED = rocm_smi("N/A", 0, "gfx1103", **{"VRAM Total Memory (B)": "N/A"})
+AMD = [
+    ({"card0": RX_7900}, 0, "radeon-16gb", 20.0, True),
+    ({"card0": OLDER}, 0, "radeon", 16.0, False),  # it has 16 GB, but no bfloat16
+    ({"card1": RX_7900, "card0": IN_CAR, "system": {"Driver version": "6"}}, 0, "radeon", 0.5, True),
+    ({"card1": RX_7900, "card0": IN_CAR}, 1, "radeon-16gb", 20.0, True),
+    ({"card10": RX_7900, "card2": IN_CAR}, 1, "radeon-16gb", 20.0, True),
+    ({"card0": RX_7900}, 7, "radeon-16gb", 20.0, True),  # there is no such GPU: PyTorch will say so
+    ([MI300X], 0, "mi300x", 192.0, True),
+    ({"gpu_data": [MI300X]}, 0, "mi300x", 192.0, True),
+    (
+        {"card0": rocm_smi("AMD INSTINCT MI250 (MCM) OAM AC MBA", 68702699520, "gfx90a")},
+        0,
+        "instinct",
+        64.0,
+        True,
+    ),
+    ({"card0": UNNAMED}, 0, "radeon", 0.0, True),
+]
+
+
+@pytest.mark.parametrize("said, number, name, memory, bf16", AMD)
+def test_amd(platforms, said, number, name, memory, bf16):
+    warning = "WARNING: AMD GPU device(s) is/are in a low-power state. Check power control/runtime_status\n\n"
+    for text in (json.dumps(said), warning + json.dumps(said) + "\n"):
+        facts = amd_facts(text, number)
+        platform, _ = match_platform(facts, platforms)
+        assert (platform.name, facts.memory_gb, facts.bf16) == (name, memory, bf16)
+        assert platform.trainer == "train_cuda.py"
+
+
+NONSENSE = ["", "ERROR:root:Driver not initialized", "{", "[1, 2]", "null", "{}", '{"card0": 3}', "[" * 10**5]
+NONSENSE += [
+    '{"gpu_data": 3}',
+    '{"cardx": {}}',
+    '{"card0": {"size": {"value": [1e999]}}}',
+    '[{"asic": [], "vram": 7}]',
+]
+
+
+@pytest.mark.parametrize("said", NONSENSE)
+def test_a_tool_that_prints_nonsense_is_no_traceback(platforms, said):
+    for number in (0, 3):
+        facts = amd_facts(said, number)
+        assert facts is None or (facts.device == "AMD GPU" and facts.memory_gb == 0)
+
+
+@pytest.fixture
+def amd_machine(monkeypatch):
+    """A machine whose only tool is rocm-smi."""
+    for name in ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    said = json.dumps({"card0": IN_CAR, "card1": RX_7900})
+    monkeypatch.setattr(machine, "output_of", lambda *command: said if command[0] == "rocm-smi" else "")
+    machine.machine_facts.cache_clear()
+    yield
+    machine.machine_facts.cache_clear()
+
+
+def test_an_amd_gpu_is_used_where_pytorch_is_built_for_it(amd_machine, platforms, monkeypatch):
+    monkeypatch.setattr(machine, "hip_version", lambda: "6.4.43482")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
+    assert machine.machine_facts().device == "Radeon RX 7900 XT"
+
+
+def test_a_build_for_cuda_leaves_an_amd_gpu_alone_and_says_so(amd_machine, platforms):
+    facts = machine.machine_facts()
+    assert machine.hip_version() == ""  # that of the tests
+    assert facts.device_kind == "cpu" and match_platform(facts, platforms)[0].name == "cpu"
+    assert facts.details == {"unused_gpu": "AMD Radeon 8060S Graphics: PyTorch is not built for ROCm"}
+
+
+@pytest.mark.parametrize(
+    "line, version",
+    [
+        ("hip: Optional[str] = '6.4.43482-0f2d60242'", "6.4.43482-0f2d60242"),
+        ('hip = "7.0"', "7.0"),
+        ("hip: Optional[str] = None", ""),
+        ("hiphop = '1'", ""),
+        ("", ""),
+    ],
+)
+def test_what_pytorch_is_built_for_is_read_from_its_version(tmp_path, monkeypatch, line, version):
+    (tmp_path / "version.py").write_text(f"debug = False\n{line}\ncuda: Optional[str] = None\n")
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: spec)
+    assert machine.hip_version() == version
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    assert machine.hip_version() == ""
 
 
 def test_neither_gpu_nor_mac(platforms):

@@ -121,10 +121,22 @@ def test_ledgers_of_two_machines_are_two_series_with_the_board_first(tmp_path):
     assert devices == ["B", "A"]  # as boards are ordered: the best first
 
 
-def test_runs_with_a_short_budget_are_told_as_not_ranked(tmp_path):
+def test_runs_with_a_short_budget_are_a_series_of_practice(tmp_path):
     rows = [row(val_bpb=1.5 - i / 10, budget=8.0, marks=Flag.SHORT, source=f"s{i}") for i in range(3)]
-    [series] = series_of(tmp_path, *rows)
-    assert not series.is_ranked and "a budget other than the rules'" in series.detail
+    busy = row(val_bpb=1.0, budget=8.0, marks="short,contended", source="busy")
+    [series] = series_of(tmp_path, *rows, busy)
+    assert not series.is_ranked and series.title.endswith(", practice")
+    assert "practice: a budget of 8 s never ranks" in series.detail
+    assert [run.why for run in series.runs if run.row.source != "busy"] == ["", "", ""]
+    headline = write_headline([series], {})
+    assert headline.large.startswith("val_bpb 1.3") and not headline.is_claim
+    assert "never ranks" in headline.lines[-1]
+
+
+def test_practice_comes_after_what_ranks_however_good_it_is(tmp_path):
+    practice = [row(val_bpb=0.5, budget=8.0, marks=Flag.SHORT, source=f"p{i}") for i in range(9)]
+    series = series_of(tmp_path, *practice, row(val_bpb=1.5))
+    assert [one.is_ranked for one in series] == [True, False]
 
 
 def test_a_refuted_run_is_told_and_says_why(tmp_path):

@@ -163,6 +163,36 @@ def test_a_busy_device_gets_no_verdict(scores, house, monkeypatch):
     assert exit_code(row) == 6 and row.marks == "contended" and row.reason == "no verdict: a browser computes"
 
 
+@pytest.mark.parametrize("at", ["training", "start"])
+def test_a_limit_that_a_busy_machine_missed_is_no_verdict(scores, house, monkeypatch, at):
+    """As long as the machine was quiet it is one."""
+    busy = [(Flag.CONTENDED, "a browser computes")]
+
+    def supervise(trainer, run_dir, setting, seed, watch, on_event):
+        outcome = Outcome(status="timeout", reason="too slow")
+        outcome.findings = found if at == "start" else []
+        return outcome
+
+    monkeypatch.setattr(runner, "supervise", supervise)
+    monkeypatch.setattr(runner.Watch, "findings", lambda self: found if at == "training" else [])
+    found = busy
+    row = attempt(house, "disturbed")
+    assert (exit_code(row), row.status, row.judged) == (6, "timeout", False)
+    assert row.marks == "contended" and row.reason == "no verdict: a browser computes; too slow"
+    found = []
+    row = attempt(house, "quiet")
+    assert (exit_code(row), row.reason, row.judged) == (4, "too slow", True)
+
+
+def test_a_dry_run_that_a_busy_machine_slowed_refutes_no_edit(house, monkeypatch):
+    outcome = Outcome(status="timeout", reason="too slow", findings=[(Flag.THROTTLED, "hot")])
+    monkeypatch.setattr(runner, "supervise", lambda *asked, **more: outcome)
+    assert dry_run(resolve(), b"")[0].status == ""
+    outcome = Outcome(status="timeout", reason="too slow")
+    monkeypatch.setattr(runner.Watch, "findings", lambda self: [])
+    assert dry_run(resolve(), b"")[0].status == "timeout"
+
+
 def test_a_modified_harness_is_marked_but_ranks(scores, house, monkeypatch, capsys):
     scores.append(1.5)
     monkeypatch.setattr(runner, "harness_modified", lambda: True)

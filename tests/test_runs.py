@@ -48,6 +48,17 @@ def test_names_of_runs(house):
     assert find_run("best").run == "2027-0"  # boards do not mix
 
 
+def test_the_best_of_practice_is_the_best_until_a_run_ranks(house):
+    for run, bpb in (("a", 1.5), ("b", 1.3), ("c", 1.4)):
+        prune_weights(add(house, run, val_bpb=bpb, budget=10.0, marks="short"), False)
+    assert find_run("best").run == "b"
+    assert [run for run in "abc" if run_dir(run).weights.exists()] == ["a", "b"]  # the first and the best
+    add(house, "busy", val_bpb=1.0, budget=10.0, marks="short,contended")
+    assert find_run("best").run == "b"
+    add(house, "ranked", val_bpb=1.9)
+    assert find_run("best").run == "ranked"
+
+
 def test_an_id_that_begins_another_is_found(house):
     add(house, "2026-1")
     add(house, "2026-10")

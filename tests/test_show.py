@@ -77,6 +77,12 @@ def test_without_a_ranked_run_best_says_what_to_do(house):
             show_run(name)
 
 
+def test_a_run_of_practice_says_so(house, capsys):
+    add(house, "2026-1", "a", "LR = 0.1\n", val_bpb=1.5, budget=10.0, marks="short")
+    show_run("best")
+    assert "board: practice, a budget of 10 s never ranks" in capsys.readouterr().out
+
+
 def test_a_run_is_compared_with_what_it_was_made_from_not_with_the_best_before_it(house, capsys):
     add(house, "2026-1", "a", "LR = 0.1\n", val_bpb=1.5)
     add(house, "2026-2", "b", "LR = 0.2\n", val_bpb=1.3, parent="a")

@@ -219,9 +219,11 @@ def test_without_a_verdict_the_edit_stays(repository, capsys):
     try_as_it_is("baseline")
     assert attempt("SCORE = 1.0  # BUSY\n", repository) == 6
     assert "BUSY" in trainer_text(repository) and "no verdict" in capsys.readouterr().err
+    assert attempt("SCORE = 1.0  # LATE\n", repository) == 6
+    assert "LATE" in trainer_text(repository) and rows()[-1].status == "timeout"
     assert attempt("SCORE = 1.0  # STOP\n", repository) == 130
     assert "STOP" in trainer_text(repository) and not trial.journal().exists()
-    assert len(git_output("for-each-ref", "refs/autoresearch/").splitlines()) == 2
+    assert len(git_output("for-each-ref", "refs/autoresearch/").splitlines()) == 3
 
 
 def test_a_run_is_on_record_from_the_moment_it_is_announced(repository, monkeypatch):

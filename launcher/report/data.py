@@ -56,7 +56,7 @@ class Run:
     built_on: float | None  # val_bpb of the trainer that was built on after it
     belief: Estimate | None  # of that trainer's val_bpb, as believed then
     is_current: bool  # its edit is in the trainer that is built on at the end
-    why: str  # it does not rank, "" where it does
+    why: str  # it stands on no board, "" where it does
 
     @property
     def name(self) -> str:
@@ -183,16 +183,20 @@ def make_series(
         f"{key.platform}, {key.budget:g} s, {key.val_tokens:,} tokens scored, "
         f"rules {key.rules}, data {key.fingerprint[:8]}"
     )
-    if not is_ranked:
+    title = f"{key.track} on {key.device}"
+    if any(board.key == key for board in boards.practice):
+        title += ", practice"
+        detail += f"; practice: a budget of {key.budget:g} s never ranks"
+    elif not is_ranked:
         example = next(row for row in rows if row.scored)
         detail += f"; not ranked: {why_unranked(example, boards.verifications)}"
     runs = make_runs(rows, survey, boards, number)
-    return Series(f"{key.track} on {key.device}", detail, key.device, is_ranked, runs, survey)
+    return Series(title, detail, key.device, is_ranked, runs, survey)
 
 
 def make_runs(rows: Sequence[Row], survey: Survey | None, boards: Boards, series: int) -> list[Run]:
     """Return the runs of a series, of which `series` is the number. rows: in time order."""
-    ranked = {id(row) for board in boards.boards for row in board.rows}
+    ranked = {id(row) for board in (*boards.boards, *boards.practice) for row in board.rows}
     values = follow(rows)
     beliefs = follow_beliefs(rows)
     effects = [believed_effect(survey, row) for row in rows] if survey else plain_effects(rows)
