@@ -18,6 +18,7 @@ from launcher.ledger import (
     ABOUT_RUNS,
     COLUMNS,
     CONFIRMED,
+    MOVED,
     REFUTED,
     UNCONFIRMED,
     UNRANKED,
@@ -55,7 +56,10 @@ NEEDED = {
     "num_params_M",
     "petaflops",
     "energy_kj",
+    "source",
     "agent",
+    "belief_after",
+    "belief_after_error",
     "marks",
     "reason",
 }
@@ -126,7 +130,10 @@ class Boards(NamedTuple):
     boards: list[Board]  # by track, then by their best val_bpb
     unranked: list[Row]
     verifications: dict[str, Row]  # run id -> the last row that `autoresearch verify` added about it
-    claims: dict[str, Row]  # run id -> the last row that `autoresearch confirm` added about it
+    # Run id -> the last row that `autoresearch confirm` added about it. Where `verify` refuted a run of the
+    # trainer there is none.
+    claims: dict[str, Row]
+    moves: list[Row]  # which trainers nights put on the branch at their ends
 
 
 def gather(
@@ -166,8 +173,20 @@ def gather(
         else:
             unranked += board.rows
     ranked.sort(key=lambda board: (board.key.track, board.best.val_bpb))
-    claims = {row.run: row for row in about if row.status in (CONFIRMED, UNCONFIRMED)}
-    return Boards(ranked, unranked, verifications, claims)
+    moves = [row for row in about if row.status == MOVED]
+    return Boards(ranked, unranked, verifications, standing_claims(about, verifications), moves)
+
+
+def standing_claims(about: Iterable[Row], verifications: dict[str, Row]) -> dict[str, Row]:
+    """Return the last test of each run by `confirm`, those left out whose trainer `verify` refuted."""
+    refuted = {row.source for row in verifications.values() if row.status == REFUTED and row.source}
+    return {
+        row.run: row
+        for row in about
+        if row.status in (CONFIRMED, UNCONFIRMED)
+        and row.source not in refuted
+        and not is_refuted(row, verifications)
+    }
 
 
 def read_runs(
@@ -298,6 +317,26 @@ def list_ranked(board: Board, claims: dict[str, Row], most: int | None = None) -
     return lines
 
 
+def describe_result(board: Board, claims: dict[str, Row]) -> str:
+    """Return a line about what may be said of a board: its claim, or what is believed and not confirmed.
+
+    A value of the table is one run, and the lowest of many runs is lucky.
+    """
+    tests = [claims[row.run] for row in board.rows if row.run in claims]
+    shown = [row for row in tests if row.status == CONFIRMED]
+    if shown:
+        claim = max(shown, key=lambda row: row.time)
+        return f"claimed on {claim.time[:10]} (run {claim.run}): {claim.reason}"
+    believed = [row for row in board.rows if row.belief_after > 0]
+    if not believed:
+        return "not confirmed: these are single runs"
+    last = max(believed, key=lambda row: (row.time, row.run))
+    return (
+        f"believed of the trainer to build on: {last.belief_after:.6f} +- {last.belief_after_error:.6f}, "
+        "not confirmed"
+    )
+
+
 def list_unranked(rows: Iterable[Row], verifications: dict[str, Row]) -> list[UnrankedRun]:
     """Return the lines about unranked rows, in the order of the rows."""
     return [
@@ -397,7 +436,12 @@ def print_json(boards: Boards, out: TextIO) -> None:
     tables = []
     for board in boards.boards:
         lines = list_ranked(board, boards.claims)
-        tables.append({"title": board.title, "rows": [line._asdict() for line in lines]})
+        table = {
+            "title": board.title,
+            "result": describe_result(board, boards.claims),
+            "rows": [line._asdict() for line in lines],
+        }
+        tables.append(table)
     unranked = list_unranked(boards.unranked, boards.verifications)
     data = {
         "boards": tables,
@@ -424,7 +468,8 @@ def print_text(boards: Boards, most: int, out: TextIO) -> None:
         return
     console = open_console(out)
     for board in boards.boards:
-        print_table(console, board.title, list_ranked(board, boards.claims, most))
+        title = f"{board.title}\n{describe_result(board, boards.claims)}"
+        print_table(console, title, list_ranked(board, boards.claims, most))
         if len(board.rows) > most:
             out.write(f"... {len(board.rows) - most} more (--json or --tsv has them)\n")
         out.write("\n")
@@ -447,7 +492,7 @@ def open_console(out: TextIO) -> "Console":
 
 
 def print_table(console: "Console", title: str, lines: Sequence[TableLine]) -> None:
-    """Print a title and a table of lines of one kind, numbers to the right."""
+    """Print a title, of a line or more, and a table of lines of one kind, numbers to the right."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -462,7 +507,8 @@ def print_table(console: "Console", title: str, lines: Sequence[TableLine]) -> N
     for line in lines:
         table.add_row(*(format_cell(name, getattr(line, name)) or "-" for name in columns))
     with console.capture() as captured:
-        console.print(single_line(title))
+        for heading in title.split("\n"):
+            console.print(single_line(heading))
         console.print(table)
     for text in captured.get().removesuffix("\n").split("\n"):
         console.file.write(text.rstrip() + "\n")

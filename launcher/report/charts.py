@@ -33,7 +33,7 @@ def charts_json(report: Report) -> str:
 
 def columns_of(series: Series, report: Report) -> dict[str, Any]:
     """Return the columns of a series, one value an experiment. Values that are not known are null."""
-    runs = series.experiments
+    runs = series.drawn
     beliefs = [run.belief for run in runs]
     return {
         "baseline": number(series.baseline.row.val_bpb),

@@ -1,6 +1,7 @@
 """What the report reads beside the ledgers: folders of runs and the loop's log. All of it may be absent."""
 
 import json
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,6 +10,7 @@ from typing import Any
 
 from backends.protocol import Event, EventError, Log, RunDir, Start, Stop, parse_event
 from launcher.ledger import Row
+from launcher.processes import alive
 from launcher.report.data import unix_time
 from launcher.runs import runs_dir
 from launcher.show import unified_diff
@@ -222,3 +224,21 @@ def read_log_of(path: Path, size: int, changed: int) -> list[Entry]:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return entries
+
+
+def loop_lives(begin: Entry) -> bool | None:
+    """Return whether the loop that wrote a begin still runs.
+
+    None: it is not known, as the line is another machine's, or of an older version.
+    """
+    import psutil
+
+    pid = begin.data.get("pid")
+    if not isinstance(pid, int) or begin.data.get("host") != platform.node():
+        return None
+    try:
+        process = psutil.Process(pid)
+        # A later process may have got the same number. The time of a line is a whole second.
+        return alive(process) and process.create_time() < begin.time + 1
+    except (psutil.Error, ValueError, OverflowError):
+        return False
