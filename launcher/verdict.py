@@ -9,7 +9,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from launcher.belief import OPTIMISM, PATIENCE, Decision, Observation, Standing, Survey, judge, survey
-from launcher.ledger import EVIDENCE, MOVED, BoardKey, Flag, Row, by_board, refuted_runs, remembered
+from launcher.ledger import (
+    CONFIRMED,
+    EVIDENCE,
+    MOVED,
+    UNCONFIRMED,
+    BoardKey,
+    Flag,
+    Row,
+    by_board,
+    refuted_runs,
+    remembered,
+)
 
 BELIEVED = 300  # runs of a board, the newest, at least so many, that its belief is made of,
 BELIEVED_STEP = 100  # and how many older ones leave it together
@@ -211,6 +222,23 @@ def best_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> Row | N
     runs = runs_of(rows, board, best)
     decided = [row for row in runs if not row.flags & EVIDENCE]
     return (decided or runs)[-1]
+
+
+def claim_of(rows: Sequence[Row], board: BoardKey, source: str) -> Row | None:
+    """Return the row of the claim that stands for a trainer, None without one.
+
+    It does not stand where a later test did not show it, or where `verify` refuted a run of the trainer.
+    """
+    refuted = refuted_runs(rows)
+    last = None
+    for row in by_board(rows).get(board, []):
+        if row.source != source:
+            continue
+        if row.run in refuted:
+            return None
+        if row.status in (CONFIRMED, UNCONFIRMED):
+            last = row
+    return last if last and last.status == CONFIRMED else None
 
 
 def fresh_seed(rows: Iterable[Row], sources: Iterable[str]) -> int:

@@ -11,16 +11,16 @@ from launcher.ledger import CONFIRMED, MOVED, REFUTED, UNCONFIRMED, Flag, Ledger
 from launcher.report.data import (
     Effect,
     all_rows,
+    beliefs_built_on,
     bests_of_agents,
     collect_series,
     count,
-    follow,
-    follow_beliefs,
     gains_over_time,
     group_failures,
     plain_effects,
     unix_time,
     value_limits,
+    values_built_on,
     write_headline,
 )
 from launcher.report.text import round_numbers, with_error
@@ -190,13 +190,13 @@ def test_what_is_built_on_follows_keeps_and_returns():
         Row(status="crash"),
         Row(source="d", val_bpb=1.7, status="discard", build_on="a"),
     ]
-    assert follow(rows) == [1.5, 1.5, 1.4, 1.4, 1.4, 1.5]
-    assert follow([Row(val_bpb=1.5, status="discard")]) == [None]
+    assert values_built_on(rows) == [1.5, 1.5, 1.4, 1.4, 1.4, 1.5]
+    assert values_built_on([Row(val_bpb=1.5, status="discard")]) == [None]
 
 
 def test_without_sources_what_is_built_on_is_the_last_keep():
     rows = [Row(val_bpb=value, status=status) for value, status in ((1.5, "keep"), (1.6, "discard"))]
-    assert follow(rows) == [1.5, 1.5]
+    assert values_built_on(rows) == [1.5, 1.5]
     assert plain_effects(rows)[1] == Effect(pytest.approx(0.1))
 
 
@@ -207,7 +207,7 @@ def test_a_belief_holds_until_the_next_one():
         Row(status="crash"),
         Row(belief_after=math.inf),
     ]
-    assert follow_beliefs(rows) == [None, (1.5, 0.1), (1.5, 0.1), (1.5, 0.1)]
+    assert beliefs_built_on(rows) == [None, (1.5, 0.1), (1.5, 0.1), (1.5, 0.1)]
 
 
 def test_a_failure_far_above_does_not_flatten_the_rest():
@@ -260,7 +260,7 @@ def test_a_claim_is_the_headline_and_a_failed_test_is_told(tmp_path):
     assert head.lines[0] == "\u00aba gain\u00bb, claimed on 2026-01-01:" and "p 0.001" in head.lines[1]
     assert len(head.lines) == 2  # it is the one that is believed best
     head = write_headline(series, {"r1": replace(tested, status=UNCONFIRMED, reason="none: p 0.4")})
-    assert not head.is_claim and head.lines[1] == "Tested on 2026-01-01: none: p 0.4."
+    assert not head.is_claim and head.lines[1] == "The claim that was tested on 2026-01-01: none: p 0.4."
 
 
 def test_an_older_claim_hides_no_newer_belief_and_no_newer_test(tmp_path):
@@ -277,7 +277,8 @@ def test_an_older_claim_hides_no_newer_belief_and_no_newer_test(tmp_path):
     head = write_headline(series, {"r1": old, "r2": new})
     assert head.is_claim and head.lines[0] == "\u00abclaimed\u00bb, claimed on 2026-01-01:"
     assert head.lines[2].startswith("Believed better by now: \u00abnewer\u00bb, val_bpb 1.2")
-    assert head.lines[2].endswith(", not confirmed. Tested on 2026-01-02: none: p 0.4.")
+    assert head.lines[2].endswith(", not confirmed.")
+    assert head.lines[3] == "The claim that was tested on 2026-01-02: none: p 0.4."
 
 
 def test_a_claim_of_a_trainer_that_verify_refuted_is_dropped(tmp_path):

@@ -54,6 +54,7 @@ def write_report(
     scratch = folder / f".report-{os.getpid()}.tmp"
     scratch.write_bytes(build_page(report))
     os.replace(scratch, page)
-    draw_card(scratch, report.headline, report.counts[0].text, report.series[0])
+    counts = report.counts[0]
+    draw_card(scratch, report.headline, counts.text, counts.title, report.series[0])
     os.replace(scratch, card)
     return [page, card]

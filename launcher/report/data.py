@@ -248,8 +248,8 @@ def make_runs(
 ) -> list[Run]:
     """Return the runs of a series, of which `series` is the number. rows: in time order."""
     ranked = {id(row) for board in boards.boards for row in board.rows}
-    values = follow(rows)
-    beliefs = follow_beliefs(rows)
+    values = values_built_on(rows)
+    beliefs = beliefs_built_on(rows)
     effects = [believed_effect(survey, row) for row in rows] if survey else plain_effects(rows)
     everything = sorted([*rows, *moves], key=lambda row: row.time)
     current = lineage(survey, current_source(everything)) if survey else set()
@@ -295,7 +295,7 @@ def plain_effects(rows: Iterable[Row]) -> list[Effect | None]:
     return effects
 
 
-def follow(rows: Iterable[Row]) -> list[float | None]:
+def values_built_on(rows: Iterable[Row]) -> list[float | None]:
     """Return, after each row, the val_bpb of the trainer that is built on; None before the first kept one.
 
     It rises where the search goes back to an earlier trainer.
@@ -314,7 +314,7 @@ def follow(rows: Iterable[Row]) -> list[float | None]:
     return followed
 
 
-def follow_beliefs(rows: Iterable[Row]) -> list[Estimate | None]:
+def beliefs_built_on(rows: Iterable[Row]) -> list[Estimate | None]:
     """Return, after each row, what was believed then of the trainer that is built on; None: not on record."""
     current: Estimate | None = None
     followed = []
@@ -424,7 +424,7 @@ def headline_of_claim(series: Series, claim: Row, tests: Sequence[Row], offset: 
         lines.append("By now no trainer is believed better than the baseline.")
     elif not is_of_trainer(claim, best):
         now = f"Believed better by now: «{best.row.description}», val_bpb {believed_value(series, best)}"
-        lines.append(f"{now}, not confirmed. {tell_test(best, tests, digits, offset)}")
+        lines += [f"{now}, not confirmed.", tell_test(best, tests, digits, offset)]
     large = f"{-claim.effect:.{digits}f} bits per byte better than the baseline"
     return Headline(large, True, lines)
 
@@ -469,13 +469,14 @@ def tell_test(best: Run, tests: Sequence[Row], digits: int, offset: float) -> st
     how = "Not tested yet: autoresearch confirm runs it anew, on text that no run was selected on."
     own = [row for row in tests if is_of_trainer(row, best)]
     if own:
-        return f"Tested on {date_of(own[-1], offset)}: {round_numbers(own[-1].reason, digits)}."
+        answer = round_numbers(own[-1].reason, digits)
+        return f"The claim that was tested on {date_of(own[-1], offset)}: {answer}."
     failed = [row for row in tests if row.status != CONFIRMED]
     if not failed:
         return how
     last = failed[-1]
     answer = round_numbers(last.reason, digits)
-    return f"Not tested yet. «{last.description}» was, on {date_of(last, offset)}: {answer}."
+    return f"Not tested yet. The claim of «{last.description}», tested on {date_of(last, offset)}: {answer}."
 
 
 def is_of_trainer(row: Row, run: Run) -> bool:
@@ -566,7 +567,7 @@ def group_failures(rows: Iterable[Row]) -> list[FailureGroup]:
 
 
 @dataclass(frozen=True)
-class Line:
+class FigureLine:
     """A line of a figure."""
 
     label: str
@@ -574,7 +575,7 @@ class Line:
     y: list[float]
 
 
-def gains_over_time(series: Iterable[Series]) -> list[Line]:
+def gains_over_time(series: Iterable[Series]) -> list[FigureLine]:
     """Return a line a series: hours since its first run, percent below its baseline of what is built on."""
     lines = []
     for one in series:
@@ -587,7 +588,7 @@ def gains_over_time(series: Iterable[Series]) -> list[Line]:
                 x.append(round((run.start - start) / 3600, 3))
                 y.append(round(100 * (first - run.built_on) / first, 3))
         if len(x) > 1:
-            lines.append(Line(one.title, x, y))
+            lines.append(FigureLine(one.title, x, y))
     return lines
 
 
@@ -596,7 +597,7 @@ def agents_of(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(run.row.agent for run in runs if run.row.agent))
 
 
-def bests_of_agents(series: Series) -> list[Line]:
+def bests_of_agents(series: Series) -> list[FigureLine]:
     """Return a line an agent: number of its experiments, lowest val_bpb that it kept so far."""
     lines = []
     for agent in agents_of(series.runs):
@@ -610,7 +611,7 @@ def bests_of_agents(series: Series) -> list[Line]:
             if best < math.inf:
                 x.append(number)
                 y.append(best)
-        lines.append(Line(agent, x, y))
+        lines.append(FigureLine(agent, x, y))
     return lines
 
 

@@ -98,8 +98,11 @@ def draw_svg(series: Series) -> str:
     return text
 
 
-def draw_card(path: Path, headline: Headline, counts: str, series: Series) -> None:
-    """Write the card of a night: headline, counts and progress, 1200 pixels wide and 630 high."""
+def draw_card(path: Path, headline: Headline, counts: str, when: str, series: Series) -> None:
+    """Write the card of a night: headline, counts and progress, 1200 pixels wide and 630 high.
+
+    counts: what was done. when: of which night that is, "" where it is of all runs
+    """
     with our_style():
         figure = new_figure(*CARD_PIXELS)
         color = KEPT if headline.is_claim else INK
@@ -109,8 +112,10 @@ def draw_card(path: Path, headline: Headline, counts: str, series: Series) -> No
             write_fitting(figure, y, line, 12, INK)
             y -= LINE
         write_fitting(figure, y, counts, 12, SOFT)
-        write_fitting(figure, 0.026, f"autoresearch: {series.title}; {series.detail}", 9, SOFT)
-        bottom = 0.14
+        if when:
+            write_fitting(figure, 0.048, when, 9, SOFT)
+        write_fitting(figure, 0.02, f"autoresearch: {series.title}; {series.detail}", 9, SOFT)
+        bottom = 0.15
         draw_progress(figure.add_axes((0.07, bottom, 0.9, y - 0.035 - bottom)), series)
         figure.savefig(path, format="png")
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from backends.protocol import Event, EventError, Log, RunDir, Start, Stop, parse_event
+from backends.protocol import Event, EventError, Log, RunDir, Start, Stop, parse_event, read_json
 from launcher.ledger import Row
 from launcher.processes import alive
 from launcher.report.data import unix_time
@@ -58,15 +58,6 @@ def read_folder(run_id: str) -> Folder:
         learned=str(answer.get("learned") or ""),
         next=str(answer.get("next") or ""),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file, {} when it is absent or damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 # ---------------------------------------------------------------------------
@@ -162,7 +153,7 @@ def cut(lines: list[str], against: str) -> Diff:
     return Diff(shown, against, len(lines) - len(shown))
 
 
-def parents(rows: Iterable[Row], folders: dict[str, Folder]) -> dict[str, tuple[str, Path]]:
+def trainers_by_source(rows: Iterable[Row], folders: dict[str, Folder]) -> dict[str, tuple[str, Path]]:
     """Return {source: (id of a run that had it, its copy of the trainer)}, as far as copies are here."""
     found = {}
     for row in rows:

@@ -15,8 +15,8 @@ from launcher.report.data import (
     MOST_SERIES,
     Counts,
     FailureGroup,
+    FigureLine,
     Headline,
-    Line,
     Run,
     Series,
     all_rows,
@@ -34,9 +34,9 @@ from launcher.report.files import (
     Folder,
     cut,
     diff_lines,
-    parents,
     read_folder,
     read_loop_log,
+    trainers_by_source,
 )
 from launcher.report.timeline import AgentUse, Lane, Night, agent_use, last_night, make_lanes
 from prepare import RULES, UserError
@@ -66,8 +66,10 @@ class Report:
     failures: list[FailureGroup]
     lanes: list[Lane]
     devices: list[DeviceResult]
-    agents: list[tuple[str, list[Line]]]  # (title of a series, a line an agent), where several took part
-    gains: list[Line]
+    agents: list[
+        tuple[str, list[FigureLine]]
+    ]  # (title of a series, a line an agent), where several took part
+    gains: list[FigureLine]
     folders: dict[str, Folder]  # by run id
     diffs: dict[str, Diff]
     lessons: dict[str, str]  # run id -> what the agent of the next turn said that it taught
@@ -185,7 +187,7 @@ def make_diffs(series: Sequence[Series], folders: dict[str, Folder]) -> dict[str
     """
     found = {}
     for one in series:
-        known = parents([run.row for run in one.runs], folders)
+        known = trainers_by_source([run.row for run in one.runs], folders)
         kept: tuple[str, Path] | None = None
         for run in one.runs:
             ours = folders[run.id].trainer
