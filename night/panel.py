@@ -91,7 +91,7 @@ class Panel:
     def count(self, row: Row) -> None:
         """Count an experiment. A run of the committed trainer is a baseline, and no edit."""
         self.done += 1
-        if row.source and row.source == row.parent:
+        if row.is_of_committed:
             name = "baselines"
         elif not row.scored:
             name = "failed"

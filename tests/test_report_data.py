@@ -319,6 +319,9 @@ def test_an_edit_is_one_experiment_however_often_it_was_run(tmp_path):
         row(source="e", parent="b", val_bpb=1.3, status="discard", marks=Flag.CONTENDED),
         row(source="b", val_bpb=1.4, seed=3, marks=Flag.NOISE),
         row(source="x", val_bpb=0.0, status="crash", track="another one, on which nothing was scored"),
+        row(source="y", parent="y", val_bpb=0.0, status="crash", track="another one"),
+        row(source="y", val_bpb=1.5, marks=Flag.NOISE, track="another one"),
+        row(source="f", parent="f", val_bpb=1.7, status="discard", description="another baseline"),
     ]
     boards = gather([ledger_of(tmp_path, *rows)])
     series = collect_series(boards)

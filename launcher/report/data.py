@@ -133,7 +133,7 @@ class Series:
     def standing(self, run: Run) -> Standing | None:
         """Return what is believed of a run's trainer now, None without a belief."""
         standing = self.survey.trainers.get(run.row.source) if self.survey else None
-        return standing if standing and math.isfinite(standing.mean) else None
+        return standing if standing and 0 < standing.mean < LARGEST else None
 
     def is_of_baseline(self, run: Run) -> bool:
         """Return whether a run has the baseline's trainer."""
@@ -147,7 +147,7 @@ class Series:
         """Return the runs of each edit: repeats, and runs without a verdict, are of one."""
         edits: dict[str, list[Run]] = {}
         for run in self.drawn:
-            if not self.is_of_baseline(run):
+            if not (self.is_of_baseline(run) or run.row.is_of_committed):
                 edits.setdefault(run.row.source or run.id, []).append(run)
         return list(edits.values())
 
@@ -505,8 +505,9 @@ def count(
     edits = [[run for run in edit if chosen(run.row)] for one in series for edit in one.edits]
     ended = Counter(outcome_of(edit) for edit in edits if edit)
     told = {id(run.row) for run in runs}
-    others = [row for row in rows if id(row) not in told and Flag.DRY not in row.flags]
-    ended.update("failed" if row.judged else "no verdict" for row in others if row.status in STATUSES)
+    others = [row for row in rows if id(row) not in told and row.status in STATUSES]
+    others = [row for row in others if not (row.flags & {*EVIDENCE, Flag.DRY} or row.is_of_committed)]
+    ended.update("failed" if row.judged else "no verdict" for row in others)
     return Counts(
         hours=hours_of(runs),
         experiments=ended.total(),

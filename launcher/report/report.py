@@ -62,7 +62,6 @@ class Report:
     series: list[Series]
     headline: Headline
     counts: list[CountLine]  # of the last night, and of all runs where there are more
-    is_live: bool  # a loop runs on this machine, as far as is known
     failures: list[FailureGroup]
     lanes: list[Lane]
     devices: list[DeviceResult]
@@ -118,7 +117,6 @@ def make_report(
         series=series,
         headline=write_headline(whole, boards.claims, offset),
         counts=count_lines(whole, rows, log, night, offset),
-        is_live=night is not None and not night.has_ended and night.lives is not False,
         failures=group_failures(rows),
         lanes=make_lanes(series, folders, log),
         devices=compare_devices(boards.boards) if len(boards.boards) > 1 else [],
