@@ -332,7 +332,7 @@ def test_curves_of_the_best_and_the_last_runs_or_of_those_named(night, house):
 
 def test_a_diff_is_against_the_trainer_that_the_edit_was_made_on(night):
     report = make_report(night)
-    for run in report.series[0].experiments[1:]:
+    for run in report.series[0].drawn[1:]:
         diff = report.diffs[run.id]
         parent = next(other.row for other in report.runs if other.id == diff.against)
         assert parent.source == run.row.parent and any(line.startswith("+") for line in diff.lines)

@@ -7,7 +7,7 @@ import pytest
 from conftest import row
 
 from launcher.board import gather
-from launcher.ledger import CONFIRMED, MOVED, REFUTED, UNCONFIRMED, Flag, Ledger, Row
+from launcher.ledger import CONFIRMED, MOVED, REFUTED, UNCONFIRMED, VERIFIED, Flag, Ledger, Row
 from launcher.report.data import (
     Effect,
     all_rows,
@@ -102,6 +102,19 @@ def test_the_trainer_that_a_night_ended_on_is_the_current_one(tmp_path):
         replace(best, status=MOVED, time="2026-01-01T09:00:00Z"),
     )
     assert [run.is_current for run in series.runs] == [True, True, False]
+
+
+def test_a_test_of_an_old_run_does_not_move_what_is_built_on(tmp_path):
+    """The best is sought among the trainers since a person moved the branch: here to that of x."""
+    old = row(run="ra", source="a", val_bpb=1.2, build_on="a")
+    [series] = series_of(
+        tmp_path,
+        old,
+        row(source="x", parent="x", val_bpb=1.5, build_on="x"),
+        row(source="y", parent="x", val_bpb=1.4, build_on="y"),
+        replace(old, status=VERIFIED, time="2026-01-01T09:00:00Z"),
+    )
+    assert series.best.row.source == "y" and series.baseline.row.source == "a"
 
 
 def test_runs_that_decide_nothing_are_no_experiments(tmp_path):

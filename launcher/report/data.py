@@ -237,7 +237,7 @@ def best_source(rows: Sequence[Row], board: BoardKey, survey: Survey | None) -> 
     """
     if survey is None:
         return ""
-    if len({row.ledger for row in rows}) > 1:
+    if len({row.ledger for row in rows if row.board == board}) > 1:
         return survey.best
     best = best_since_moved(rows, board, current_source(rows))
     return best.source if best else survey.best
@@ -328,10 +328,11 @@ def beliefs_built_on(rows: Iterable[Row]) -> list[Estimate | None]:
 def current_source(rows: Sequence[Row]) -> str:
     """Return the source of the trainer that is built on after the last row, "" when there is none.
 
-    Runs that decide nothing do not move it; the end of a night may.
+    Runs that decide nothing and tests of runs do not move it; the end of a night may.
     """
     for row in reversed(rows):
-        if row.flags & EVIDENCE and row.status != MOVED:
+        is_run = row.status in STATUSES and not row.flags & EVIDENCE
+        if not is_run and row.status != MOVED:
             continue
         if row.build_on:
             return row.build_on
