@@ -189,9 +189,11 @@ class Loop:
             if any(row.scored for row in ledger().rows()):
                 self.write_page()
             try:
-                self.panel.branch = f"{repo.branch() or 'no branch'} at {repo.head()[:7]}"
+                branch = repo.branch().removeprefix("refs/heads/") or "no branch"
+                self.panel.branch = f"{branch} at {repo.head()[:7]}"
+                self.panel.claim = self.panel.claim or self.claim_on_record()
             except UserError as error:
-                self.panel.note(f"where the branch is was not found: {first_line(error)}")
+                self.panel.note(f"not all last lines are known: {first_line(error)}")
 
     def resume(self) -> None:
         """Go on where an earlier loop was cut off."""
@@ -326,13 +328,9 @@ class Loop:
         """Return what a person may repeat of the night. Raises UserError, OSError, Stopped."""
         night = self.night
         contest = self.contest()
-        if contest is None:
-            return "none: nothing is believed better than the baseline"
-        known = claim_of(ledger().rows(), self.setting.board, contest.best.source)
-        if known:
-            return f"{known.reason} (claimed on {known.time[:10]})"
-        if not (night.confirms and night.until):
-            return "none was tested: autoresearch confirm"
+        is_asked = night.confirms and night.until
+        if contest is None or not is_asked or self.standing_claim(contest):
+            return self.claim_on_record()
         if seconds_to_first_look(contest, self.longest_run) > night.seconds_left():
             return "none was tested, the night was too short: autoresearch confirm"
         self.enter("confirm", f"confirming: {contest.best.description}")
@@ -342,6 +340,18 @@ class Loop:
             lambda seconds: seconds < night.seconds_left(),
             lambda: RunDetail(self.setting.budget, self.panel),
         ).sentence
+
+    def claim_on_record(self) -> str:
+        """Return what a person may repeat without a test. Raises UserError."""
+        contest = self.contest()
+        if contest is None:
+            return "none: nothing is believed better than the baseline"
+        return self.standing_claim(contest) or "none was tested: autoresearch confirm"
+
+    def standing_claim(self, contest: Contest) -> str:
+        """Return the claim about the best that stands on record, with its day; "" without one."""
+        known = claim_of(ledger().rows(), self.setting.board, contest.best.source)
+        return f"{known.reason} (claimed on {known.time[:10]})" if known else ""
 
     def record_experiment(self, row: Row) -> None:
         """Take an experiment down: for the person, the agent and the log."""

@@ -123,7 +123,7 @@ def test_every_turn_is_an_experiment(night, repository, capsys):
         and "best_val_bpb: 1.200000" in out
     )
     assert "ended: 4 experiments were asked for, the baseline included\n" in out
-    assert f"branch: {repo.branch()} at {repo.head()[:7]}\n" in out
+    assert f"branch: {git_output('branch', '--show-current')} at {repo.head()[:7]}\n" in out
     prompt = last_prompt()
     assert "trainer: train_cuda.py" in prompt and "a tenth better than 1.4" in prompt
     assert "## Last result" in prompt and "val_bpb: 1.300000" in prompt
