@@ -195,9 +195,8 @@ class Ended:
 
     @property
     def experiments(self) -> int:
-        """The experiments that a night says it made."""
-        found = re.search(r"^experiments: (\d+)$", self.out, re.M)
-        return int(found[1]) if found else 0
+        """The experiments that a night says it made, baselines included."""
+        return sum(map(int, re.findall(r"^(?:experiments|baselines): (\d+)$", self.out, re.M)))
 
     @property
     def why(self) -> str:

@@ -17,6 +17,7 @@ from launcher.ledger import (
     ABOUT_RUNS,
     COLUMNS,
     CONFIRMED,
+    MOVED,
     REFUTED,
     UNCONFIRMED,
     UNRANKED,
@@ -56,7 +57,10 @@ NEEDED = {
     "num_params_M",
     "petaflops",
     "energy_kj",
+    "source",
     "agent",
+    "belief_after",
+    "belief_after_error",
     "marks",
     "reason",
 }
@@ -137,7 +141,10 @@ class Boards(NamedTuple):
     foreign: list[ForeignBoard]  # one for each file
     unranked: list[Row]
     verifications: dict[str, Row]  # run id -> the last row that `autoresearch verify` added about it
-    claims: dict[str, Row]  # run id -> the last row that `autoresearch confirm` added about it
+    # Run id -> the last row that `autoresearch confirm` added about it. Where `verify` refuted a run of the
+    # trainer there is none.
+    claims: dict[str, Row]
+    moves: list[Row]  # which trainers nights put on the branch at their ends
 
 
 def gather(
@@ -178,8 +185,9 @@ def gather(
         unranked += board.rows
     for other in foreign.values():
         other.rows.sort(key=lambda row: row.val_bpb)
-    claims = {row.run: row for row in about if row.status in (CONFIRMED, UNCONFIRMED)}
-    return Boards(rows, ranked, practice, list(foreign.values()), unranked, verifications, claims)
+    claims = standing_claims(about, verifications)
+    moves = [row for row in about if row.status == MOVED]
+    return Boards(rows, ranked, practice, list(foreign.values()), unranked, verifications, claims, moves)
 
 
 def split_boards(boards: Sequence[Board]) -> tuple[list[Board], list[Board]]:
@@ -190,6 +198,18 @@ def split_boards(boards: Sequence[Board]) -> tuple[list[Board], list[Board]]:
         board.rows.sort(key=lambda row: row.val_bpb)
     kept.sort(key=lambda board: (board.key.track, board.best.val_bpb))
     return kept, [board for board in boards if board.rule_set not in current]
+
+
+def standing_claims(about: Iterable[Row], verifications: dict[str, Row]) -> dict[str, Row]:
+    """Return the last test of each run by `confirm`, those left out whose trainer `verify` refuted."""
+    refuted = {row.source for row in verifications.values() if row.status == REFUTED and row.source}
+    return {
+        row.run: row
+        for row in about
+        if row.status in (CONFIRMED, UNCONFIRMED)
+        and row.source not in refuted
+        and not is_refuted(row, verifications)
+    }
 
 
 def read_runs(
@@ -358,6 +378,26 @@ def flags_of(row: Row) -> list[str]:
     return [flag for flag in row.marks.split(",") if flag]
 
 
+def describe_result(board: Board, claims: dict[str, Row]) -> str:
+    """Return a line about what may be said of a board: its claim, or what is believed and not confirmed.
+
+    A value of the table is one run, and the lowest of many runs is lucky.
+    """
+    tests = [claims[row.run] for row in board.rows if row.run in claims]
+    shown = [row for row in tests if row.status == CONFIRMED]
+    if shown:
+        claim = max(shown, key=lambda row: row.time)
+        return f"claimed on {claim.time[:10]} (run {claim.run}): {claim.reason}"
+    believed = [row for row in board.rows if row.belief_after > 0]
+    if not believed:
+        return "not confirmed: these are single runs"
+    last = max(believed, key=lambda row: (row.time, row.run))
+    return (
+        f"believed of the trainer to build on: {last.belief_after:.6f} +- {last.belief_after_error:.6f}, "
+        "not confirmed"
+    )
+
+
 def list_unranked(rows: Iterable[Row], verifications: dict[str, Row]) -> list[UnrankedRun]:
     """Return the lines about unranked rows, in the order of the rows."""
     return [
@@ -506,7 +546,8 @@ def print_json(boards: Boards, wanted: Wanted, out: TextIO) -> None:
         return [line._asdict() for line in list_ranked(board, boards.claims, sort=wanted.sort)]
 
     def table_of(board: Board) -> dict[str, Any]:
-        return {"title": board.title, **board.key._asdict(), "rows": rows_of(board)}
+        result = describe_result(board, boards.claims)
+        return {"title": board.title, **board.key._asdict(), "result": result, "rows": rows_of(board)}
 
     unranked = list_unranked(boards.unranked, boards.verifications)
     data = {
@@ -577,7 +618,10 @@ def print_board(
     from launcher.table import print_table
 
     lines = list_ranked(board, claims, wanted.most, wanted.sort)
-    print_table(console, board.title, lines, wanted.columns)
+    title = board.title
+    if isinstance(board, Board):
+        title += f"\n{describe_result(board, claims)}"
+    print_table(console, title, lines, wanted.columns)
     if len(board.rows) > wanted.most:
         console.file.write(f"... {len(board.rows) - wanted.most} more (--rows or --json has them)\n")
     console.file.write("\n")

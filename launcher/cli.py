@@ -272,7 +272,7 @@ def try_(
 @click.option(
     "--experiments",
     type=click.IntRange(min=1),
-    help="End after this many; without a limit, Ctrl-C ends the loop.",
+    help="End after this many, a baseline included; without a limit, Ctrl-C ends the loop.",
 )
 @click.option(
     "--until",

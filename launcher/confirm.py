@@ -19,6 +19,7 @@ from launcher.console import print_object, say
 from launcher.exit_codes import EXIT_INTERRUPTED
 from launcher.ledger import CONFIRMED, UNCONFIRMED, Flag, Row
 from launcher.processes import Stopped
+from launcher.progress import Progress
 from launcher.run import Request, run_once
 from launcher.runs import (
     find_run,
@@ -141,11 +142,15 @@ def find_contest(name: str, against: str) -> Contest:
 
 
 def confirm(
-    setting: Setting, contest: Contest, fits: Callable[[float], bool] = lambda seconds: True
+    setting: Setting,
+    contest: Contest,
+    fits: Callable[[float], bool] = lambda seconds: True,
+    show: Callable[[], Progress | None] = lambda: None,
 ) -> Confirmation:
     """Run pairs until the claim is decided, and record the answer.
 
     fits: says whether there is time for another pair, which takes so many seconds
+    show: makes what shows the progress of a run; None: a line on the terminal
 
     Raises:
         UserError: a trainer's copy is gone.
@@ -167,7 +172,7 @@ def confirm(
             break
         began = time.monotonic()
         try:
-            pairs.append(run_pair(setting, contest, len(pairs)))
+            pairs.append(run_pair(setting, contest, len(pairs), show))
         except PairFailed as failure:
             stopped = str(failure)
             break
@@ -227,7 +232,7 @@ class PairFailed(Exception):
     """A trainer has no score with a fresh seed. The message says which and why."""
 
 
-def run_pair(setting: Setting, contest: Contest, number: int) -> Pair:
+def run_pair(setting: Setting, contest: Contest, number: int, show: Callable[[], Progress | None]) -> Pair:
     """Run both trainers with one fresh seed, in turns the one and the other first: a device may warm up.
 
     Raises:
@@ -238,7 +243,7 @@ def run_pair(setting: Setting, contest: Contest, number: int) -> Pair:
     order = [contest.baseline, contest.best]
     if number % 2:
         order.reverse()
-    made = {row.source: run_and_seal(setting, row, seed) for row in order}
+    made = {row.source: run_and_seal(setting, row, seed, show) for row in order}
     baseline, best = contest.sources
     pair = pair_of(made[baseline], made[best])
     if pair is None:
@@ -246,7 +251,7 @@ def run_pair(setting: Setting, contest: Contest, number: int) -> Pair:
     return pair
 
 
-def run_and_seal(setting: Setting, known: Row, seed: int) -> Row:
+def run_and_seal(setting: Setting, known: Row, seed: int, show: Callable[[], Progress | None]) -> Row:
     """Run a trainer with a fresh seed, score it on the sealed set, and drop its weights.
 
     Raises:
@@ -263,7 +268,7 @@ def run_and_seal(setting: Setting, known: Row, seed: int) -> Row:
         flags=(Flag.CONFIRM,),
     )
     for _ in range(TRIES):
-        row = run_once(request)
+        row = run_once(replace(request, progress=show()))
         if Flag.INTERRUPTED in row.flags:
             raise Stopped("during a run")
         if row.comparable:
@@ -278,7 +283,7 @@ def run_and_seal(setting: Setting, known: Row, seed: int) -> Row:
     copy = run.trainer()
     assert copy  # it was just run
     try:
-        [score] = score_again(row, setting, copy, run.weights, ["sealed"])
+        [score] = score_again(row, setting, copy, run.weights, ["sealed"], show())
     except NotScored as error:
         raise PairFailed(f"run {row.run} could not be scored on the sealed set: {error.reason}") from None
     finally:

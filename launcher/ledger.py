@@ -185,6 +185,11 @@ class Row:
         return self.status == "timeout" and bool(self.flags & INCOMPARABLE)
 
     @property
+    def is_of_committed(self) -> bool:
+        """The run is of the committed trainer as it was: a baseline, and no edit."""
+        return self.source != "" and self.source == self.parent
+
+    @property
     def goes_back(self) -> bool:
         """The run made an earlier trainer look better than the one that it was made from."""
         return self.parent != "" and self.build_on not in ("", self.source, self.parent)

@@ -108,7 +108,10 @@ def open_console(out: TextIO) -> Console:
 def print_table(
     console: Console, title: str, lines: Sequence[TableLine], columns: Sequence[str] = ()
 ) -> None:
-    """Print a title and a table of lines of one kind. columns: those asked for; empty: those that fit."""
+    """Print a title, of a line or more, and a table of lines of one kind.
+
+    columns: those asked for; empty: those that fit.
+    """
     layout = LAYOUTS[type(lines[0])]
     chosen = list(columns) or fitting_columns(lines, layout, console.width)
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
@@ -123,7 +126,8 @@ def print_table(
         style = BEST_STYLE if is_best(line) else None
         table.add_row(*(show(line, name) for name in chosen), style=style)
     with console.capture() as captured:
-        console.print(single_line(title))
+        for heading in title.split("\n"):
+            console.print(single_line(heading))
         console.print(table)
     for text in captured.get().removesuffix("\n").split("\n"):
         console.file.write(text.rstrip() + "\n")

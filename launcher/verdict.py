@@ -9,7 +9,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from launcher.belief import OPTIMISM, PATIENCE, Decision, Observation, Standing, Survey, judge, survey
-from launcher.ledger import EVIDENCE, MOVED, BoardKey, Flag, Row, by_board, refuted_runs, remembered
+from launcher.ledger import (
+    CONFIRMED,
+    EVIDENCE,
+    MOVED,
+    UNCONFIRMED,
+    BoardKey,
+    Flag,
+    Row,
+    by_board,
+    refuted_runs,
+    remembered,
+)
 
 BELIEVED = 300  # runs of a board, the newest, at least so many, that its belief is made of,
 BELIEVED_STEP = 100  # and how many older ones leave it together
@@ -92,10 +103,10 @@ def give_verdict(rows: Sequence[Row], row: Row, findings: Sequence[str]) -> None
     row.belief_after_error = decision.after_error
     row.sigma = decision.sigma
     row.reason = decision.reason
+    if row.flags & EVIDENCE:
+        return  # it decides nothing
     if decision.build_on == row.source:
         row.status = "keep"
-    if row.flags & EVIDENCE:
-        return  # evidence, but it decides nothing
     row.build_on = decision.build_on
     if decision.action == "repeat":
         row.add_flags(Flag.REPEAT)
@@ -190,8 +201,9 @@ def best_run(rows: Sequence[Row], board: BoardKey) -> Row | None:
 
 
 def best_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> Row | None:
-    """Return the last run of the trainer that is believed best of those that the search may build on.
+    """Return a run of the trainer that is believed best of those that the search may build on.
 
+    It is the last one that decided something: what a run for a claim was called says nothing of the edit.
     Another than the committed one must be lower by a tenth of its error, as in the search.
 
     head: content hash of the committed trainer. None: nothing was run.
@@ -207,7 +219,26 @@ def best_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> Row | N
     current = believed.trainers.get(head)
     if current and believed.trainers[best].merit > current.merit - PATIENCE * current.error:
         best = head
-    return runs_of(rows, board, best)[-1]
+    runs = runs_of(rows, board, best)
+    decided = [row for row in runs if not row.flags & EVIDENCE]
+    return (decided or runs)[-1]
+
+
+def claim_of(rows: Sequence[Row], board: BoardKey, source: str) -> Row | None:
+    """Return the row of the claim that stands for a trainer, None without one.
+
+    It does not stand where a later test did not show it, or where `verify` refuted a run of the trainer.
+    """
+    refuted = refuted_runs(rows)
+    last = None
+    for row in by_board(rows).get(board, []):
+        if row.source != source:
+            continue
+        if row.run in refuted:
+            return None
+        if row.status in (CONFIRMED, UNCONFIRMED):
+            last = row
+    return last if last and last.status == CONFIRMED else None
 
 
 def fresh_seed(rows: Iterable[Row], sources: Iterable[str]) -> int:

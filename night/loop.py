@@ -10,10 +10,12 @@ an `until` left the time for it, that trainer is tested against the baseline.
 """
 
 import math
+import os
+import platform
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 
 from backends.platforms import mac_state
@@ -30,7 +32,7 @@ from launcher.report import write_report
 from launcher.run import POWER_FLAGS, Request, dry_run
 from launcher.runs import home, ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
-from launcher.verdict import best_since_moved, board_runs, fresh_seed, survey_board
+from launcher.verdict import best_since_moved, board_runs, claim_of, fresh_seed, survey_board
 from night import repo
 from night.agent import Answer, TurnFailed, last_words, read_said, save_answer
 from night.agents import Agent
@@ -180,8 +182,22 @@ class Loop:
                 end_unfinished_turn()
                 finish_trial()
         self.leave_state()
-        record("end", why=ended, done=self.panel.done, kept=self.panel.kept)
+        record("end", why=ended, done=self.panel.done, **asdict(self.panel.counts))
+        self.tell_end()
         return ended, code
+
+    def tell_end(self) -> None:
+        """Bring the page and the last lines up to date: the claim, the best, and that the night is over."""
+        with ignore_signals():  # it takes seconds, and the night is over
+            self.show_best()
+            if any(row.scored for row in ledger().rows()):
+                self.write_page()
+            try:
+                branch = repo.branch().removeprefix("refs/heads/") or "no branch"
+                self.panel.branch = f"{branch} at {repo.head()[:7]}"
+                self.panel.claim = self.panel.claim or self.claim_on_record()
+            except UserError as error:
+                self.panel.note(f"not all last lines are known: {first_line(error)}")
 
     def resume(self) -> None:
         """Go on where an earlier loop was cut off."""
@@ -190,6 +206,7 @@ class Loop:
         self.edit = None if state.edit and has_verdict(state.edit) else state.edit
         if state.done is not None and state.experiments == self.night.experiments:
             self.panel.done = state.done
+            self.panel.counts = state.counts
             self.panel.note(f"going on with a loop that was cut off after {state.done} experiments")
         rows = ledger().rows()
         self.show_best()
@@ -202,7 +219,7 @@ class Loop:
         limit: seconds that it may take
         """
         record("phase", phase=phase, text=text, limit=limit)
-        self.panel.enter(text, limit)
+        self.panel.enter(text, limit, is_numbered=phase != "confirm")
 
     def record_begin(self) -> None:
         record(
@@ -211,6 +228,8 @@ class Loop:
             experiments=self.night.experiments,
             until=str(self.night.until or ""),
             done=self.panel.done,
+            pid=os.getpid(),  # of a loop that was killed, the page says so
+            host=platform.node(),
         )
 
     def take_turns(self) -> tuple[str, int]:
@@ -239,7 +258,8 @@ class Loop:
         """Return why no further experiment is begun, "" when one is."""
         night = self.night
         if night.experiments and self.panel.done >= night.experiments:
-            return f"{night.experiments} experiments were asked for"
+            included = ", the baseline included" if self.panel.counts.baselines else ""
+            return f"{night.experiments} experiments were asked for{included}"
         if self.is_stopping():
             return REASON
         self.reserve = self.find_reserve()
@@ -318,18 +338,34 @@ class Loop:
         """Return what a person may repeat of the night. Raises UserError, OSError, Stopped."""
         night = self.night
         contest = self.contest()
-        if contest is None:
-            return "none: nothing is believed better than the baseline"
-        if not (night.confirms and night.until) or self.is_stopping():
-            return "none was tested: autoresearch confirm"
+        is_asked = night.confirms and night.until and not self.is_stopping()
+        if contest is None or not is_asked or self.standing_claim(contest):
+            return self.claim_on_record()
         if seconds_to_first_look(contest, self.longest_run) > night.seconds_left():
             return "none was tested, the night was too short: autoresearch confirm"
         self.enter("confirm", f"confirming: {contest.best.description}")
-        return confirm(self.setting, contest, self.has_time).sentence
+        return confirm(
+            self.setting,
+            contest,
+            self.has_time,
+            lambda: RunDetail(self.setting.budget, self.panel),
+        ).sentence
 
     def has_time(self, seconds: float) -> bool:
         """Return whether there is time for something that takes so many seconds."""
         return seconds < self.night.seconds_left() and not self.is_stopping()
+
+    def claim_on_record(self) -> str:
+        """Return what a person may repeat without a test. Raises UserError."""
+        contest = self.contest()
+        if contest is None:
+            return "none: nothing is believed better than the baseline"
+        return self.standing_claim(contest) or "none was tested: autoresearch confirm"
+
+    def standing_claim(self, contest: Contest) -> str:
+        """Return the claim about the best that stands on record, with its day; "" without one."""
+        known = claim_of(ledger().rows(), self.setting.board, contest.best.source)
+        return f"{known.reason} (claimed on {known.time[:10]})" if known else ""
 
     def record_experiment(self, row: Row) -> None:
         """Take an experiment down: for the person, the agent and the log."""
@@ -379,7 +415,7 @@ class Loop:
         self.failures += 1
         self.failed_alike = self.failed_alike + 1 if kind == self.last_failure else 1
         self.last_failure = kind
-        self.panel.turns_lost += 1
+        self.panel.add("refused" if kind == "edit" else "turns_lost")
         self.complaint = str(error)
         pause = 0.0
         if kind != "edit" or self.failed_alike >= FREE_EDITS:
@@ -446,7 +482,7 @@ class Loop:
         edit = self.edit or self.next_edit
         if edit:
             repo.set_ref("untried", edit.commit)  # git removes in time what nothing names
-        write_state(LoopState(self.night.experiments, self.panel.done, stamp, edit))
+        write_state(LoopState(self.night.experiments, self.panel.done, stamp, edit, self.panel.counts))
 
     def leave_state(self) -> None:
         """Leave an edit without a verdict to the next loop."""

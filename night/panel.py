@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from launcher.belief import Standing
 from launcher.console import is_quiet, say
 from launcher.ledger import Row, single_line
 from launcher.progress import Progress, Scored
+from night.state import NightCounts
 
 REFRESHES_A_SECOND = 2.0
 LAST_RESULTS = 5
@@ -31,11 +33,9 @@ class Panel:
     def __init__(self, experiments: int | None, until: datetime | None) -> None:
         self.experiments = experiments
         self.until = until
-        self.done = 0  # experiments
-        self.kept = 0
-        self.discarded = 0
-        self.failed = 0
-        self.turns_lost = 0  # turns without an experiment
+        self.done = 0  # experiments, baselines included
+        self.counts = NightCounts()
+        self.branch = ""  # and the commit that the night ended on
         self.results: list[Row] = []  # the last ones
         self.best: Row | None = None  # a run of the trainer that is believed best
         self.belief: Standing | None = None  # what is believed of it
@@ -43,7 +43,7 @@ class Panel:
         self.cost = 0.0  # dollars, likewise
         self.claim = ""  # what a person may repeat of the night
         self.seconds_a_run = 0.0  # that an experiment takes, 0 where it is not known
-        self.phase = "starting"
+        self.phase = f"1{self.of_all()}: starting"
         self.limit: float | None = None  # seconds that the phase may take
         self.detail = ""  # the progress of the phase
         self.share: float | None = None  # of the training that is over
@@ -70,16 +70,19 @@ class Panel:
             self._live.stop()
             self._console.set_window_title("")
 
-    def enter(self, phase: str, limit: float | None = None) -> None:
-        """Show that a phase of an experiment begins. limit: seconds that it may take."""
-        self.phase = phase
+    def enter(self, phase: str, limit: float | None = None, is_numbered: bool = True) -> None:
+        """Show that a phase begins.
+
+        limit: seconds that it may take. is_numbered: it is part of an experiment, which has a number.
+        """
+        self.phase = f"{self.done + 1}{self.of_all()}: {phase}" if is_numbered else phase
         self.limit = limit
         self.detail = ""
         self.share = None
         self.words = str
         self._entered = time.monotonic()
         if self._live:
-            self._console.set_window_title(f"autoresearch {self.done + 1}{self.of_all()}: {phase}")
+            self._console.set_window_title(f"autoresearch {self.phase}")
         else:
             self.note(phase)
 
@@ -94,23 +97,32 @@ class Panel:
         say(f"{time.strftime('%H:%M:%S')} {text}")
 
     def count(self, row: Row) -> None:
-        """Count an experiment."""
+        """Count an experiment. A run of the committed trainer is a baseline, and no edit."""
         self.done += 1
-        self.kept += row.status == "keep"
-        self.discarded += row.status == "discard"
-        self.failed += not row.scored
+        if row.is_of_committed:
+            name = "baselines"
+        elif not row.scored:
+            name = "failed"
+        else:
+            name = "kept" if row.status == "keep" else "discarded"
+        self.add(name)
         self.results = [*self.results, row][-LAST_RESULTS:]
+
+    def add(self, name: str) -> None:
+        """Add one to a count, given its name in NightCounts."""
+        self.counts = replace(self.counts, **{name: getattr(self.counts, name) + 1})
 
     def table(self) -> Table:
         """Return the panel as it is now."""
         best = f"{self.believed()}  {self.best.description}" if self.best else "none yet"
+        so_far = self.counts
         counts = (
-            f"{self.kept} kept, {self.discarded} discarded, {self.failed} failed, "
-            f"{self.turns_lost} turns without an experiment"
+            f"{so_far.kept} kept, {so_far.discarded} discarded, {so_far.failed} failed, "
+            f"{so_far.refused} refused, {so_far.turns_lost} turns without an edit"
         )
         table = Table.grid(padding=(0, 2))
         # Text is not parsed: an agent's brackets are no markup.
-        table.add_row("experiment", Text(f"{self.done + 1}{self.of_all()}: {self.phase}"))
+        table.add_row("experiment", Text(self.phase))
         table.add_row("", Text(f"{self.clock()}  {self.detail or single_line(self.words())}"))
         if self.share is not None:
             table.add_row("", ProgressBar(total=1.0, completed=self.share, width=BAR_WIDTH))
@@ -158,11 +170,14 @@ class Panel:
     def print_summary(self, ended: str) -> None:
         """Print the last lines of the night, greppable, on stdout. ended: why it ended."""
         print(f"claim: {self.claim or 'none was tested: autoresearch confirm'}")
-        print(f"experiments: {self.done}")
-        print(f"kept: {self.kept}")
-        print(f"discarded: {self.discarded}")
-        print(f"failed: {self.failed}")
-        print(f"turns_lost: {self.turns_lost}")
+        counts = self.counts
+        print(f"experiments: {counts.edits}")
+        print(f"kept: {counts.kept}")
+        print(f"discarded: {counts.discarded}")
+        print(f"failed: {counts.failed}")
+        print(f"baselines: {counts.baselines}")
+        print(f"refused: {counts.refused}")
+        print(f"turns_lost: {counts.turns_lost}")
         if self.tokens:
             print(f"agent_tokens: {self.tokens}")
         if self.cost:
@@ -172,6 +187,8 @@ class Panel:
             print(f"best_believed: {self.believed()}")
             print(f"best_run: {self.best.run}")
             print(f"best: {self.best.description}")
+        if self.branch:
+            print(f"branch: {self.branch}")
         print(f"ended: {ended}")
 
 

@@ -1,7 +1,7 @@
 """What outlives the process of a loop: the state that the next one goes on from, and the log of all loops."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,23 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class NightCounts:
+    """What became of a night so far. Every edit that was run is kept, discarded or failed."""
+
+    kept: int = 0
+    discarded: int = 0
+    failed: int = 0
+    baselines: int = 0  # runs of a committed trainer: no edits
+    refused: int = 0  # edits that were not run: they do not compile, were scored before, or fail a dry run
+    turns_lost: int = 0  # turns without an edit
+
+    @property
+    def edits(self) -> int:
+        """Return how many edits were run."""
+        return self.kept + self.discarded + self.failed
+
+
+@dataclass(frozen=True)
 class LoopState:
     """What a loop that did not come to its end leaves to the next one."""
 
@@ -30,6 +47,7 @@ class LoopState:
     done: int | None = None  # experiments; None: it ended in order, only `edit` is left
     stamp: str = ""  # of the turn in which an agent works, "" when none does
     edit: Edit | None = None
+    counts: NightCounts = NightCounts()
 
 
 def state_path() -> Path:
@@ -46,6 +64,7 @@ def read_state() -> LoopState:
             done=optional_int(data.get("done")),
             stamp=str(data.get("stamp") or ""),
             edit=read_edit(edit) if edit else None,
+            counts=read_counts(data.get("counts") or {}),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return LoopState()
@@ -53,6 +72,11 @@ def read_state() -> LoopState:
 
 def optional_int(value: Any) -> int | None:
     return None if value is None else int(value)
+
+
+def read_counts(data: dict[str, Any]) -> NightCounts:
+    """Return the counts of the state file, 0 for what it has not."""
+    return NightCounts(**{known.name: int(data.get(known.name) or 0) for known in fields(NightCounts)})
 
 
 def read_edit(data: dict[str, Any]) -> Edit | None:

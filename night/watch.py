@@ -113,7 +113,7 @@ def take(panel: Panel, entry: Entry, rows: dict[str, Row]) -> None:
             panel.count(row)
             panel.seconds_a_run = max(panel.seconds_a_run, row.total_seconds)
     elif entry.event == "failed":
-        panel.turns_lost += 1
+        panel.add("refused" if entry.data.get("kind") == "edit" else "turns_lost")
     elif entry.event == "turn":
         panel.tokens += int(entry.number("tokens"))
         panel.cost += entry.number("cost")

@@ -187,6 +187,34 @@ def test_a_claim_is_shown_and_refuted_is_not_ranked(tmp_path):
     assert data["unranked"][0]["why"] == "refuted: differs"
 
 
+def test_under_its_title_a_board_says_what_is_claimed_or_believed(tmp_path):
+    path = write(
+        tmp_path / "a.tsv",
+        row("a", 1.0, source="s", belief_after=1.01, belief_after_error=0.02),
+        row("bb", 0.9, source="t", belief_after=0.95, belief_after_error=0.01),
+    )
+    assert "believed of the trainer to build on: 0.950000 +- 0.010000, not confirmed" in printed([path])
+    write(
+        path,
+        row("bb", 0.9, source="t", status="confirmed", reason="0.05 better", time="2026-01-03T00:00:00Z"),
+    )
+    assert "claimed on 2026-01-03 (run bb): 0.05 better" in printed([path]).splitlines()[1]
+    assert json.loads(printed([path], "json"))["boards"][0]["result"].startswith("claimed on 2026-01-03")
+
+
+def test_a_claim_is_dropped_where_a_run_of_its_trainer_is_refuted(tmp_path):
+    path = write(
+        tmp_path / "a.tsv",
+        row("a", 1.0, source="s"),
+        row("bb", 0.9, source="t"),
+        row("ccc", 0.8, source="t"),
+        row("bb", 0.9, source="t", status="confirmed", reason="0.05 better"),
+    )
+    assert set(gather([path]).claims) == {"bb"}
+    write(path, row("ccc", 0.8, source="t", status="refuted", reason="it learned the validation text"))
+    assert gather([path]).claims == {} and "claimed" not in printed([path])
+
+
 @pytest.mark.parametrize(
     "values, why",
     [

@@ -12,6 +12,7 @@ from launcher import run as runner
 from launcher.belief import LOOKS
 from launcher.board import gather, list_ranked
 from launcher.confirm import confirm, confirm_run, find_contest
+from launcher.console import Progress
 from launcher.ledger import CONFIRMED, UNCONFIRMED, Flag
 from launcher.processes import Stopped
 from launcher.run import EXIT_INTERRUPTED
@@ -44,7 +45,7 @@ def contest(scores, house, monkeypatch):  # noqa: F811
         monkeypatch.setattr(runner, "supervise", supervise)
         return find_contest("best", "baseline")
 
-    def score_again(row, setting, trainer, weights, splits):
+    def score_again(row, setting, trainer, weights, splits, progress):
         assert splits == ["sealed"]
         assert weights.exists() and trainer.read_text() in ("baseline", "best")
         nothing = np.empty(0)
@@ -172,3 +173,24 @@ def test_what_cannot_be_compared_is_said(scores, house):  # noqa: F811
     first, second = rows(house)
     with pytest.raises(UserError, match="not of one board"):
         confirm_run(first.run, second.run)
+
+
+def test_its_runs_are_shown_where_the_caller_wants_them(contest, house, monkeypatch):
+    """A night shows them in its panel: a line that is written over would go through it."""
+    contested = contest(0.05)
+    shown = []
+
+    def show():
+        shown.append(Progress(0))
+        return shown[-1]
+
+    really = confirming.run_once
+    asked = []
+
+    def run_once(request):
+        asked.append(request.progress)
+        return really(request)
+
+    monkeypatch.setattr(confirming, "run_once", run_once)
+    confirm(resolve("cpu"), contested, show=show)
+    assert asked and all(progress in shown for progress in asked) and len(shown) == 2 * len(asked)

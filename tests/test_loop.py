@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import pty
 import re
 import select
@@ -27,6 +28,7 @@ from launcher.verdict import tried_since_moved
 from night import loop, repo, trial
 from night.agents import Agent
 from night.loop import Night, parse_until, run_night
+from night.panel import RunDetail
 from night.repo import git_checked
 from night.state import read_state, state_path
 from prepare import ROOT, UserError
@@ -120,8 +122,12 @@ def test_every_turn_is_an_experiment(night, repository, capsys):
     better = ["a tenth better than 1.3", "a tenth better than 1.4", "a tenth better than 1.5"]
     assert subjects() == [*better, "start"]
     out = capsys.readouterr().out
-    assert "experiments: 4\nkept: 4\n" in out and "best_val_bpb: 1.200000" in out
-    assert "ended: 4 experiments were asked for" in out
+    assert (
+        "experiments: 3\nkept: 3\ndiscarded: 0\nfailed: 0\nbaselines: 1\n" in out
+        and "best_val_bpb: 1.200000" in out
+    )
+    assert "ended: 4 experiments were asked for, the baseline included\n" in out
+    assert f"branch: {git_output('branch', '--show-current')} at {repo.head()[:7]}\n" in out
     prompt = last_prompt()
     assert "trainer: train_cuda.py" in prompt and "a tenth better than 1.4" in prompt
     assert "## Last result" in prompt and "val_bpb: 1.300000" in prompt
@@ -744,7 +750,7 @@ def test_after_each_experiment_the_page_is_written_and_its_faults_touch_nothing(
 
     monkeypatch.setattr(loop, "write_report", write_report)
     assert night(BETTER, 3) == 0
-    assert written == [([home() / "results.tsv"], home() / "report")] * 3
+    assert written == [([home() / "results.tsv"], home() / "report")] * 4  # and at the end
     assert "the report is not written: a fault of the page" in capsys.readouterr().err
     assert len(rows()) == 3 and not recorded("failed")
 
@@ -777,8 +783,9 @@ def confirmations(monkeypatch):
     class Answer:
         sentence = "0.1 better"
 
-    def confirm(setting, contest, fits):
+    def confirm(setting, contest, fits, show):
         contests.append(contest)
+        assert isinstance(show(), RunDetail)
         assert fits(1.0) and not fits(1e9)
         return Answer
 
@@ -804,6 +811,31 @@ def test_the_end_of_a_night_is_for_the_claim(night, repository, monkeypatch, con
     out = capsys.readouterr().out
     assert out.startswith("claim: 0.1 better\n") and "and leave time to confirm the best" in out
     assert recorded("claim")[0]["claim"] == "0.1 better"
+
+
+def test_the_page_is_written_once_more_when_the_claim_is_known(
+    night, repository, monkeypatch, confirmations, capsys
+):
+    told = []
+    monkeypatch.setattr(
+        loop, "write_report", lambda *_, **__: told.append([len(recorded("claim")), len(recorded("end"))])
+    )
+    assert night(BETTER, 2) == 0
+    assert told == [[0, 0], [0, 0], [1, 1]]
+    begin = recorded("begin")[0]
+    assert begin["pid"] == os.getpid() and begin["host"] == platform.node()
+
+
+def test_a_claim_that_stands_is_said_again(night, repository, capsys):
+    assert night(BETTER, 2) == 0
+    shown = replace(rows()[-1], status="confirmed", reason="0.1 better", time="2026-01-02T03:04:05Z")
+    Ledger(home() / "results.tsv").append(shown)
+    worse = "trainer.write_text(f'SCORE = 1.9  # {time.time()}')\nprint('experiment: worse')"
+    assert night(worse, 1) == 0
+    assert "claim: 0.1 better (claimed on 2026-01-02)\n" in capsys.readouterr().out
+    Ledger(home() / "results.tsv").append(replace(shown, status="refuted"))
+    assert night(worse, 1) == 0
+    assert "claim: 0.1 better" not in capsys.readouterr().out
 
 
 def test_a_night_that_is_too_short_for_a_claim_says_so(night, repository, monkeypatch, confirmations, capsys):

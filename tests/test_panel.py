@@ -10,6 +10,7 @@ from launcher import console
 from launcher.belief import Standing
 from launcher.ledger import Row
 from night.panel import Panel, RunDetail
+from night.state import NightCounts
 
 BELIEF = Standing(1.251, 0.0005, 1.251, 1.2508, "", 0.9, -0.01, 0.001, 1)
 
@@ -33,7 +34,7 @@ def test_the_panel_tells_what_a_person_wants_to_know():
         "3 of 10: training: a larger batch",
         "step 12 | loss 3.1",
         "1.251000 +- 0.000500  [/a] smaller [bold] window",
-        "1 kept, 1 discarded, 0 failed, 0 turns without an experiment",
+        "1 kept, 1 discarded, 0 failed, 0 refused, 0 turns without an edit",
         "8 experiments",
         "1:59:",
     ):
@@ -80,7 +81,24 @@ def test_experiments_are_counted_by_how_they_ended():
     panel = Panel(None, None)
     for status, val_bpb in (("keep", 1.3), ("keep", 1.2), ("discard", 1.1), ("keep", 1.25), ("crash", 0.0)):
         panel.count(Row(status=status, val_bpb=val_bpb))
-    assert (panel.done, panel.kept, panel.discarded, panel.failed) == (5, 3, 1, 1)
+    assert panel.done == panel.counts.edits == 5
+    assert panel.counts == NightCounts(kept=3, discarded=1, failed=1)
+
+
+def test_a_run_of_the_committed_trainer_is_no_edit():
+    panel = Panel(None, None)
+    panel.count(Row(status="keep", val_bpb=1.3, source="a", parent="a"))
+    panel.count(Row(status="keep", val_bpb=1.2, source="b", parent="a"))
+    panel.add("refused")
+    assert panel.counts == NightCounts(kept=1, baselines=1, refused=1) and panel.done == 2
+
+
+def test_what_is_no_part_of_an_experiment_has_no_number():
+    panel = Panel(20, None)
+    for _ in range(20):
+        panel.count(Row(status="discard", val_bpb=1.3))
+    panel.enter("confirming: a larger batch", is_numbered=False)
+    assert "confirming: a larger batch" in shown(panel) and "of 20" not in shown(panel)
 
 
 def test_elsewhere_a_phase_is_a_line(capsys):
@@ -106,11 +124,14 @@ def test_the_summary_is_greppable(capsys):
     panel.best = Row(status="keep", val_bpb=1.25, run="r1", description="wider")
     panel.belief = BELIEF
     panel.claim = "0.012 better"
+    panel.branch = "main at 1234567"
     panel.count(panel.best)
     panel.print_summary("3 experiments were asked for")
     assert capsys.readouterr().out == (
-        "claim: 0.012 better\nexperiments: 1\nkept: 1\ndiscarded: 0\nfailed: 0\nturns_lost: 0\n"
+        "claim: 0.012 better\nexperiments: 1\nkept: 1\ndiscarded: 0\nfailed: 0\n"
+        "baselines: 0\nrefused: 0\nturns_lost: 0\n"
         "best_val_bpb: 1.250000\nbest_believed: 1.251000 +- 0.000500\nbest_run: r1\nbest: wider\n"
+        "branch: main at 1234567\n"
         "ended: 3 experiments were asked for\n"
     )
 

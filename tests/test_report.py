@@ -2,9 +2,12 @@
 
 import json
 import os
+import platform
 import random
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import matplotlib
@@ -19,11 +22,13 @@ from test_ledger import ORIGINAL
 from launcher import report as room
 from launcher.ledger import COLUMNS, Ledger, Row, to_line
 from launcher.report import write_report
+from launcher.report.cards import Cards
 from launcher.report.figure import Box, place_labels
+from launcher.report.files import loop_log_path
 from launcher.report.page import ASSETS, digest
 from launcher.report.report import make_report
 from launcher.report.text import UNWRITABLE
-from launcher.runs import run_dir
+from launcher.runs import append_json_line, run_dir
 from prepare import UserError
 
 HOSTILE = "</script><img src=x onerror=alert(1)> \"quoted\" 'single' & $x$ <!-- \u202e \U0001f600"
@@ -221,10 +226,93 @@ def test_a_long_ledger_is_shortened_to_its_newest_runs_and_says_so(house, monkey
     report = make_report(ledgers)
     kept = {report.series[0].baseline.number, report.series[0].best.number}
     assert [run.number for run in report.runs] == sorted({*range(21, 31), *kept})
-    assert report.counts.experiments == 30
+    assert "29 experiments, " in report.counts[0].text
     old = next(row.run for row in Ledger(ledgers[0]).rows()[1:] if row.run not in report.folders)
     assert old in make_report(ledgers, runs=[old]).folders
     assert f"{report.left_out} earlier runs have no room here." in page_of(ledgers, house / "report")
+
+
+# --- The last night -----------------------------------------------------------------------------------------
+
+
+def log_of(house, *entries):
+    """Write the loop's log. entries: (time, event, values)."""
+    for time, event, values in entries:
+        append_json_line(loop_log_path(), {"time": time, "event": event, **values})
+
+
+def a_row(house, name, hour, **values):
+    Ledger(house / "results.tsv").append(
+        row(run=name, source=name, time=f"2026-01-{hour}:00:00Z", total_seconds=1800.0, **values)
+    )
+
+
+def test_the_last_night_is_counted_apart_from_all_runs(house):
+    a_row(house, "old", "01T01", val_bpb=1.5)
+    a_row(house, "older-edit", "01T02", val_bpb=1.4, parent="old")
+    a_row(house, "new", "03T01", val_bpb=1.3, parent="older-edit", status="discard")
+    a_row(house, "later", "03T04", val_bpb=1.3, parent="older-edit", status="discard")
+    log_of(
+        house,
+        ("2026-01-01T01:00:00Z", "begin", {"done": 0}),
+        ("2026-01-01T02:00:00Z", "turn", {"tokens": 2_000_000, "cost": 7.0}),
+        ("2026-01-01T02:30:00Z", "experiment", {"run": "older-edit"}),
+        ("2026-01-01T02:30:00Z", "end", {"why": "enough"}),
+        ("2026-01-03T00:00:00Z", "begin", {"done": 0}),
+        ("2026-01-03T00:30:00Z", "turn", {"tokens": 500_000, "cost": 2.0}),
+        ("2026-01-03T01:30:00Z", "experiment", {"run": "new"}),
+        ("2026-01-03T02:00:00Z", "begin", {"done": 1}),  # it was cut off, and went on
+        ("2026-01-03T02:00:00Z", "end", {"why": "enough"}),
+    )
+    night, everything = map(str, make_report([house / "results.tsv"]).counts)
+    assert night == (
+        "The last night, Jan 03 00:00 to 02:00 (enough): 0.5 hours, 1 experiment, 2.0 an hour, "
+        "0 kept, 1 discarded, 0 failed, 0.50M agent tokens, $2.00"
+    )
+    assert everything.startswith("All runs: 2.5 hours, 3 experiments, 1.2 an hour, 1 kept, 2 discarded, ")
+    assert everything.endswith("2.50M agent tokens, $9.00")
+    assert night.partition(": ")[2] in page_of([house / "results.tsv"], house / "report")
+
+
+def test_the_board_of_the_last_night_is_told_first(house):
+    a_row(house, "night", "01T01", val_bpb=1.5)
+    a_row(house, "check", "02T01", val_bpb=1.1, track="pysource")
+    assert make_report([house / "results.tsv"]).series[0].title.startswith("pysource")
+    log_of(
+        house,
+        ("2026-01-01T01:00:00Z", "begin", {"done": 0}),
+        ("2026-01-01T01:30:00Z", "experiment", {"run": "night"}),
+    )
+    report = make_report([house / "results.tsv"])
+    assert report.series[0].baseline.id == "night" and "1.5" in report.headline.large
+
+
+def test_a_night_whose_process_is_gone_is_told_as_cut_off(house):
+    a_row(house, "r1", "01T01", val_bpb=1.5)
+    here = {"done": 0, "pid": dead_process(), "host": platform.node()}
+    log_of(
+        house,
+        ("2026-01-01T01:00:00Z", "begin", here),
+        ("2026-01-01T01:30:00Z", "experiment", {"run": "r1"}),
+    )
+    report = make_report([house / "results.tsv"])
+    assert report.counts[0].title == "The last night, from Jan 01 01:00, cut off after 01:30"
+
+
+def dead_process():
+    """Return the id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_the_baseline_has_no_author_and_misses_no_diff(night, house):
+    report = make_report(night)
+    series = report.series[0]
+    cards = Cards(report)
+    told = cards.other(series.baseline, series)
+    assert "No diff: it is the baseline." in told and "a person" not in told
+    assert "<dt>by</dt><dd>claude</dd>" in cards.other(series.best, series)
 
 
 # --- Curves and diffs ---------------------------------------------------------------------------------------
@@ -244,7 +332,7 @@ def test_curves_of_the_best_and_the_last_runs_or_of_those_named(night, house):
 
 def test_a_diff_is_against_the_trainer_that_the_edit_was_made_on(night):
     report = make_report(night)
-    for run in report.series[0].experiments[1:]:
+    for run in report.series[0].drawn[1:]:
         diff = report.diffs[run.id]
         parent = next(other.row for other in report.runs if other.id == diff.against)
         assert parent.source == run.row.parent and any(line.startswith("+") for line in diff.lines)

@@ -251,3 +251,11 @@ def test_a_page_that_waits_becomes_the_report(browser, house):
         )
     shows(page, "document.getElementById('now').innerText.includes('not live any more')")
     page.close()
+
+
+def test_a_fault_of_the_pages_own_is_no_end_of_the_server(browser, ledgers, live):
+    page = browser.open(live)
+    page.evaluate("takeOver = () => { throw new Error('made up'); }")
+    append_json_line(loop_log_path(), {"time": now_utc(), "event": "end"})
+    shows(page, "document.getElementById('now').innerText.includes('reload the page')")
+    page.close()

@@ -7,20 +7,20 @@ import pytest
 from conftest import row
 
 from launcher.board import gather
-from launcher.ledger import CONFIRMED, REFUTED, UNCONFIRMED, Flag, Ledger, Row
+from launcher.ledger import CONFIRMED, MOVED, REFUTED, UNCONFIRMED, VERIFIED, Flag, Ledger, Row
 from launcher.report.data import (
     Effect,
     all_rows,
+    beliefs_built_on,
     bests_of_agents,
     collect_series,
     count,
-    follow,
-    follow_beliefs,
     gains_over_time,
     group_failures,
     plain_effects,
     unix_time,
     value_limits,
+    values_built_on,
     write_headline,
 )
 from launcher.report.text import round_numbers, with_error
@@ -80,6 +80,43 @@ def test_an_edit_that_the_search_left_again_is_not_in_the_current_trainer(tmp_pa
     assert [run.built_on for run in series.runs] == [1.5, 1.45, 1.5]
 
 
+def test_a_lucky_run_of_the_baseline_for_a_claim_takes_no_edit_back(tmp_path):
+    [series] = series_of(
+        tmp_path,
+        row(source="a", val_bpb=1.5, build_on="a"),
+        row(source="b", parent="a", val_bpb=1.4, build_on="b"),
+        row(source="b", val_bpb=1.4, seed=2, marks=Flag.CONFIRM),
+        row(source="a", val_bpb=1.1, seed=2, marks=Flag.CONFIRM, status="keep"),
+    )
+    assert [run.row.description for run in series.kept if not run.is_current] == []
+    assert series.kept[0].is_current
+
+
+def test_the_trainer_that_a_night_ended_on_is_the_current_one(tmp_path):
+    best = row(run="rb", source="b", parent="a", val_bpb=1.2, build_on="b")
+    [series] = series_of(
+        tmp_path,
+        row(source="a", val_bpb=1.5, build_on="a"),
+        best,
+        row(source="c", parent="b", val_bpb=1.35, build_on="c"),
+        replace(best, status=MOVED, time="2026-01-01T09:00:00Z"),
+    )
+    assert [run.is_current for run in series.runs] == [True, True, False]
+
+
+def test_a_test_of_an_old_run_does_not_move_what_is_built_on(tmp_path):
+    """The best is sought among the trainers since a person moved the branch: here to that of x."""
+    old = row(run="ra", source="a", val_bpb=1.2, build_on="a")
+    [series] = series_of(
+        tmp_path,
+        old,
+        row(source="x", parent="x", val_bpb=1.5, build_on="x"),
+        row(source="y", parent="x", val_bpb=1.4, build_on="y"),
+        replace(old, status=VERIFIED, time="2026-01-01T09:00:00Z"),
+    )
+    assert series.best.row.source == "y" and series.baseline.row.source == "a"
+
+
 def test_runs_that_decide_nothing_are_no_experiments(tmp_path):
     [series] = series_of(
         tmp_path,
@@ -118,7 +155,13 @@ def test_ledgers_of_two_machines_are_two_series_with_the_board_first(tmp_path):
     here = ledger_of(tmp_path, row(val_bpb=1.5, device="A"), row(val_bpb=1.4, device="A", source="t"))
     there = ledger_of(tmp_path, row(run="x1", val_bpb=1.3, device="B"), name="mac.tsv")
     devices = [series.device for series in collect_series(gather([here, there]))]
-    assert devices == ["B", "A"]  # as boards are ordered: the best first
+    assert devices == ["A", "B"]  # the one with the newest run first
+
+
+def test_a_night_with_a_short_budget_comes_before_an_older_ranked_run(tmp_path):
+    short = [row(val_bpb=1.5, budget=60.0, marks=Flag.SHORT, source=f"s{i}") for i in range(3)]
+    series = series_of(tmp_path, row(val_bpb=1.1), *short)
+    assert [one.is_ranked for one in series] == [False, True]
 
 
 def test_runs_with_a_short_budget_are_a_series_of_practice(tmp_path):
@@ -145,7 +188,8 @@ def test_a_refuted_run_is_told_and_says_why(tmp_path):
         tmp_path, row(val_bpb=1.5), refuted, replace(refuted, status=REFUTED, reason="scored 2.0")
     )
     assert [run.why for run in series.runs] == ["", "refuted: scored 2.0"]
-    assert series.best.row.val_bpb == 1.5
+    assert series.best.row.val_bpb == 1.5 and series.kept == []
+    assert series.runs[1].kind == "discarded" and series.runs[1].status == "keep, refuted"
 
 
 def test_a_run_id_that_is_a_path_names_no_folder(tmp_path):
@@ -171,13 +215,13 @@ def test_what_is_built_on_follows_keeps_and_returns():
         Row(status="crash"),
         Row(source="d", val_bpb=1.7, status="discard", build_on="a"),
     ]
-    assert follow(rows) == [1.5, 1.5, 1.4, 1.4, 1.4, 1.5]
-    assert follow([Row(val_bpb=1.5, status="discard")]) == [None]
+    assert values_built_on(rows) == [1.5, 1.5, 1.4, 1.4, 1.4, 1.5]
+    assert values_built_on([Row(val_bpb=1.5, status="discard")]) == [None]
 
 
 def test_without_sources_what_is_built_on_is_the_last_keep():
     rows = [Row(val_bpb=value, status=status) for value, status in ((1.5, "keep"), (1.6, "discard"))]
-    assert follow(rows) == [1.5, 1.5]
+    assert values_built_on(rows) == [1.5, 1.5]
     assert plain_effects(rows)[1] == Effect(pytest.approx(0.1))
 
 
@@ -188,7 +232,7 @@ def test_a_belief_holds_until_the_next_one():
         Row(status="crash"),
         Row(belief_after=math.inf),
     ]
-    assert follow_beliefs(rows) == [None, (1.5, 0.1), (1.5, 0.1), (1.5, 0.1)]
+    assert beliefs_built_on(rows) == [None, (1.5, 0.1), (1.5, 0.1), (1.5, 0.1)]
 
 
 def test_a_failure_far_above_does_not_flatten_the_rest():
@@ -226,7 +270,9 @@ def test_without_a_claim_the_best_value_is_told_as_not_confirmed(tmp_path):
     path = tmp_path / "results.tsv"
     series = a_night(tmp_path)
     head = write_headline(series, gather([path]).claims)
-    assert "1.4" in head.large and head.large.endswith("not confirmed") and not head.is_claim
+    believed = series[0].survey.trainers["b"]
+    assert f"{believed.mean:.{series[0].decimals}f} \u00b1 " in head.large
+    assert head.large.endswith("not confirmed") and not head.is_claim
     assert "a gain" in head.lines[0] and "below the baseline" in head.lines[0]
     assert "autoresearch confirm" in head.lines[1]
 
@@ -236,14 +282,79 @@ def test_a_claim_is_the_headline_and_a_failed_test_is_told(tmp_path):
     tested = replace(series[0].best.row, effect=-0.0987654, reason="0.098765 [0.09, 0.11] better, p 0.001")
     head = write_headline(series, {"r1": replace(tested, status=CONFIRMED)})
     assert head.is_claim and head.large.startswith("0.098") and "better than the baseline" in head.large
-    assert "p 0.001" in head.lines[1]
+    assert head.lines[0] == "\u00aba gain\u00bb, claimed on 2026-01-01:" and "p 0.001" in head.lines[1]
+    assert len(head.lines) == 2  # it is the one that is believed best
     head = write_headline(series, {"r1": replace(tested, status=UNCONFIRMED, reason="none: p 0.4")})
-    assert not head.is_claim and "none: p 0.4" in head.lines[1]
+    assert not head.is_claim and head.lines[1] == "The claim that was tested on 2026-01-01: none: p 0.4."
+
+
+def test_an_older_claim_hides_no_newer_belief_and_no_newer_test(tmp_path):
+    series = series_of(
+        tmp_path,
+        row(source="a", val_bpb=1.5, build_on="a"),
+        row(source="b", parent="a", val_bpb=1.4, build_on="b", description="claimed"),
+        row(source="c", parent="b", val_bpb=1.2, build_on="c", description="newer"),
+    )
+    old = replace(series[0].runs[1].row, status=CONFIRMED, effect=-0.1, reason="0.1 better")
+    new = replace(
+        series[0].runs[2].row, status=UNCONFIRMED, reason="none: p 0.4", time="2026-01-02T00:00:00Z"
+    )
+    head = write_headline(series, {"r1": old, "r2": new})
+    assert head.is_claim and head.lines[0] == "\u00abclaimed\u00bb, claimed on 2026-01-01:"
+    assert head.lines[2].startswith("Believed better by now: \u00abnewer\u00bb, val_bpb 1.2")
+    assert head.lines[2].endswith(", not confirmed.")
+    assert head.lines[3] == "The claim that was tested on 2026-01-02: none: p 0.4."
+
+
+def test_a_claim_of_a_trainer_that_verify_refuted_is_dropped(tmp_path):
+    claimed = row(run="good", source="b", parent="s", val_bpb=1.2)
+    rows = [
+        row(val_bpb=1.5),
+        claimed,
+        replace(claimed, status=CONFIRMED, effect=-0.3, reason="0.3 better"),
+        replace(claimed, status=REFUTED, reason="it learned the validation text"),
+    ]
+    boards = gather([ledger_of(tmp_path, *rows[:3])])
+    assert write_headline(collect_series(boards), boards.claims).is_claim
+    Ledger(tmp_path / "results.tsv").append(rows[3])
+    boards = gather([tmp_path / "results.tsv"])
+    head = write_headline(collect_series(boards), boards.claims)
+    assert not head.is_claim and head.lines[0] == "Nothing is believed better than the baseline."
 
 
 def test_nothing_better_than_the_baseline_is_said(tmp_path):
     series = series_of(tmp_path, row(val_bpb=1.5), row(val_bpb=1.7, status="discard", source="t", parent="s"))
-    assert write_headline(series, {}).lines[0] == "Nothing is believed better than the baseline."
+    assert write_headline(series, {}).lines == ["Nothing is believed better than the baseline."]
+
+
+def test_a_luckier_seed_of_the_baseline_is_no_gain(tmp_path):
+    series = series_of(tmp_path, row(val_bpb=1.5), row(val_bpb=1.45, seed=2, status="discard"))
+    assert write_headline(series, {}).lines == ["Nothing is believed better than the baseline."]
+
+
+def test_an_edit_is_one_experiment_however_often_it_was_run(tmp_path):
+    """The baseline is none. Repeats and runs without a verdict are no further ones. The parts add up."""
+    rows = [
+        row(source="a", val_bpb=1.5, build_on="a"),
+        row(source="b", parent="a", val_bpb=1.45, status="discard", marks=Flag.REPEAT, build_on="a"),
+        row(source="b", parent="a", val_bpb=1.4, seed=2, build_on="b"),
+        row(source="c", parent="b", val_bpb=1.3, status="discard", marks=Flag.CONTENDED),
+        row(source="c", parent="b", val_bpb=1.6, status="discard", build_on="b"),
+        row(source="d", parent="b", val_bpb=0.0, status="crash"),
+        row(source="e", parent="b", val_bpb=1.3, status="discard", marks=Flag.CONTENDED),
+        row(source="b", val_bpb=1.4, seed=3, marks=Flag.NOISE),
+        row(source="x", val_bpb=0.0, status="crash", track="another one, on which nothing was scored"),
+        row(source="y", parent="y", val_bpb=0.0, status="crash", track="another one"),
+        row(source="y", val_bpb=1.5, marks=Flag.NOISE, track="another one"),
+        row(source="f", parent="f", val_bpb=1.7, status="discard", description="another baseline"),
+    ]
+    boards = gather([ledger_of(tmp_path, *rows)])
+    series = collect_series(boards)
+    counts = count(series, all_rows(boards))
+    parts = (counts.kept, counts.discarded, counts.failed, counts.no_verdict)
+    assert (counts.experiments, parts) == (5, (1, 1, 2, 1)) and sum(parts) == counts.experiments
+    at_six = count(series, all_rows(boards), lambda row: row.time >= "2026-01-01T06")
+    assert (at_six.experiments, at_six.no_verdict, at_six.failed) == (2, 1, 1)
 
 
 def test_counts_tell_hours_kept_failed_and_energy(tmp_path):
@@ -264,10 +375,10 @@ def test_counts_tell_hours_kept_failed_and_energy(tmp_path):
     boards = gather([ledger_of(tmp_path, *rows)])
     counts = count(collect_series(boards), all_rows(boards))
     assert counts.hours == pytest.approx(2.0)  # the day between them is no part of the night
-    assert (counts.experiments, counts.kept, counts.failed) == (4, 1, 1)
-    assert (counts.interrupted, counts.refused, counts.kwh) == (1, 1, 1.0)
+    assert (counts.experiments, counts.kept, counts.failed) == (3, 1, 1)
+    assert (counts.no_verdict, counts.refused, counts.kwh) == (1, 1, 1.0)
     assert counts.line == (
-        "2.0 hours, 4 experiments, 2.0 an hour, 1 kept, 1 failed, 1 interrupted, "
+        "2.0 hours, 3 experiments, 1.5 an hour, 1 kept, 0 discarded, 1 failed, 1 without a verdict, "
         "1 edit refused by a dry run, 1.00 kWh"
     )
 

@@ -1,9 +1,13 @@
 """The time line of a night."""
 
+import os
+import platform
+import time
+
 from launcher.ledger import Row
 from launcher.report.data import Run, Series
-from launcher.report.files import Entry, Folder, Trace
-from launcher.report.timeline import agent_use, by_hour, current_phase, make_lanes
+from launcher.report.files import Entry, Folder, Trace, loop_lives
+from launcher.report.timeline import agent_use, by_hour, current_phase, last_night, make_lanes
 
 
 def run_of(start=0.0, total=400.0, trained=300.0, name="r1"):
@@ -88,6 +92,29 @@ def test_what_agents_took_is_added_up_and_odd_lines_count_nothing():
     ]
     use = agent_use(log)
     assert (use.turns, use.tokens, use.dollars) == (2, 100, 0.25)
+
+
+def test_a_night_that_went_on_is_one_night():
+    log = [
+        Entry(1.0, "begin", {"done": 0}),
+        Entry(2.0, "end", {}),
+        Entry(3.0, "begin", {"done": 0}),
+        Entry(4.0, "experiment", {"run": "r1"}),
+        Entry(5.0, "begin", {"done": 1}),
+        Entry(6.0, "experiment", {"run": "r2"}),
+    ]
+    night = last_night(log)
+    assert night.start == 3.0 and night.runs == {"r1", "r2"} and not night.has_ended
+    assert night.holds(3.5) and night.holds(9.0) and not night.holds(2.5) and not night.holds(None)
+    assert last_night(log[:2]).has_ended and last_night([]) is None
+
+
+def test_a_loop_lives_while_its_process_does_and_not_a_later_one_of_its_number():
+    here = {"pid": os.getpid(), "host": platform.node()}
+    assert loop_lives(Entry(time.time(), "begin", here)) is True
+    assert loop_lives(Entry(1.0, "begin", here)) is False
+    assert loop_lives(Entry(1.0, "begin", {})) is None
+    assert loop_lives(Entry(1.0, "begin", {**here, "host": "another"})) is None
 
 
 def test_a_loop_is_in_its_last_phase_until_it_ends():

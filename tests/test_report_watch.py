@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -94,6 +95,22 @@ def test_a_line_of_the_loops_log_makes_another_version_and_tells_the_phase(house
         assert after["version"] != before["version"]
         append_json_line(loop_log_path(), {"time": now_utc(), "event": "end"})
         assert state_of(ask)["phase"] == ""
+
+
+def test_a_loop_that_was_killed_is_told_as_gone(house):
+    ledgers = make_night(house, runs=5, mac_runs=0, points=10, claims=False)
+    loop = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    begin = {"time": now_utc(), "event": "begin", "done": 0, "pid": loop.pid, "host": platform.node()}
+    phase = {"time": now_utc(), "event": "phase", "phase": "training", "text": "training: edit 9"}
+    append_json_line(loop_log_path(), begin)
+    append_json_line(loop_log_path(), phase)
+    report = LiveReport(ledgers)
+    alive = report.state()
+    loop.communicate()
+    dead = report.state()
+    assert alive["alive"] and alive["phase"].startswith("training: edit 9, for ")
+    assert not dead["alive"] and dead["phase"].startswith("the loop is gone: it was killed")
+    assert dead["phase"].endswith("training: edit 9") and dead["version"] != alive["version"]
 
 
 def test_before_the_first_run_the_page_waits(house):

@@ -8,10 +8,17 @@ import pytest
 from launcher.runs import home
 from night import repo
 from night.agent import Answer
-from night.state import Edit, LoopState, read_state, record, state_path, write_state
+from night.state import Edit, LoopState, NightCounts, read_state, record, state_path, write_state
 
 
-@pytest.mark.parametrize("state", [LoopState(), LoopState(10, 3, "20260101-000000-abcd"), LoopState(None, 0)])
+@pytest.mark.parametrize(
+    "state",
+    [
+        LoopState(),
+        LoopState(10, 3, "20260101-000000-abcd"),
+        LoopState(None, 0, counts=NightCounts(3, 4, 1, 1, 2, 5)),
+    ],
+)
 def test_a_state_is_read_as_it_was_written(repository, state):
     edit = Edit(repo.head(), repo.head(), Answer("an idea", learned="much"), "claude")
     for written in (state, replace(state, edit=edit)):

@@ -13,6 +13,7 @@ from launcher.verdict import (
     board_runs,
     decide,
     fresh_seed,
+    give_verdict,
     observe,
     runs_of,
     survey_board,
@@ -231,3 +232,22 @@ def test_without_a_repository_the_trainer_kept_last_is_the_parent():
 def test_a_fresh_seed_was_had_by_none_of_the_trainers():
     rows = [row(source="a", seed=4), row(source="b", seed=2), row(source="c", seed=9)]
     assert fresh_seed(rows, ["a", "b"]) == 5 and fresh_seed([], ["a"]) == 1
+
+
+# --- Runs that decide nothing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", [Flag.NOISE, Flag.CONFIRM])
+def test_a_run_that_decides_nothing_is_no_keep(flag):
+    first = row(source="a", val_bpb=1.5)
+    again = row(run="again", source="a", val_bpb=1.4, seed=2, marks=flag, status="")
+    give_verdict([first], again, [])
+    assert again.status == "discard" and again.build_on == "" and again.belief_after > 0
+
+
+def test_the_best_is_named_by_a_run_that_decided():
+    rows = [
+        row(run="first", source="a", val_bpb=1.5, description="an edit"),
+        row(run="again", source="a", val_bpb=1.4, seed=2, marks=Flag.CONFIRM, description="confirm, seed 2"),
+    ]
+    assert best_since_moved(rows, BOARD, "a").run == "first"

@@ -3,7 +3,7 @@
 
     data      rows -> runs, series, effects, headline, counts, failures: pure functions
     files     what lies beside the ledgers: run folders, the loop's log
-    timeline  when the agent thought, and what the devices did
+    timeline  when the agent thought, and what the devices did; the last night
     report    all of it gathered
     figure    the progress of a series, as the page's static picture and as the card
     cards     a run with all about it, folded
@@ -54,6 +54,7 @@ def write_report(
     scratch = folder / f".report-{os.getpid()}.tmp"
     scratch.write_bytes(build_page(report))
     os.replace(scratch, page)
-    draw_card(scratch, report.headline, report.count_line, report.series[0])
+    counts = report.counts[0]
+    draw_card(scratch, report.headline, counts.text, counts.title, report.series[0])
     os.replace(scratch, card)
     return [page, card]

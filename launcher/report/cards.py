@@ -73,14 +73,16 @@ class Cards:
     def card(self, run: Run, series: Series, kind: str, summary: str, more: str = "") -> str:
         """Return a run's element. kind: its classes. more: further attributes."""
         self.written.add(run.id)
-        inside = facts_list(facts_of(run, series, self.report)) + self.diff(run)
+        inside = facts_list(facts_of(run, series, self.report)) + self.diff(run, series)
         return (
             f'<details class="{kind}" id="{anchor(run)}"{more}><summary>{summary}</summary>'
             f'<div class="inside">{inside}</div></details>'
         )
 
-    def diff(self, run: Run) -> str:
+    def diff(self, run: Run, series: Series) -> str:
         """Return the diff of a run's trainer, as far as the page has room for diffs."""
+        if series.is_of_baseline(run):
+            return note("No diff: it is the baseline.")
         diff = self.report.diffs.get(run.id)
         if diff is None:
             return note("No diff: the copies of the trainers are not here.")
@@ -107,7 +109,10 @@ def facts_of(run: Run, series: Series, report: Report) -> Iterator[tuple[str, st
     yield "speed", speed(run)
     if finite(row.num_params_M):
         yield "model", f"{row.num_params_M:g}M parameters, {row.depth} layers"
-    yield "by", f"{row.agent or 'a person'}, seed {row.seed}" if row.rules else ""
+    if row.rules:
+        has_author = not series.is_of_baseline(run) and run.kind != "evidence"
+        yield "by", (row.agent or "a person") if has_author else ""
+        yield "seed", str(row.seed)
     yield "taught", report.lessons.get(run.id, "")
     yield "next idea", report.folders[run.id].next
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from launcher.report.cards import effect_text, speed
-from launcher.report.data import Line, Run, Series, finite
+from launcher.report.data import FigureLine, Run, Series, finite
 from launcher.report.files import POINTS
 from launcher.report.report import Report
 from launcher.report.text import clip, clock, round_numbers, with_error
@@ -33,7 +33,7 @@ def charts_json(report: Report) -> str:
 
 def columns_of(series: Series, report: Report) -> dict[str, Any]:
     """Return the columns of a series, one value an experiment. Values that are not known are null."""
-    runs = series.experiments
+    runs = series.drawn
     beliefs = [run.belief for run in runs]
     return {
         "baseline": number(series.baseline.row.val_bpb),
@@ -100,7 +100,7 @@ def curve_name(run: Run) -> str:
     return f"{value} {clip(run.row.description, CURVE_NAME_CHARS)}"
 
 
-def lines_of(lines: Sequence[Line], x: str, y: str) -> dict[str, Any]:
+def lines_of(lines: Sequence[FigureLine], x: str, y: str) -> dict[str, Any]:
     """Return lines, with the names of their axes."""
     return {"x": x, "y": y, "lines": [{"label": line.label, "x": line.x, "y": line.y} for line in lines]}
 

@@ -6,17 +6,19 @@ reads a file or writes HTML.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.belief import Survey
-from launcher.board import Boards, why_unranked
-from launcher.ledger import CONFIRMED, EVIDENCE, BoardKey, Flag, Row
-from launcher.report.text import plural, round_numbers
-from launcher.verdict import lineage, survey_board
+from launcher.belief import Standing, Survey
+from launcher.board import Boards, is_refuted, why_unranked
+from launcher.ledger import CONFIRMED, EVIDENCE, MOVED, STATUSES, BoardKey, Flag, Row, Rows
+from launcher.report.text import clock, plural, round_numbers, with_error
+from launcher.verdict import best_since_moved, lineage, survey_board
 
 NEAR_MISSES = 10
 MOST_SERIES = 6  # that are drawn
@@ -50,13 +52,14 @@ class Run:
 
     row: Row
     id: str  # the run's, or one made up where that can name no file; no other run of a report has it
-    number: int  # of the experiment in its series, from 1; 0: it decides nothing (noise, confirm)
+    number: int  # its place in the figure, from 1; 0: it decides nothing (noise, confirm) and has none
     start: float | None  # Unix seconds
     effect: Effect | None  # of its edit, as believed now
     built_on: float | None  # val_bpb of the trainer that was built on after it
     belief: Estimate | None  # of that trainer's val_bpb, as believed then
     is_current: bool  # its edit is in the trainer that is built on at the end
-    why: str  # it stands on no board, "" where it does
+    why: str  # it does not rank, "" where it does
+    is_refuted: bool = False  # by `verify`
 
     @property
     def name(self) -> str:
@@ -69,12 +72,13 @@ class Run:
             return "evidence"
         if not self.row.scored:
             return "failed"
-        return "kept" if self.row.status == "keep" else "discarded"
+        return "kept" if self.row.status == "keep" and not self.is_refuted else "discarded"
 
     @property
     def status(self) -> str:
         """Return the status, with what sets the run apart; of a run that decided nothing, that alone."""
         flags = [flag for flag in self.row.marks.split(",") if flag and flag != Flag.SHORTER]
+        flags += ["refuted"] if self.is_refuted else []
         decided = self.kind != "evidence" or not self.has_value
         return ", ".join([self.row.status, *flags] if decided else flags)
 
@@ -82,6 +86,11 @@ class Run:
     def has_value(self) -> bool:
         """Return whether val_bpb is a score."""
         return is_scored(self.row)
+
+    @property
+    def is_decided(self) -> bool:
+        """Return whether the run has a verdict. What another tool wrote has the one that it says."""
+        return self.row.judged or (self.row.scored and not self.row.rules)
 
 
 @dataclass(frozen=True)
@@ -94,34 +103,62 @@ class Series:
     is_ranked: bool
     runs: list[Run]
     survey: Survey | None
+    best_source: str = ""  # of the trainer that is believed best of those that the search may build on
 
-    @property
-    def experiments(self) -> list[Run]:
-        """Return the runs that decided something, failures included."""
+    @cached_property
+    def drawn(self) -> list[Run]:
+        """Return the runs of the figure, failures included: all but those that decide nothing."""
         return [run for run in self.runs if run.number]
 
-    @property
+    @cached_property
     def scored(self) -> list[Run]:
-        return [run for run in self.experiments if run.has_value]
+        return [run for run in self.drawn if run.has_value]
 
-    @property
+    @cached_property
     def baseline(self) -> Run:
-        return self.scored[0]
+        """Return the first run that compares; where none does, the first that has a score."""
+        comparable = [run for run in self.scored if run.row.comparable and not run.is_refuted]
+        return (comparable or self.scored)[0]
 
     @property
     def best(self) -> Run:
-        """Return the lowest run of the trainer that is believed best; without one, the lowest kept."""
-        runs = self.scored
-        if self.survey:
-            runs = [run for run in runs if run.row.source == self.survey.best] or runs
-        else:
-            runs = [run for run in runs if run.kind == "kept"] or runs
-        return min(runs, key=lambda run: run.row.val_bpb)
+        """Return the last run of the trainer that is believed best; without a belief, the lowest kept one."""
+        believed = [run for run in self.scored if self.best_source and run.row.source == self.best_source]
+        comparable = [run for run in believed if run.row.comparable and not run.is_refuted]
+        if comparable:
+            return comparable[-1]
+        kept = [run for run in self.scored if run.kind == "kept"]
+        return min(kept or self.scored, key=lambda run: run.row.val_bpb)
+
+    def standing(self, run: Run) -> Standing | None:
+        """Return what is believed of a run's trainer now, None without a belief."""
+        standing = self.survey.trainers.get(run.row.source) if self.survey else None
+        return standing if standing and 0 < standing.mean < LARGEST else None
+
+    def is_of_baseline(self, run: Run) -> bool:
+        """Return whether a run has the baseline's trainer."""
+        baseline = self.baseline
+        if not baseline.row.source:
+            return run is baseline
+        return run.row.source == baseline.row.source
+
+    @property
+    def edits(self) -> list[list[Run]]:
+        """Return the runs of each edit: repeats, and runs without a verdict, are of one."""
+        edits: dict[str, list[Run]] = {}
+        for run in self.drawn:
+            if not (self.is_of_baseline(run) or run.row.is_of_committed):
+                edits.setdefault(run.row.source or run.id, []).append(run)
+        return list(edits.values())
 
     @property
     def kept(self) -> list[Run]:
-        """Return the kept edits, the largest gains first. The first run is none."""
-        kept = [run for run in self.scored[1:] if run.kind == "kept" or (run.is_current and run.effect)]
+        """Return the kept edits, the largest gains first. The baseline is none."""
+        kept = [
+            run
+            for run in self.scored
+            if not self.is_of_baseline(run) and (run.kind == "kept" or (run.is_current and run.effect))
+        ]
         return sorted(kept, key=lambda run: run.effect.value if run.effect else 0.0)
 
     @property
@@ -145,19 +182,18 @@ class Series:
 
 
 def collect_series(boards: Boards) -> list[Series]:
-    """Return a series for each board, then one for each other group of scored runs, the largest first."""
+    """Return a series for each board and other group of scored runs. That of the newest run is first."""
     known = {board.key for board in boards.boards}
     groups: dict[BoardKey | str, list[Row]] = {board.key: [] for board in boards.boards}
     for row in sorted(all_rows(boards), key=lambda row: (row.time, row.run)):
         if Flag.DRY not in row.flags:
             groups.setdefault(row.board if row.rules else row.ledger, []).append(row)
-    ranked: list[Series] = []
-    others: list[Series] = []
-    for number, (key, rows) in enumerate(groups.items()):
-        if any(is_scored(row) and not row.flags & EVIDENCE for row in rows):
-            series = make_series(key, rows, boards, key in known, number)
-            (ranked if series.is_ranked else others).append(series)
-    return ranked + sorted(others, key=lambda series: -len(series.runs))
+    found = [
+        make_series(key, rows, boards, key in known, number)
+        for number, (key, rows) in enumerate(groups.items())
+        if any(is_scored(row) and not row.flags & EVIDENCE for row in rows)
+    ]
+    return sorted(found, key=lambda one: max(run.start or 0.0 for run in one.drawn), reverse=True)
 
 
 def all_rows(boards: Boards) -> list[Row]:
@@ -177,8 +213,12 @@ def make_series(
         runs = make_runs(rows, None, boards, number)
         return Series(Path(key).name, detail, Path(key).name, False, runs, None)
     survey = None
+    best = ""
+    moves = [row for row in boards.moves if row.board == key]
     if all(row.source for row in rows if row.comparable):
-        survey = survey_board([*rows, *boards.verifications.values()], key)
+        known = Rows(sorted([*rows, *boards.verifications.values(), *moves], key=lambda row: row.time))
+        survey = survey_board(known, key)
+        best = best_source(known, key, survey)
     detail = (
         f"{key.platform}, {key.budget:g} s, {key.val_tokens:,} tokens scored, "
         f"rules {key.rules}, data {key.fingerprint[:8]}"
@@ -190,33 +230,50 @@ def make_series(
     elif not is_ranked:
         example = next(row for row in rows if row.scored)
         detail += f"; not ranked: {why_unranked(example, boards.verifications)}"
-    runs = make_runs(rows, survey, boards, number)
-    return Series(title, detail, key.device, is_ranked, runs, survey)
+    runs = make_runs(rows, survey, boards, number, moves)
+    return Series(title, detail, key.device, is_ranked, runs, survey, best)
 
 
-def make_runs(rows: Sequence[Row], survey: Survey | None, boards: Boards, series: int) -> list[Run]:
+def best_source(rows: Sequence[Row], board: BoardKey, survey: Survey | None) -> str:
+    """Return the source of the trainer that a loop would call the best, "" without a belief.
+
+    Where the rows are of several machines, no line of trainers is that of one branch: it is the best of all.
+    """
+    if survey is None:
+        return ""
+    if len({row.ledger for row in rows if row.board == board}) > 1:
+        return survey.best
+    best = best_since_moved(rows, board, current_source(rows))
+    return best.source if best else survey.best
+
+
+def make_runs(
+    rows: Sequence[Row], survey: Survey | None, boards: Boards, series: int, moves: Sequence[Row] = ()
+) -> list[Run]:
     """Return the runs of a series, of which `series` is the number. rows: in time order."""
     ranked = {id(row) for board in (*boards.boards, *boards.practice) for row in board.rows}
-    values = follow(rows)
-    beliefs = follow_beliefs(rows)
+    values = values_built_on(rows)
+    beliefs = beliefs_built_on(rows)
     effects = [believed_effect(survey, row) for row in rows] if survey else plain_effects(rows)
-    current = lineage(survey, current_source(rows)) if survey else set()
+    everything = sorted([*rows, *moves], key=lambda row: row.time)
+    current = lineage(survey, current_source(everything)) if survey else set()
     number = 0
     runs = []
     for at, row in enumerate(rows):
-        is_experiment = not row.flags & EVIDENCE
-        number += is_experiment
+        decides = not row.flags & EVIDENCE
+        number += decides
         why = "" if id(row) in ranked else why_unranked(row, boards.verifications)
         run = Run(
             row=row,
             id=row.run if PLAIN_NAME.fullmatch(row.run) else f"s{series}.{at + 1}",
-            number=number if is_experiment else 0,
+            number=number if decides else 0,
             start=unix_time(row.time),
-            effect=effects[at] if is_experiment else None,
+            effect=effects[at] if decides else None,
             built_on=values[at],
             belief=beliefs[at],
             is_current=row.source in current,
             why=why,
+            is_refuted=is_refuted(row, boards.verifications),
         )
         runs.append(run)
     return runs
@@ -242,7 +299,7 @@ def plain_effects(rows: Iterable[Row]) -> list[Effect | None]:
     return effects
 
 
-def follow(rows: Iterable[Row]) -> list[float | None]:
+def values_built_on(rows: Iterable[Row]) -> list[float | None]:
     """Return, after each row, the val_bpb of the trainer that is built on; None before the first kept one.
 
     It rises where the search goes back to an earlier trainer.
@@ -261,7 +318,7 @@ def follow(rows: Iterable[Row]) -> list[float | None]:
     return followed
 
 
-def follow_beliefs(rows: Iterable[Row]) -> list[Estimate | None]:
+def beliefs_built_on(rows: Iterable[Row]) -> list[Estimate | None]:
     """Return, after each row, what was believed then of the trainer that is built on; None: not on record."""
     current: Estimate | None = None
     followed = []
@@ -273,8 +330,14 @@ def follow_beliefs(rows: Iterable[Row]) -> list[Estimate | None]:
 
 
 def current_source(rows: Sequence[Row]) -> str:
-    """Return the source of the trainer that is built on after the last row, "" when there is none."""
+    """Return the source of the trainer that is built on after the last row, "" when there is none.
+
+    Runs that decide nothing and tests of runs do not move it; the end of a night may.
+    """
     for row in reversed(rows):
+        is_run = row.status in STATUSES and not row.flags & EVIDENCE
+        if not is_run and row.status != MOVED:
+            continue
         if row.build_on:
             return row.build_on
         if row.status == "keep":
@@ -313,14 +376,15 @@ class Headline:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the runs took, and what became of them."""
+    """What runs took, and what became of the edits. Each edit that was run counts once."""
 
     hours: float
-    experiments: int
+    experiments: int  # edits that were run
     kept: int
-    interrupted: int
+    discarded: int
     failed: int
-    refused: int  # edits that failed their dry run
+    no_verdict: int  # interrupted, or something else used the device
+    refused: int  # edits that failed their dry run: they are no experiments
     kwh: float
 
     @property
@@ -330,60 +394,141 @@ class Counts:
         if self.hours >= 0.05:
             rate = self.experiments / self.hours
             parts = [f"{self.hours:.1f} hours", *parts, f"{rate:.1f} an hour"]
-        parts += [f"{self.kept} kept", f"{self.failed} failed"]
-        parts += [f"{self.interrupted} interrupted"] if self.interrupted else []
+        parts += [f"{self.kept} kept", f"{self.discarded} discarded", f"{self.failed} failed"]
+        parts += [f"{self.no_verdict} without a verdict"] if self.no_verdict else []
         parts += [f"{plural(self.refused, 'edit')} refused by a dry run"] if self.refused else []
         parts += [f"{self.kwh:.2f} kWh"] if self.kwh else []
         return ", ".join(parts)
 
 
-def write_headline(series: Sequence[Series], claims: Mapping[str, Row]) -> Headline:
-    """Return the claim, or without one the best value of the first series, and that it is not confirmed."""
+def write_headline(series: Sequence[Series], claims: Mapping[str, Row], offset: float = 0.0) -> Headline:
+    """Return what may be said of the first series: its claim, else what is believed and not confirmed.
+
+    claims: Boards.claims. offset: of the local time, seconds east of UTC.
+    """
     first = series[0]
-    digits = first.decimals
-    runs = {run.id for run in first.runs}
+    runs = {run.row.run for run in first.runs}
     about = sorted((row for run, row in claims.items() if run in runs), key=lambda row: row.time)
-    shown = [row for row in about if row.status == CONFIRMED]
-    if shown:
-        row = shown[-1]
-        large = f"{-row.effect:.{digits}f} bits per byte better than the baseline"
-        return Headline(large, True, [f"«{row.description}»", f"Claim: {round_numbers(row.reason, digits)}."])
-    best = first.best
-    start = first.baseline.row.val_bpb
-    gain = start - best.row.val_bpb
-    large = f"val_bpb {best.row.val_bpb:.{digits}f}, not confirmed"
-    if best is first.baseline:
+    tests = list({row.source or row.run: row for row in about}.values())  # the last one of each trainer
+    shown = [row for row in tests if row.status == CONFIRMED]
+    if not shown:
+        return headline_of_belief(first, tests, offset)
+    of_best = [row for row in shown if is_of_trainer(row, first.best)]
+    return headline_of_claim(first, (of_best or shown)[-1], tests, offset)
+
+
+def headline_of_claim(series: Series, claim: Row, tests: Sequence[Row], offset: float) -> Headline:
+    """Return a claim with its date, and what is believed since. tests: of the series, the last one last."""
+    digits = series.decimals
+    best = series.best
+    lines = [
+        f"«{claim.description}», claimed on {date_of(claim, offset)}:",
+        f"{round_numbers(claim.reason, digits)}.",
+    ]
+    if series.is_of_baseline(best):
+        lines.append("By now no trainer is believed better than the baseline.")
+    elif not is_of_trainer(claim, best):
+        now = f"Believed better by now: «{best.row.description}», val_bpb {believed_value(series, best)}"
+        lines += [f"{now}, not confirmed.", tell_test(best, tests, digits, offset)]
+    large = f"{-claim.effect:.{digits}f} bits per byte better than the baseline"
+    return Headline(large, True, lines)
+
+
+def headline_of_belief(series: Series, tests: Sequence[Row], offset: float) -> Headline:
+    """Return what is believed of the best trainer, and that it is not confirmed."""
+    digits = series.decimals
+    best = series.best
+    large = f"val_bpb {believed_value(series, best)}, not confirmed"
+    if series.is_of_baseline(best):
         lines = ["Nothing is believed better than the baseline."]
     else:
-        below = f"{gain:.{digits}f} ({100 * gain / start:.2f}%) below the baseline, {start:.{digits}f}"
-        lines = [f"«{best.row.description}»: {below}."]
-    if not first.is_ranked:
-        lines.append(f"{first.detail[0].upper()}{first.detail[1:]}.")
-    elif about:
-        lines.append(f"The last test of a claim: {round_numbers(about[-1].reason, digits)}.")
-    else:
-        lines.append(
-            "Not tested yet: autoresearch confirm runs it anew, on text that no run was selected on."
-        )
+        lines = [f"«{best.row.description}»: {tell_gain(series, best)}."]
+    if not series.is_ranked:
+        lines.append(f"{series.detail[0].upper()}{series.detail[1:]}.")
+    if tests or (series.is_ranked and not series.is_of_baseline(best)):
+        lines.append(tell_test(best, tests, digits, offset))
     return Headline(large, False, lines)
 
 
-def count(series: Iterable[Series], rows: Iterable[Row]) -> Counts:
-    """Return the counts of all series. rows: every row of the ledgers, for what was refused."""
+def believed_value(series: Series, run: Run) -> str:
+    """Return what is believed of a run's trainer, with its error; without a belief, the run's own score."""
+    standing = series.standing(run)
+    if standing is None:
+        return f"{run.row.val_bpb:.{series.decimals}f}"
+    return with_error(standing.mean, standing.error, series.decimals)
+
+
+def tell_gain(series: Series, best: Run) -> str:
+    """Return how far the best trainer is below the baseline, both as they are believed."""
+    first = series.baseline
+    here, there = series.standing(best), series.standing(first)
+    value = here.mean if here and there else best.row.val_bpb
+    start = there.mean if here and there else first.row.val_bpb
+    gain = start - value
+    numbers = f"{abs(gain):.{series.decimals}f} ({100 * abs(gain) / start:.2f}%)"
+    return f"{numbers} {'below' if gain >= 0 else 'above'} the baseline, {believed_value(series, first)}"
+
+
+def tell_test(best: Run, tests: Sequence[Row], digits: int, offset: float) -> str:
+    """Return what the last test of the best trainer gave; without one, the last test, or how it is tested."""
+    how = "Not tested yet: autoresearch confirm runs it anew, on text that no run was selected on."
+    own = [row for row in tests if is_of_trainer(row, best)]
+    if own:
+        answer = round_numbers(own[-1].reason, digits)
+        return f"The claim that was tested on {date_of(own[-1], offset)}: {answer}."
+    failed = [row for row in tests if row.status != CONFIRMED]
+    if not failed:
+        return how
+    last = failed[-1]
+    answer = round_numbers(last.reason, digits)
+    return f"Not tested yet. The claim of «{last.description}», tested on {date_of(last, offset)}: {answer}."
+
+
+def is_of_trainer(row: Row, run: Run) -> bool:
+    """Return whether a row about a run is about the trainer of another one."""
+    return row.source == run.row.source if row.source else row.run == run.row.run
+
+
+def date_of(row: Row, offset: float) -> str:
+    """Return the day of a row, as the clock has it that is `offset` seconds ahead of UTC."""
+    return clock(unix_time(row.time), offset, "%Y-%m-%d") or "an unknown day"
+
+
+def count(
+    series: Iterable[Series], rows: Iterable[Row], chosen: Callable[[Row], bool] = lambda row: True
+) -> Counts:
+    """Return the counts of all series.
+
+    Args:
+        series: all of a report.
+        rows: every row of the ledgers: of what was refused, and of boards on which nothing was scored.
+        chosen: says whether a row counts: those of one night.
+    """
     series = list(series)
-    runs = [run for one in series for run in one.runs]
-    experiments = [run for run in runs if run.number]
-    failed = [run for run in experiments if run.kind == "failed"]
-    interrupted = [run for run in failed if run.row.flags & {Flag.INTERRUPTED, Flag.CUT_OFF}]
+    rows = [row for row in rows if chosen(row)]
+    runs = [run for one in series for run in one.runs if chosen(run.row)]
+    edits = [[run for run in edit if chosen(run.row)] for one in series for edit in one.edits]
+    ended = Counter(outcome_of(edit) for edit in edits if edit)
+    told = {id(run.row) for run in runs}
+    others = [row for row in rows if id(row) not in told and row.status in STATUSES]
+    others = [row for row in others if not (row.flags & {*EVIDENCE, Flag.DRY} or row.is_of_committed)]
+    ended.update("failed" if row.judged else "no verdict" for row in others)
     return Counts(
         hours=hours_of(runs),
-        experiments=len(experiments),
-        kept=sum(len(one.kept) for one in series),
-        interrupted=len(interrupted),
-        failed=len(failed) - len(interrupted),
+        experiments=ended.total(),
+        kept=ended["kept"],
+        discarded=ended["discarded"],
+        failed=ended["failed"],
+        no_verdict=ended["no verdict"],
         refused=sum(Flag.DRY in row.flags for row in rows),
         kwh=sum(finite(run.row.energy_kj) for run in runs) / 3600,
     )
+
+
+def outcome_of(edit: Sequence[Run]) -> str:
+    """Return what became of an edit: kept, discarded, failed, or no verdict. Its last verdict counts."""
+    decided = [run for run in edit if run.is_decided]
+    return decided[-1].kind if decided else "no verdict"
 
 
 def hours_of(runs: Iterable[Run]) -> float:
@@ -428,7 +573,7 @@ def group_failures(rows: Iterable[Row]) -> list[FailureGroup]:
 
 
 @dataclass(frozen=True)
-class Line:
+class FigureLine:
     """A line of a figure."""
 
     label: str
@@ -436,7 +581,7 @@ class Line:
     y: list[float]
 
 
-def gains_over_time(series: Iterable[Series]) -> list[Line]:
+def gains_over_time(series: Iterable[Series]) -> list[FigureLine]:
     """Return a line a series: hours since its first run, percent below its baseline of what is built on."""
     lines = []
     for one in series:
@@ -444,12 +589,12 @@ def gains_over_time(series: Iterable[Series]) -> list[Line]:
         first = one.baseline.row.val_bpb
         x = []
         y = []
-        for run in one.experiments:
+        for run in one.drawn:
             if start is not None and run.start is not None and run.built_on is not None:
                 x.append(round((run.start - start) / 3600, 3))
                 y.append(round(100 * (first - run.built_on) / first, 3))
         if len(x) > 1:
-            lines.append(Line(one.title, x, y))
+            lines.append(FigureLine(one.title, x, y))
     return lines
 
 
@@ -458,21 +603,21 @@ def agents_of(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(run.row.agent for run in runs if run.row.agent))
 
 
-def bests_of_agents(series: Series) -> list[Line]:
+def bests_of_agents(series: Series) -> list[FigureLine]:
     """Return a line an agent: number of its experiments, lowest val_bpb that it kept so far."""
     lines = []
     for agent in agents_of(series.runs):
         best = math.inf
         x: list[float] = []
         y: list[float] = []
-        own = [run for run in series.experiments if run.row.agent == agent]
-        for number, run in enumerate(own, 1):
-            if run.kind == "kept" and run.has_value:
-                best = min(best, run.row.val_bpb)
+        own = [edit for edit in series.edits if edit[0].row.agent == agent]
+        for number, edit in enumerate(own, 1):
+            kept = [run.row.val_bpb for run in edit if run.kind == "kept" and run.has_value]
+            best = min([best, *kept])
             if best < math.inf:
                 x.append(number)
                 y.append(best)
-        lines.append(Line(agent, x, y))
+        lines.append(FigureLine(agent, x, y))
     return lines
 
 

@@ -20,6 +20,9 @@ DPI = 100
 LABEL_CHARS = 46
 MOST_LABELS = 60
 LINE_CHARS = 400  # of a line of the card, before it is measured
+MOST_LINES = 3  # under the headline of the card
+LINE = 0.044  # the height of one of them, a share of the card's
+SMALLEST = 0.75  # of its size, that a line of the card may have, before it is cut
 GAP = 6  # pixels between a point and its label
 LEADER_LINES = 6  # so many lines of text below its point a label may be
 DOT = 5  # pixels from the middle of a dot to its edge, with its border
@@ -95,17 +98,25 @@ def draw_svg(series: Series) -> str:
     return text
 
 
-def draw_card(path: Path, headline: Headline, counts: str, series: Series) -> None:
-    """Write the card of a night: headline, counts and progress, 1200 pixels wide and 630 high."""
+def draw_card(path: Path, headline: Headline, counts: str, when: str, series: Series) -> None:
+    """Write the card of a night: headline, counts and progress, 1200 pixels wide and 630 high.
+
+    counts: what was done. when: of which night that is, "" where it is of all runs
+    """
     with our_style():
         figure = new_figure(*CARD_PIXELS)
         color = KEPT if headline.is_claim else INK
         write_fitting(figure, 0.925, headline.large, 25, color, weight="bold")
-        for y, line in zip((0.873, 0.829), headline.lines, strict=False):
+        y = 0.873
+        for line in headline.lines[:MOST_LINES]:
             write_fitting(figure, y, line, 12, INK)
-        write_fitting(figure, 0.785, counts, 12, SOFT)
-        write_fitting(figure, 0.026, f"autoresearch: {series.title}; {series.detail}", 9, SOFT)
-        draw_progress(figure.add_axes((0.07, 0.14, 0.9, 0.61)), series)
+            y -= LINE
+        write_fitting(figure, y, counts, 12, SOFT)
+        if when:
+            write_fitting(figure, 0.048, when, 9, SOFT)
+        write_fitting(figure, 0.02, f"autoresearch: {series.title}; {series.detail}", 9, SOFT)
+        bottom = 0.15
+        draw_progress(figure.add_axes((0.07, bottom, 0.9, y - 0.035 - bottom)), series)
         figure.savefig(path, format="png")
 
 
@@ -122,10 +133,13 @@ def new_figure(width: int, height: int) -> "Figure":
 def write_fitting(
     figure: "Figure", y: float, text: str, size: float, color: str, weight: str = "normal"
 ) -> None:
-    """Write a line at the height y, a share of the figure's. It is cut where it would be too long."""
+    """Write a line at the height y, a share of the figure's. A long one is smaller, a longer one is cut."""
     left = 0.032
     room = (1 - 2 * left) * figure.bbox.width
     text = clip(plain(text), LINE_CHARS)
+    least = SMALLEST * size
+    while text_width(figure, text, size, weight) > room and size > least:
+        size = max(least, size * room / text_width(figure, text, size, weight) - 0.1)
     while text_width(figure, text, size, weight) > room and len(text) > 4:
         share = room / text_width(figure, text, size, weight)
         text = clip(text, min(len(text) - 1, math.ceil(share * len(text))))
@@ -151,13 +165,13 @@ def draw_progress(axes: "Axes", series: Series) -> None:
     runs = series.scored
     low, high = value_limits([run.row.val_bpb for run in runs], series.baseline.row.val_bpb)
     axes.set_ylim(low, high)
-    last = max(2, series.experiments[-1].number)
+    last = max(2, series.drawn[-1].number)
     axes.set_xlim(1 - 0.02 * last, last + 0.02 * last)
-    axes.set(xlabel="experiment", ylabel="val_bpb, lower is better")
+    axes.set(xlabel="run", ylabel="val_bpb, lower is better")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.ticklabel_format(axis="y", useOffset=False)
-    draw_belief(axes, series.experiments)
-    draw_steps(axes, series.experiments)
+    draw_belief(axes, series.drawn)
+    draw_steps(axes, series.drawn)
     kept = [run for run in runs if run.kind == "kept"]
     tried = [run for run in runs if run.kind != "kept"]
     inside = [run for run in tried if run.row.val_bpb <= high]
@@ -168,7 +182,7 @@ def draw_progress(axes: "Axes", series: Series) -> None:
     axes.scatter(
         [run.number for run in above], [edge] * len(above), s=22, marker="^", color=TRIED, linewidths=0
     )
-    failed = [run.number for run in series.experiments if run.kind == "failed"]
+    failed = [run.number for run in series.drawn if run.kind == "failed"]
     foot = low + 0.02 * (high - low)
     axes.scatter(failed, [foot] * len(failed), s=16, marker="x", color=TRIED, linewidths=0.9)
     marks = [*((run.number, run.row.val_bpb) for run in runs), *((number, foot) for number in failed)]
@@ -202,7 +216,7 @@ def draw_labels(
 ) -> None:
     """Name the kept runs whose names collide with nothing, those with the largest gains first.
 
-    marks: what no name may cover, (experiment, val_bpb)
+    marks: what no name may cover, (number of the run, val_bpb)
     runs: those of the step line, which none may cover either
     """
     figure = axes.figure

@@ -1,14 +1,16 @@
 """What the report reads beside the ledgers: folders of runs and the loop's log. All of it may be absent."""
 
 import json
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from backends.protocol import Event, EventError, Log, RunDir, Start, Stop, parse_event
+from backends.protocol import Event, EventError, Log, RunDir, Start, Stop, parse_event, read_json
 from launcher.ledger import Row
+from launcher.processes import alive
 from launcher.report.data import unix_time
 from launcher.runs import runs_dir
 from launcher.show import unified_diff
@@ -56,15 +58,6 @@ def read_folder(run_id: str) -> Folder:
         learned=str(answer.get("learned") or ""),
         next=str(answer.get("next") or ""),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file, {} when it is absent or damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 # ---------------------------------------------------------------------------
@@ -160,7 +153,7 @@ def cut(lines: list[str], against: str) -> Diff:
     return Diff(shown, against, len(lines) - len(shown))
 
 
-def parents(rows: Iterable[Row], folders: dict[str, Folder]) -> dict[str, tuple[str, Path]]:
+def trainers_by_source(rows: Iterable[Row], folders: dict[str, Folder]) -> dict[str, tuple[str, Path]]:
     """Return {source: (id of a run that had it, its copy of the trainer)}, as far as copies are here."""
     found = {}
     for row in rows:
@@ -222,3 +215,21 @@ def read_log_of(path: Path, size: int, changed: int) -> list[Entry]:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return entries
+
+
+def loop_lives(begin: Entry) -> bool | None:
+    """Return whether the loop that wrote a begin still runs.
+
+    None: it is not known, as the line is another machine's, or of an older version.
+    """
+    import psutil
+
+    pid = begin.data.get("pid")
+    if not isinstance(pid, int) or begin.data.get("host") != platform.node():
+        return None
+    try:
+        process = psutil.Process(pid)
+        # A later process may have got the same number. The time of a line is a whole second.
+        return alive(process) and process.create_time() < begin.time + 1
+    except (psutil.Error, ValueError, OverflowError):
+        return False

@@ -44,8 +44,9 @@ TEXT_COLUMNS = {"track", "device", "platform"}
 EXTRA_COLUMNS = {"platform", "runs", "tokens_M", "petaflops", "energy_kj"}  # left out on a phone
 
 HOW_TO_READ = (
-    "Green: kept, joined by what was built on. Grey: not kept; at the upper edge: above the figure; \u00d7: "
-    "failed. The band is what was believed of the trainer that was built on, give or take its error."
+    "val_bpb of each run, lower is better. Green: kept, joined by what was built on. Grey: not kept; at the "
+    "upper edge: above the figure; \u00d7: failed. The band is what was believed of the trainer that was "
+    "built on, give or take its error."
 )
 ABOUT_EFFECTS = (
     "Effect on val_bpb as believed now, from all runs, with its error; the more green, the surer a gain. "
@@ -131,7 +132,8 @@ def sections(report: Report) -> Iterator[str]:
         yield f"<h2>{escape(series.title)}</h2>{note(series.detail)}"
         yield f'<div class="needs-script" data-progress="{number}"></div>'
         yield part(f"figure-{number}", draw_svg(series), "figure")
-    yield note(HOW_TO_READ)
+        if number == 0:
+            yield note(HOW_TO_READ)
     yield part("worked", worked(report, cards))
     yield part("nearly", nearly(report, cards))
     yield part("failed", failures(report.failures))
@@ -160,11 +162,12 @@ def lines_place(name: str, title: str) -> str:
 
 
 def headline(report: Report) -> str:
-    """Return the claim or the best value, and the counts in a line."""
+    """Return the claim or what is believed, and the counts."""
     head = report.headline
     kind = ' class="claim"' if head.is_claim else ""
     lines = "".join(f"<p>{escape(line)}</p>" for line in head.lines)
-    return f'<h1{kind}>{escape(head.large)}</h1>{lines}<p class="soft">{escape(report.count_line)}</p>'
+    counts = "".join(f'<p class="soft">{escape(line)}</p>' for line in report.counts)
+    return f"<h1{kind}>{escape(head.large)}</h1>{lines}{counts}"
 
 
 def worked(report: Report, cards: Cards) -> str:

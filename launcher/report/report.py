@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from launcher.board import Boards, DeviceResult, compare_devices, gather
 from launcher.harness import harness_hash
@@ -14,8 +15,8 @@ from launcher.report.data import (
     MOST_SERIES,
     Counts,
     FailureGroup,
+    FigureLine,
     Headline,
-    Line,
     Run,
     Series,
     all_rows,
@@ -29,18 +30,29 @@ from launcher.report.data import (
 )
 from launcher.report.files import (
     Diff,
+    Entry,
     Folder,
     cut,
     diff_lines,
-    parents,
     read_folder,
     read_loop_log,
+    trainers_by_source,
 )
-from launcher.report.timeline import AgentUse, Lane, agent_use, make_lanes
+from launcher.report.timeline import AgentUse, Lane, Night, agent_use, last_night, make_lanes
 from prepare import RULES, UserError
 
 MOST_RUNS = 400  # of a series that a page holds; of a longer one the newest, and the best
 CURVES = 4  # loss curves that are drawn at first
+
+
+class CountLine(NamedTuple):
+    """A line about what was done."""
+
+    title: str  # of which runs, "" where it is all of them
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.text}" if self.title else self.text
 
 
 @dataclass(frozen=True)
@@ -49,13 +61,14 @@ class Report:
 
     series: list[Series]
     headline: Headline
-    counts: Counts
-    use: AgentUse
+    counts: list[CountLine]  # of the last night, and of all runs where there are more
     failures: list[FailureGroup]
     lanes: list[Lane]
     devices: list[DeviceResult]
-    agents: list[tuple[str, list[Line]]]  # (title of a series, a line an agent), where several took part
-    gains: list[Line]
+    agents: list[
+        tuple[str, list[FigureLine]]
+    ]  # (title of a series, a line an agent), where several took part
+    gains: list[FigureLine]
     folders: dict[str, Folder]  # by run id
     diffs: dict[str, Diff]
     lessons: dict[str, str]  # run id -> what the agent of the next turn said that it taught
@@ -63,16 +76,6 @@ class Report:
     made: dict[str, str]  # how the report was made
     offset: float  # of the local time, seconds east of UTC
     left_out: int  # runs that a page has no room for
-
-    @property
-    def count_line(self) -> str:
-        """Return what the runs and the agents took, in a line."""
-        parts = [self.counts.line]
-        if self.use.tokens:
-            parts.append(f"{self.use.tokens / 1e6:.2f}M agent tokens")
-        if self.use.dollars:
-            parts.append(f"${self.use.dollars:.2f}")
-        return ", ".join(parts)
 
     @property
     def runs(self) -> list[Run]:
@@ -103,15 +106,17 @@ def make_report(
     if not whole:
         raise UserError("no scored experiment to report: autoresearch run")
     rows = all_rows(boards)
+    log = read_loop_log()
+    night = last_night(log)
+    offset = float(time.localtime().tm_gmtoff)
+    whole = night_first(whole, night)
     series = [shorten(one, runs) for one in whole[:MOST_SERIES]]
     shown = [run for one in series for run in one.runs]
     folders = {run.id: read_folder(run.id) for run in shown}
-    log = read_loop_log()
     return Report(
         series=series,
-        headline=write_headline(whole, boards.claims),
-        counts=count(whole, rows),
-        use=agent_use(log),
+        headline=write_headline(whole, boards.claims, offset),
+        counts=count_lines(whole, rows, log, night, offset),
         failures=group_failures(rows),
         lanes=make_lanes(series, folders, log),
         devices=compare_devices(boards.boards) if len(boards.boards) > 1 else [],
@@ -122,9 +127,45 @@ def make_report(
         lessons=find_lessons(series, folders),
         curves=choose_curves(series, folders, runs),
         made=describe_making(boards, rows),
-        offset=float(time.localtime().tm_gmtoff),
+        offset=offset,
         left_out=sum(len(one.runs) for one in whole) - len(shown),
     )
+
+
+def night_first(series: Sequence[Series], night: Night | None) -> list[Series]:
+    """Return the series with that of the last night first: a run that was made since is no night."""
+    runs = night.runs if night else set()
+    return sorted(series, key=lambda one: not any(run.id in runs for run in one.runs))
+
+
+def count_lines(
+    series: Sequence[Series], rows: Sequence[Row], log: Sequence[Entry], night: Night | None, offset: float
+) -> list[CountLine]:
+    """Return lines about what was done and what it took: the last night apart from all runs."""
+    everything = with_use(count(series, rows), agent_use(log))
+    # The log is of this machine: rows of other ledgers are of no night of it.
+    ledgers = {row.ledger for row in rows if night and row.run in night.runs}
+    if night is None or not ledgers:
+        return [CountLine("", everything)]
+
+    def is_of_night(row: Row) -> bool:
+        return row.ledger in ledgers and night.holds(unix_time(row.time))
+
+    of_night = with_use(count(series, rows, is_of_night), agent_use(night.entries))
+    line = CountLine(night.title(offset), of_night)
+    if all(is_of_night(row) for row in rows):
+        return [line]
+    return [line, CountLine("All runs", everything)]
+
+
+def with_use(counts: Counts, use: AgentUse) -> str:
+    """Return what runs and agents took, in a line."""
+    parts = [counts.line]
+    if use.tokens:
+        parts.append(f"{use.tokens / 1e6:.2f}M agent tokens")
+    if use.dollars:
+        parts.append(f"${use.dollars:.2f}")
+    return ", ".join(parts)
 
 
 def shorten(series: Series, wanted: Sequence[str]) -> Series:
@@ -144,7 +185,7 @@ def make_diffs(series: Sequence[Series], folders: dict[str, Folder]) -> dict[str
     """
     found = {}
     for one in series:
-        known = parents([run.row for run in one.runs], folders)
+        known = trainers_by_source([run.row for run in one.runs], folders)
         kept: tuple[str, Path] | None = None
         for run in one.runs:
             ours = folders[run.id].trainer
@@ -161,7 +202,7 @@ def find_lessons(series: Sequence[Series], folders: dict[str, Folder]) -> dict[s
     """Return {run id: what it taught}: the agent of the turn after it said so."""
     lessons = {}
     for one in series:
-        for run, after in pairwise(one.experiments):
+        for run, after in pairwise(one.drawn):
             if folders[after.id].learned:
                 lessons[run.id] = folders[after.id].learned
     return lessons

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from launcher.report.data import Run, Series, finite
-from launcher.report.files import Entry, Folder
+from launcher.report.files import Entry, Folder, loop_lives
+from launcher.report.text import clock
 
 HOUR = 3600.0
 MOST_HOURS = 36  # the newest of a device that are drawn
@@ -100,7 +101,8 @@ def spans_of_run(run: Run, folder: Folder) -> list[Span]:
 def spans_of_phases(log: Sequence[Entry]) -> list[Span]:
     """Return the dry runs and the pauses of the log.
 
-    A phase ends with the next line. Where that begins a loop, the one before was cut off, none knows when.
+    A phase ends with the next line. A phase that is followed by the begin of a loop was cut off: its end is
+    not on record.
     """
     spans = []
     for entry, after in zip(log, log[1:], strict=False):
@@ -175,3 +177,73 @@ def current_phase(log: Sequence[Entry]) -> Entry | None:
         if entry.event == "phase":
             return entry
     return None
+
+
+# ---------------------------------------------------------------------------
+# The last night
+# ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Night:
+    """The last night of the loop on this machine, from its first begin to its end."""
+
+    entries: Sequence[Entry]  # of the log
+    lives: bool | None  # the loop's process does; None: that is not known
+
+    @property
+    def start(self) -> float:
+        return self.entries[0].time
+
+    @property
+    def last(self) -> Entry:
+        return self.entries[-1]
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether it ended in order."""
+        return self.last.event == "end"
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Return whether its process is gone without a word: it was killed, or the power was cut."""
+        return not self.has_ended and self.lives is False
+
+    @property
+    def runs(self) -> set[str]:
+        """Return the ids of its experiments."""
+        return {str(entry.data.get("run")) for entry in self.entries if entry.event == "experiment"}
+
+    def holds(self, time: float | None) -> bool:
+        """Return whether a run that began at a time is one of the night's."""
+        end = self.last.time if self.has_ended else math.inf
+        return time is not None and self.start <= time <= end
+
+    def title(self, offset: float) -> str:
+        """Return when the night was, and how it ended. offset: of the local time, seconds east of UTC."""
+        begin = clock(self.start, offset)
+        if self.has_ended:
+            why = str(self.last.data.get("why") or "no reason on record")
+            return f"The last night, {begin} to {self._end(offset)} ({why})"
+        if self.is_cut_off:
+            return f"The last night, from {begin}, cut off after {self._end(offset)}"
+        return f"The night so far, from {begin}"
+
+    def _end(self, offset: float) -> str:
+        """Return when its last line was written, with the day where the night is a long one."""
+        is_long = self.last.time - self.start > 12 * HOUR
+        return clock(self.last.time, offset, "%b %d %H:%M" if is_long else "%H:%M")
+
+
+def last_night(log: Sequence[Entry]) -> Night | None:
+    """Return the last night of a log, None where none began.
+
+    A loop that goes on where another one was cut off belongs to the same night.
+    """
+    begins = [number for number, entry in enumerate(log) if entry.event == "begin"]
+    if not begins:
+        return None
+    first = last = begins.pop()
+    while begins and log[first].number("done") > 0:
+        first = begins.pop()
+    return Night(log[first:], loop_lives(log[last]))

@@ -21,11 +21,11 @@ from threading import Lock
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from launcher.report.files import loop_log_path, read_loop_log
+from launcher.report.files import Entry, loop_log_path, read_loop_log
 from launcher.report.page import build_page, build_waiting_page
 from launcher.report.report import make_report
 from launcher.report.text import duration
-from launcher.report.timeline import current_phase
+from launcher.report.timeline import current_phase, last_night
 from prepare import UserError
 
 COOKIE = "autoresearch-token"
@@ -45,8 +45,9 @@ class LiveReport:
         self._page = b""
 
     def version(self) -> str:
-        """Return what differs when the page would: sizes and times of the ledgers and of the loop's log."""
-        stats = []
+        """Return a text that changes when the page does: of the files, and of whether the loop lives."""
+        night = last_night(read_loop_log())
+        stats = [str(night and night.lives)]
         for path in [*self.paths, loop_log_path()]:
             try:
                 stat = path.stat()
@@ -72,12 +73,29 @@ class LiveReport:
         return build_page(report, version)
 
     def state(self) -> dict[str, Any]:
-        """Return the version, and a line about what the loop does now, "" where none runs."""
-        phase = current_phase(read_loop_log())
-        line = ""
-        if phase and 0 <= (seconds := time.time() - phase.time) < PHASE_HOURS * 3600:
-            line = f"{phase.data.get('text') or phase.data.get('phase')}, for {duration(seconds)}"
-        return {"version": self.version(), "phase": line}
+        """Return the version, a line about what the loop does ("" where none runs), and if it is alive."""
+        log = read_loop_log()
+        night = last_night(log)
+        is_gone = night is not None and night.is_cut_off
+        return {
+            "version": self.version(),
+            "phase": tell_phase(current_phase(log), is_gone),
+            "alive": not is_gone,
+        }
+
+
+def tell_phase(phase: Entry | None, is_gone: bool) -> str:
+    """Return a line about the phase of a loop, "" where there is none.
+
+    is_gone: the loop did not end in order, and its process is gone.
+    """
+    seconds = time.time() - phase.time if phase else 0.0
+    if phase is None or not 0 <= seconds < PHASE_HOURS * 3600:
+        return ""
+    text = phase.data.get("text") or phase.data.get("phase")
+    if is_gone:
+        return f"the loop is gone: it was killed, or the power was cut. Last, {duration(seconds)} ago: {text}"
+    return f"{text}, for {duration(seconds)}"
 
 
 class Server(ThreadingHTTPServer):

@@ -80,7 +80,7 @@ function valueLimits(values, first) {
   return [low - margin, high + margin];
 }
 
-const COUNT = {label: "experiment", incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500]};
+const COUNT = {label: "run", incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500]};
 const HOUR = 3600;
 // The times are those of the clock where the report was written, as if they were UTC.
 const CLOCK = {
@@ -98,7 +98,7 @@ function prepareProgress(place) {
   const key = "progress-" + number;
   const plot = element("div", "", {class: "plot"});
   const state = {axis: "n", range: null};
-  const axes = ["n", "t"].map(axis => choice(axis === "n" ? "by experiment" : "by clock", axis === "n", button => {
+  const axes = ["n", "t"].map(axis => choice(axis === "n" ? "by run" : "by clock", axis === "n", button => {
     state.axis = axis;
     press(axes, button);
     redrawChart(key);
@@ -110,7 +110,7 @@ function prepareProgress(place) {
   const hasTimes = data.series[number].t.some(time => time !== null);
   place.append(controls(...(hasTimes ? [...axes, null] : []), ...lasts, hint), plot);
 
-  // Show the last so many experiments, 0: all of them.
+  // Show the last so many runs, 0: all of them.
   function showLast(count) {
     const x = data.series[number][state.axis].filter(value => value !== null).sort((a, b) => a - b);
     const pad = 0.02 * (x.at(-1) - x.at(-count || 0)) || 1;
@@ -596,23 +596,35 @@ function showNow(state) {
   });
 }
 
-async function poll() {
+// Return what the server answers, null where it does not.
+async function ask(path) {
   try {
-    const answer = await fetch("state", {cache: "no-store"});
-    if (!answer.ok) throw new Error(answer.status);
-    const state = await answer.json();
-    showNow({...state, alive: true});
-    if (state.version !== version) await update(state.version);
+    const answer = await fetch(path, {cache: "no-store"});
+    return answer.ok ? await answer.text() : null;
   } catch (error) {
-    showNow({phase: "not live any more: autoresearch watch has ended", alive: false});
+    return null;
+  }
+}
+
+async function poll() {
+  const answer = await ask("state");
+  if (answer === null) return showNow({phase: "not live any more: autoresearch watch has ended", alive: false});
+  const state = JSON.parse(answer);
+  showNow(state);
+  if (state.version === version) return;
+  const text = await ask(".");
+  if (text === null) return; // the next poll says so
+  try {
+    update(text, state.version);
+  } catch (error) {
+    console.error(error);
+    showNow({phase: "what is new could not be drawn here: reload the page", alive: false});
   }
 }
 
 // Take over what changed. Scroll, folds, zoom, filter and what was chosen stay.
-async function update(newest) {
-  const answer = await fetch(".", {cache: "no-store"});
-  if (!answer.ok) return;
-  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+function update(text, newest) {
+  const page = new DOMParser().parseFromString(text, "text/html");
   const fresh = all("[data-part]", page);
   const names = fresh.map(part => part.dataset.part).join();
   if (names !== all("[data-part]").map(part => part.dataset.part).join()) return location.reload();
