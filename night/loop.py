@@ -520,6 +520,9 @@ class Loop:
         check_harness(self.trainer.name)  # before an agent is called in vain
         self.edit = self.edit_of_tree() or self.edit_at_hand() or self.ask_agent()
         self.save_state()
+        enough = self.find_end()  # the agent took its time, and a dry run takes some too
+        if enough:
+            raise NightOver(enough)
         self.check(self.edit)
         return self.train(self.edit)
 

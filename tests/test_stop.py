@@ -120,6 +120,17 @@ def test_a_loop_ends_after_the_experiment_at_hand(fast):
     assert len(rows()) == before + 1  # the edit that waited, or the agent's next one
 
 
+def test_an_edit_that_waits_for_its_dry_run_is_left_to_the_next_loop(fast, monkeypatch):
+    child = start_night(SLOW.replace("sleep(0.5)", "sleep(3.0)"))
+    log = home() / "runs" / "loop" / "loop.jsonl"
+    wait_until(lambda: log.exists() and "the agent thinks" in log.read_text())
+    ask_to_stop()
+    assert exit_code_of(child) == 0 and len(rows()) == 1
+    assert "a bit better" not in log.read_text()  # no dry run began
+    assert one_more_night(1) == 0
+    assert rows()[-1].description == "a bit better"
+
+
 def test_a_pause_is_cut_short(fast):
     child = start_night("import sys; sys.exit(1)", pause=3600.0)
     log = home() / "runs" / "loop" / "loop.jsonl"
