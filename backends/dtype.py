@@ -8,6 +8,7 @@ the cache: the launcher, the trainer and the processes that score all read the s
 imports a framework before the measurement.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -122,8 +123,12 @@ def read_times(text: str) -> LayerTimes | None:
         return None
 
 
+@functools.lru_cache
 def output_of_measurement(platform: Platform) -> str:
-    """Return what this module prints as a script, "" when it fails or hangs."""
+    """Return what this module prints as a script, "" when it fails or hangs.
+
+    A command that runs all night asks once: what failed does not cost it minutes again, or change its answer.
+    """
     command = [sys.executable, "-m", "backends.dtype", platform.device_kind, str(platform.start.n_embd)]
     try:
         done = subprocess.run(

@@ -92,6 +92,7 @@ def start_boxed(
     temporary.mkdir(exist_ok=True)
     for place in (compiled.folder(), compiled.bytecode_folder()):
         place.mkdir(parents=True, exist_ok=True)
+    compiled.link_from(temporary)
     environment = {
         **os.environ,
         **compiled.environment(code),

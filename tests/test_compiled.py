@@ -1,10 +1,15 @@
 """The compiled code of earlier runs: found again, and bounded."""
 
 import os
+import tempfile
 import time
+from pathlib import Path
+
+import pytest
 
 from launcher import compiled
 from launcher.compiled import environment, folder, remove_since, trim
+from launcher.processes import remove_tree
 
 
 def fill(house, monkeypatch, names):
@@ -65,6 +70,24 @@ def test_without_kernels_there_is_nothing_to_copy(house, monkeypatch, tmp_path):
     fill(house, monkeypatch, [])
     compiled.copy_kernels(tmp_path / "own")
     assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("user", ["ann", "DOMAIN\\\\bob"])
+def test_a_precompiled_header_outlives_the_run_that_made_it(house, monkeypatch, user):
+    """PyTorch puts it below the folder for temporary files, which is the run's own."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    monkeypatch.setenv("LOGNAME", user)
+    for run in ("a", "b"):
+        temporary = house / run
+        temporary.mkdir()
+        compiled.link_from(temporary)
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        folder().mkdir(parents=True, exist_ok=True)
+        assert os.path.realpath(default_cache_dir()) == os.path.realpath(folder())
+        Path(default_cache_dir(), "header").touch()
+        remove_tree(temporary)
+        assert (folder() / "header").exists()
 
 
 def test_what_was_written_after_a_moment_is_forgotten(house, monkeypatch):

@@ -10,7 +10,9 @@ import torch
 from backends import cuda, dtype
 from backends.dtype import LayerTimes, choose_dtype, times_path
 from backends.platforms import Facts, current_platform, load_platforms
+from launcher.ledger import Row
 from launcher.setting import resolve
+from launcher.verify import setting_of
 
 XEON = LayerTimes(  # amx and avx512_bf16 among its flags, and yet half as fast in bfloat16
     float32_products=20.0, float32_elementwise=6.0, bfloat16_products=40.0, bfloat16_elementwise=5.0
@@ -107,10 +109,13 @@ def test_a_measurement_that_fails_is_no_crash_and_is_not_kept(cpu, machine, prin
 
 
 def test_a_measurement_that_hangs_or_cannot_start_is_given_up(cpu, monkeypatch):
+    dtype.output_of_measurement.cache_clear()
     monkeypatch.setattr(dtype, "MOST_SECONDS", 0.01)
     assert dtype.output_of_measurement(cpu) == ""
+    dtype.output_of_measurement.cache_clear()
     monkeypatch.setattr(dtype.sys, "executable", "/nowhere/python")
     assert dtype.output_of_measurement(cpu) == ""
+    dtype.output_of_measurement.cache_clear()
 
 
 def test_all_processes_of_a_run_get_the_answer_of_the_launcher(cpu, machine, monkeypatch):
@@ -125,6 +130,13 @@ def test_all_processes_of_a_run_get_the_answer_of_the_launcher(cpu, machine, mon
         monkeypatch.setenv(name, value)
     assert current_platform().bf16 is True
     assert cuda.compute_dtype(current_platform()) == torch.bfloat16 and machine.asked == 1
+
+
+def test_a_saved_model_is_scored_again_in_the_dtype_of_its_row(house):
+    row = Row(platform="cpu", track="tiny", budget=300.0, val_tokens=16384)
+    assert not setting_of(row).bf16  # the platform states float32
+    row.dtype = "bfloat16"
+    assert setting_of(row).bf16 and setting_of(row).board.platform == "cpu"
 
 
 def test_the_times_are_the_best_of_each_kind(monkeypatch):
