@@ -92,15 +92,17 @@ class UserError(Exception):
 
 
 def note(message: str) -> None:
-    """Print a message to stderr: stdout is for data."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a message to stderr: stdout is for data. Where the person asked for quiet, print nothing."""
+    if not os.environ.get("AUTORESEARCH_QUIET"):
+        print(message, file=sys.stderr, flush=True)
 
 
 def bar(items: Iterable[Any], what: str, unit: str) -> Iterable[Any]:
     """Show a tqdm bar on a terminal and nothing elsewhere: a log wants lines, not carriage returns."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, unit=unit, disable=None, leave=False, file=sys.stderr)
+    disable = True if os.environ.get("AUTORESEARCH_QUIET") else None  # None: where there is no terminal
+    return tqdm(items, desc=what, unit=unit, disable=disable, leave=False, file=sys.stderr)
 
 
 def first_line(error: Exception) -> str:

@@ -36,9 +36,14 @@ HEAD_DIM = START.head_dim
 # A letter per layer, repeated: L sees the whole row, S the short window; the last layer is L.
 WINDOW_PATTERN = START.window_pattern
 SHORT_WINDOW = START.short_window  # tokens, the position itself included
-BIGRAM_ROWS = START.bigram_rows  # of a hashed bigram table, a power of two; 0: no such tables
+# Value embeddings. A letter per layer, repeated, its end at the last layer: T has a row for each token,
+# B for each hashed bigram, G for each hashed trigram, "-" none.
+VALUE_PATTERN = "GTBT"
+BIGRAM_ROWS = START.bigram_rows  # of a table of hashed n-grams, a power of two; 0: no such tables
 ROPE_BASE = 200_000
 SOFTCAP = 15.0  # logits are squashed to (-SOFTCAP, SOFTCAP)
+INIT_SCALE = 0.68  # of the initial matrices and value embeddings
+X0_START = 0.05  # initial share of the first layer's input in the input of every layer
 
 # Batch
 TOTAL_BATCH_SIZE = START.total_batch_size  # tokens an optimizer step
@@ -47,17 +52,19 @@ EVAL_BATCH_SIZE = START.eval_batch_size  # rows a forward pass when scoring
 
 # Optimizer
 MATRIX_LR = 0.04  # Muon, all matrices of the blocks
-EMBEDDING_LR = 0.6  # AdamW, token and value embeddings
-UNEMBEDDING_LR = 0.004  # AdamW, lm_head
+EMBEDDING_LR = 0.9  # AdamW, token and value embeddings
+UNEMBEDDING_LR = 0.005  # AdamW, lm_head
 SCALAR_LR = 0.5  # AdamW, residual and x0 scalars
 ADAM_BETAS = (0.8, 0.95)
 MUON_BETA2 = 0.95  # of NorMuon's second moment
 WEIGHT_DECAY = 0.2  # Muon, cautious; falls to 0 over the run
-EMBEDDING_DECAY = 0.0  # AdamW, embeddings
+EMBEDDING_DECAY = 0.001  # AdamW, token embeddings
+VALUE_DECAY = 0.003  # AdamW, value embeddings
+UNEMBEDDING_DECAY = 0.01  # AdamW, lm_head
 WARMUP_RATIO = 0.05  # share of the time budget over which the learning rate rises
 WARMDOWN_RATIO = 0.8  # share over which it falls
-FINAL_LR_FRAC = 0.0  # of the full rate, at the end
-MOMENTUM_RATIO = 0.3  # share over which Muon's momentum rises from 0.85 to 0.95
+FINAL_LR_FRAC = 0.05  # of the full rate, at the end
+MOMENTUM_RATIO = 0.1  # share over which Muon's momentum rises from 0.85 to 0.95
 
 # Machine
 COMPILE = True
@@ -137,7 +144,8 @@ class Config:
     head_dim: int
     window_pattern: str
     short_window: int
-    bigram_rows: int  # 0: no bigram tables
+    value_pattern: str
+    bigram_rows: int  # 0: no tables of n-grams
     bos: int  # the token that opens a document
     dtype: mx.Dtype  # of activations and embeddings; the other weights are float32
 
@@ -150,13 +158,14 @@ class Config:
         short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer < self.n_layer - 1
         return min(self.short_window, self.seq_len) if short else self.seq_len
 
-    def embeds_tokens(self, layer: int) -> bool:
-        """Return whether a layer has a value embedding for each token: alternating layers and the last do."""
-        return layer % 2 == (self.n_layer - 1) % 2
+    def value_kind(self, layer: int) -> str:
+        """Return the letter of a layer in value_pattern."""
+        return self.value_pattern[(layer - self.n_layer) % len(self.value_pattern)]
 
     def value_rows(self, layer: int) -> int:
-        """Return the rows of a layer's value embeddings, for tokens or hashed bigrams; 0: it has none."""
-        return self.vocab_size if self.embeds_tokens(layer) else self.bigram_rows
+        """Return the rows of a layer's value embeddings; 0: it has none."""
+        kind = self.value_kind(layer)
+        return {"T": self.vocab_size, "B": self.bigram_rows, "G": self.bigram_rows, "-": 0}[kind]
 
 
 def norm(x: mx.array) -> mx.array:
@@ -189,15 +198,20 @@ def rotate(x: mx.array, rotary: mx.array) -> mx.array:
     return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=0, freqs=rotary)
 
 
-def hash_bigrams(idx: mx.array, bos: int, rows: int) -> mx.array:
-    """Return the row of a bigram table for each token and the one before it. idx: int32 [B, T].
+HASH_MULTIPLIERS = (0x7FEB352D, 0x5BD1E995, 0x2C1B3C6D)  # odd
+
+
+def hash_ngrams(idx: mx.array, n: int, bos: int, rows: int) -> mx.array:
+    """Return the row of a table of n-grams for each token and the n - 1 before it. idx: int32 [B, T].
 
     rows: a power of two, 0 without a table. Multiply-shift modulo 2^32 (Thorup 2015, arXiv:1504.06804). The
     tables are from public searches on this problem, autoresearch issues 243 and 244.
     """
-    before = mx.pad(idx[:, :-1], ((0, 0), (1, 0)), constant_values=bos)
-    before = mx.where(idx == bos, bos, before)  # no bigram crosses the border of two documents
-    hashed = before.astype(mx.uint32) * 0x5BD1E995 + idx.astype(mx.uint32) * 0x7FEB352D
+    token, hashed = idx, idx.astype(mx.uint32) * HASH_MULTIPLIERS[0]
+    for multiplier in HASH_MULTIPLIERS[1:n]:
+        token = mx.pad(token[:, :-1], ((0, 0), (1, 0)), constant_values=bos)
+        token = mx.where(idx == bos, bos, token)  # no n-gram crosses the border of two documents
+        hashed = hashed + token.astype(mx.uint32) * multiplier
     bits = rows.bit_length() - 1
     return hashed >> 32 - bits
 
@@ -278,7 +292,7 @@ class GPT(nn.Module):
 
     def init_weights(self) -> None:
         """Draw new weights from the framework's generator."""
-        bound = (3 / self.config.n_embd) ** 0.5  # uniform with standard deviation n_embd ** -0.5
+        bound = INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # standard deviation INIT_SCALE * n_embd ** -0.5
 
         def uniform(like: mx.array) -> mx.array:
             return mx.random.uniform(-bound, bound, like.shape).astype(like.dtype)
@@ -295,17 +309,18 @@ class GPT(nn.Module):
             if block.attn.gate is not None:
                 block.attn.gate = mx.zeros_like(block.attn.gate)
         self.resid_lambdas = mx.ones_like(self.resid_lambdas)
-        self.x0_lambdas = mx.full(self.x0_lambdas.shape, 0.1)
+        self.x0_lambdas = mx.full(self.x0_lambdas.shape, X0_START)
         mx.eval(self.parameters())
 
     def trunk(self, idx: mx.array) -> mx.array:
         """Return the hidden states [B, T, n_embd] in the compute dtype, normalised. idx: int32 [B, T]."""
         x = x0 = norm(self.wte[idx])
-        bigrams = hash_bigrams(idx, self.config.bos, self.config.bigram_rows)
+        c = self.config
+        bigrams, trigrams = (hash_ngrams(idx, n, c.bos, c.bigram_rows) for n in (2, 3))
+        rows = {"T": idx, "B": bigrams, "G": trigrams}
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i].astype(x.dtype) * x + self.x0_lambdas[i].astype(x.dtype) * x0
-            rows = idx if self.config.embeds_tokens(i) else bigrams
-            ve = (self.value_embeds[f"layer{i}"], rows) if self.config.value_rows(i) else None
+            ve = (self.value_embeds[f"layer{i}"], rows[c.value_kind(i)]) if c.value_rows(i) else None
             x = block(x, ve, self._rotary)
         return norm(x)
 
@@ -336,6 +351,7 @@ def build_model(track: Prepared, platform: Platform) -> GPT:
         head_dim=HEAD_DIM,
         window_pattern=WINDOW_PATTERN,
         short_window=SHORT_WINDOW,
+        value_pattern=VALUE_PATTERN,
         bigram_rows=BIGRAM_ROWS,
         bos=track.bos,
         dtype=compute_dtype(platform),
@@ -484,9 +500,10 @@ class Optimizer:
 
     def __init__(self, model: GPT) -> None:
         scale = (model.config.n_embd / 768) ** -0.5  # AdamW's rates were tuned at width 768
-        embedding = AdamW(EMBEDDING_LR * scale, decay=EMBEDDING_DECAY)
+        value = AdamW(EMBEDDING_LR * scale, decay=VALUE_DECAY)
         others = {
-            "lm_head": AdamW(UNEMBEDDING_LR * scale),
+            "wte": AdamW(EMBEDDING_LR * scale, decay=EMBEDDING_DECAY),
+            "lm_head": AdamW(UNEMBEDDING_LR * scale, decay=UNEMBEDDING_DECAY),
             "resid_lambdas": AdamW(SCALAR_LR * 0.01),
             "x0_lambdas": AdamW(SCALAR_LR, betas=(0.96, 0.95)),
         }
@@ -497,7 +514,7 @@ class Optimizer:
             if name.startswith("blocks."):
                 stacks.setdefault(p.shape[-2:], []).append(name)
             else:
-                self.adamw[name] = others.get(name, embedding)
+                self.adamw[name] = others.get(name, value)
         self.muon = list(stacks.values())
         self.state: dict[str, Any] = {}
         self.reset()

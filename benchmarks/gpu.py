@@ -286,6 +286,7 @@ def run_small_model(device: str, dtype: Any, fuse: bool) -> tuple[float, dict[st
         head_dim=D // 4,
         window_pattern="SSSL",
         short_window=T // 8,
+        value_pattern="BT",
         bigram_rows=16384 if device == "cuda" else 512,
         bos=0,
         dtype=dtype,

@@ -27,18 +27,28 @@ TIME_BUDGET = float(os.environ["VERSUS_BUDGET"])
 SEED = int(os.environ["VERSUS_SEED"])
 
 
+def missing_attention(*arguments: Any) -> Tensor:
+    """Stand for FlashAttention where there is none.
+
+    Raises:
+        SystemExit: always.
+    """
+    raise SystemExit("versus: FlashAttention is needed: uv sync --extra flash")
+
+
 class fa3:
     """The attention of our trainer on this GPU, by the name that the original calls."""
+
+    # Chosen here, once: a choice inside the compiled model would cut its graph at every layer.
+    attend = staticmethod(kernels.flash_attention() or missing_attention)
 
     @staticmethod
     def flash_attn_func(
         q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window_size: tuple[int, int] = (-1, 0)
     ) -> Tensor:
         """Return causal attention [B, T, H, D]. window_size[0]: tokens that it sees before its own."""
-        attend = kernels.flash_attention()
-        assert attend is not None and causal, "FlashAttention is needed: uv sync --extra flash"
         left = window_size[0]
-        return attend(q, k, v, q.shape[1] if left < 0 else left + 1)
+        return fa3.attend(q, k, v, q.shape[1] if left < 0 else left + 1)
 
 
 class Tokenizer:

@@ -1,8 +1,8 @@
 """
 The leaderboard: who is best on each device, and how the devices compare.
 
-Ledgers -> boards of runs that may be compared -> a table, TSV or JSON. The standard library reads and ranks;
-rich, imported when a table is due, draws it.
+Ledgers -> boards of runs that may be compared -> a table (launcher/table.py), TSV or JSON. A ledger of
+another tool has a board of its own, which is compared with nothing. The standard library reads and ranks.
 """
 
 import json
@@ -10,9 +10,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from launcher.ledger import (
     ABOUT_RUNS,
@@ -31,11 +30,10 @@ from launcher.ledger import (
     warn,
 )
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 # The columns that boards and the report need. Without the others a long ledger takes half the memory.
 NEEDED = {
+    "commit",
+    "seed",
     "val_bpb",
     "memory_gb",
     "status",
@@ -64,22 +62,6 @@ NEEDED = {
     "reason",
 }
 MAX_ROWS = 20  # of a table, where the caller names no number
-PIPE_WIDTH = 1_000_000  # characters; wide enough that nothing is cut or wrapped where no terminal shows it
-NARROW_TERMINAL = 150  # characters; on a narrower terminal the tables have the few columns named below
-NARROW_COLUMNS = {
-    "rank",
-    "val_bpb",
-    "gain",
-    "status",
-    "run",
-    "description",
-    "why",
-    "device",
-    "runs",
-    "best_val_bpb",
-    "gap_closed_percent",
-}
-WRAPPED_COLUMNS = {"description", "why", "device"}  # on a terminal these give way first
 DECIMALS = {"val_bpb": 6, "gain": 6, "best_val_bpb": 6, "baseline_val_bpb": 6, "stderr": 4}
 
 
@@ -118,16 +100,35 @@ class Board:
 
     @property
     def title(self) -> str:
-        key = self.key
-        where = f"{key.track} on {key.device} ({key.platform})"
-        how = f"{key.budget:g} s, {key.val_tokens:,} tokens scored, rules {key.rules}"
-        return f"{where}: {len(self.rows)} runs, {how}, data {key.fingerprint[:8]}"
+        return describe_board(self.key, f"{len(self.rows)} runs, ")
+
+
+def describe_board(key: BoardKey, runs: str = "") -> str:
+    """Return what the runs of a board share, in a line. runs: words about them, with a comma at their end."""
+    where = f"{key.track} on {key.device} ({key.platform})"
+    how = f"{key.budget:g} s, {key.val_tokens:,} tokens scored, rules {key.rules}"
+    return f"{where}: {runs}{how}, data {key.fingerprint[:8]}"
+
+
+@dataclass
+class ForeignBoard:
+    """The scored runs of a ledger that another tool wrote, best first. Its rules are unknown."""
+
+    ledger: str  # the file
+    baseline: Row  # the first of them
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return f"unverified: {self.ledger}, {len(self.rows)} runs of another tool, by rules that are unknown"
 
 
 class Boards(NamedTuple):
     """Everything that the ledgers hold, each run once."""
 
+    runs: list[Row]  # all of them, those of a file in its order
     boards: list[Board]  # by track, then by their best val_bpb
+    foreign: list[ForeignBoard]  # one for each file
     unranked: list[Row]
     verifications: dict[str, Row]  # run id -> the last row that `autoresearch verify` added about it
     # Run id -> the last row that `autoresearch confirm` added about it. Where `verify` refuted a run of the
@@ -155,8 +156,12 @@ def gather(
     rows, about = read_runs(paths, track, platform, complain, wanted)
     verifications = {row.run: row for row in about if row.status in (VERIFIED, REFUTED)}
     boards: dict[BoardKey, Board] = {}
+    foreign: dict[str, ForeignBoard] = {}
     unranked = []
     for row in rows:
+        if row.scored and not row.rules:
+            foreign.setdefault(row.ledger, ForeignBoard(row.ledger, row)).rows.append(row)
+            continue
         if not row.ranked or is_refuted(row, verifications):
             unranked.append(row)
             continue
@@ -173,8 +178,11 @@ def gather(
         else:
             unranked += board.rows
     ranked.sort(key=lambda board: (board.key.track, board.best.val_bpb))
+    for other in foreign.values():
+        other.rows.sort(key=lambda row: row.val_bpb)
+    claims = standing_claims(about, verifications)
     moves = [row for row in about if row.status == MOVED]
-    return Boards(ranked, unranked, verifications, standing_claims(about, verifications), moves)
+    return Boards(rows, ranked, list(foreign.values()), unranked, verifications, claims, moves)
 
 
 def standing_claims(about: Iterable[Row], verifications: dict[str, Row]) -> dict[str, Row]:
@@ -248,30 +256,39 @@ def why_unranked(row: Row, verifications: dict[str, Row]) -> str:
 
 
 class RankedRun(NamedTuple):
-    """A line of a board."""
+    """A line of a board. None: there is no such number."""
 
     rank: int
     val_bpb: float
-    stderr: float
+    stderr: float | None
     gain: float  # how much lower its val_bpb is than the baseline's
     verified: bool  # `autoresearch confirm` showed that its trainer is better than the baseline
     status: str
-    tokens_per_second: float
-    mfu_percent: float
-    memory_gb: float
-    num_params_M: float
-    run: str
+    tokens_per_second: float | None
+    mfu_percent: float | None
+    memory_gb: float | None
+    num_params_M: float | None
+    run: str  # of another tool's, the commit
     description: str
+    time: str
+    seed: int | None
+    flags: list[str]
+    reason: str
 
 
 class UnrankedRun(NamedTuple):
     """A line about a run that is on no board."""
 
-    val_bpb: float
+    val_bpb: float | None
     run: str
     device: str
     why: str
     description: str
+    status: str
+    time: str
+    seed: int | None
+    flags: list[str]
+    reason: str
 
 
 class DeviceResult(NamedTuple):
@@ -293,28 +310,57 @@ class DeviceResult(NamedTuple):
 TableLine = RankedRun | UnrankedRun | DeviceResult
 
 
-def list_ranked(board: Board, claims: dict[str, Row], most: int | None = None) -> list[RankedRun]:
-    """Return the lines of a board, best first; only the first `most` where it is given."""
+def list_ranked(
+    board: Board | ForeignBoard, claims: dict[str, Row], most: int | None = None, sort: str = ""
+) -> list[RankedRun]:
+    """Return the lines of a board, best first.
+
+    Args:
+        board: whose lines.
+        claims: by the run that they are about.
+        most: the first so many lines alone.
+        sort: a column to sort by, in place of val_bpb; with a "-" before it, the largest first.
+    """
     baseline = board.baseline.val_bpb
+    rows = board.rows if sort else board.rows[:most]
     lines = []
-    for rank, row in enumerate(board.rows[:most], 1):
+    for rank, row in enumerate(rows, 1):
         claim = claims.get(row.run)
         line = RankedRun(
             rank=rank,
             val_bpb=row.val_bpb,
-            stderr=row.val_stderr,
+            stderr=row.val_stderr or None,
             gain=round(baseline - row.val_bpb, 6),
             verified=claim is not None and claim.status == CONFIRMED,
             status=row.status,
-            tokens_per_second=row.tokens_per_second,
-            mfu_percent=row.mfu_percent,
-            memory_gb=row.memory_gb,
-            num_params_M=row.num_params_M,
-            run=row.run,
+            tokens_per_second=row.tokens_per_second or None,
+            mfu_percent=row.mfu_percent or None,
+            memory_gb=row.memory_gb or None,
+            num_params_M=row.num_params_M or None,
+            run=row.run or row.commit,
             description=row.description,
+            time=row.time,
+            seed=row.seed if row.rules else None,
+            flags=flags_of(row),
+            reason=row.reason,
         )
         lines.append(line)
-    return lines
+    return sort_lines(lines, sort)[:most]
+
+
+def sort_lines(lines: list[RankedRun], sort: str) -> list[RankedRun]:
+    """Return lines sorted by a column, "-" before it: the largest first. What has no value comes last."""
+    column = sort.removeprefix("-")
+    if not column:
+        return lines
+    with_value = [line for line in lines if getattr(line, column) not in (None, "", [])]
+    without = [line for line in lines if getattr(line, column) in (None, "", [])]
+    return sorted(with_value, key=lambda line: getattr(line, column), reverse=sort[0] == "-") + without
+
+
+def flags_of(row: Row) -> list[str]:
+    """Return the flags of a row in their order."""
+    return [flag for flag in row.marks.split(",") if flag]
 
 
 def describe_result(board: Board, claims: dict[str, Row]) -> str:
@@ -340,7 +386,18 @@ def describe_result(board: Board, claims: dict[str, Row]) -> str:
 def list_unranked(rows: Iterable[Row], verifications: dict[str, Row]) -> list[UnrankedRun]:
     """Return the lines about unranked rows, in the order of the rows."""
     return [
-        UnrankedRun(row.val_bpb, row.run, row.device, why_unranked(row, verifications), row.description)
+        UnrankedRun(
+            val_bpb=row.val_bpb if row.scored else None,
+            run=row.run or row.commit,
+            device=row.device,
+            why=why_unranked(row, verifications),
+            description=row.description,
+            status=row.status,
+            time=row.time,
+            seed=row.seed if row.rules else None,
+            flags=flags_of(row),
+            reason=row.reason,
+        )
         for row in rows
     ]
 
@@ -379,6 +436,8 @@ def format_cell(column: str, value: object) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else ""
+    if isinstance(value, list):
+        return ",".join(value)
     if isinstance(value, float):
         if column in DECIMALS:
             return f"{value:.{DECIMALS[column]}f}"
@@ -391,12 +450,21 @@ def format_cell(column: str, value: object) -> str:
 # ---------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What of a leaderboard a person wants to see."""
+
+    columns: tuple[str, ...] = ()  # of RankedRun; empty: those that fit
+    sort: str = ""  # as for list_ranked
+    most: int = MAX_ROWS  # runs of a table
+
+
 def print_leaderboard(
-    paths: Iterable[Path],
+    paths: Sequence[Path],
     track: str | None = None,
     platform: str | None = None,
     kind: str = "text",
-    most: int = MAX_ROWS,
+    wanted: Wanted = Wanted(),  # noqa: B008  it is frozen
     out: TextIO | None = None,
     runs: Path | None = None,
 ) -> None:
@@ -407,44 +475,75 @@ def print_leaderboard(
         track: show this track only.
         platform: show this platform only.
         kind: "text" (tables), "tsv" (all ranked runs) or "json" (everything).
-        most: runs of a table at most.
+        wanted: which columns and lines.
         out: where to print; stdout if left out.
         runs: the folder of the runs that the ledgers should have; None: it is not known.
+
+    Raises:
+        UserError: there is no such track or platform.
     """
     boards = gather(paths, track, platform, wanted=NEEDED)
+    if not boards.runs:
+        require_names(paths, track, platform)
     if runs and not (track or platform):
         warn_of_lost_runs(boards, runs)
     out = out or sys.stdout
     if kind == "json":
-        print_json(boards, out)
+        print_json(boards, wanted, out)
     elif kind == "tsv":
-        print_tsv(boards, out)
+        print_tsv(boards, wanted, out)
     else:
-        print_text(boards, most, out)
+        print_text(boards, wanted, out)
+
+
+def require_names(paths: Iterable[Path], track: str | None, platform: str | None) -> None:
+    """Raise UserError when neither the ledgers nor platforms.yaml have a track or platform of that name."""
+    if not (track or platform):
+        return
+    # Not at the top: they bring numpy, and the leaderboard is quick.
+    from backends.platforms import load_platforms
+    from launcher.exit_codes import EXIT_USAGE
+    from prepare import UserError, load_tracks
+
+    asked = {"track": track, "platform": platform}
+    known = {"track": set(load_tracks()), "platform": set(load_platforms())}
+    for path in paths:
+        for row in Ledger(path).rows(wanted=("val_bpb", "track", "platform")):
+            known["track"].add(row.track)
+            known["platform"].add(row.platform)
+    for kind, name in asked.items():
+        if name and name not in known[kind]:
+            listed = ", ".join(sorted(known[kind] - {""}))
+            raise UserError(f"there is no {kind} '{name}': the {kind}s are {listed}", EXIT_USAGE)
 
 
 def warn_of_lost_runs(boards: Boards, folder: Path) -> None:
     """Say how many runs in a folder of runs have a row, and the ledgers have it not."""
-    rows = chain(boards.unranked, *(board.rows for board in boards.boards))
-    lost = [run for run in missing_runs(folder, rows) if (folder / run / "row.json").is_file()]
+    lost = [run for run in missing_runs(folder, boards.runs) if (folder / run / "row.json").is_file()]
     if lost:
         warn(f"the ledger lacks {len(lost)} of the runs in {folder}: the next run, try or loop adds them")
 
 
-def print_json(boards: Boards, out: TextIO) -> None:
+def print_json(boards: Boards, wanted: Wanted, out: TextIO) -> None:
     """Print everything as one JSON object."""
-    tables = []
-    for board in boards.boards:
-        lines = list_ranked(board, boards.claims)
-        table = {
-            "title": board.title,
-            "result": describe_result(board, boards.claims),
-            "rows": [line._asdict() for line in lines],
-        }
-        tables.append(table)
+
+    def rows_of(board: Board | ForeignBoard) -> list[dict[str, Any]]:
+        return [line._asdict() for line in list_ranked(board, boards.claims, sort=wanted.sort)]
+
     unranked = list_unranked(boards.unranked, boards.verifications)
     data = {
-        "boards": tables,
+        "boards": [
+            {
+                "title": board.title,
+                "result": describe_result(board, boards.claims),
+                **board.key._asdict(),
+                "rows": rows_of(board),
+            }
+            for board in boards.boards
+        ],
+        "foreign": [
+            {"title": board.title, "ledger": board.ledger, "rows": rows_of(board)} for board in boards.foreign
+        ],
         "across": [line._asdict() for line in compare_devices(boards.boards)],
         "unranked": [line._asdict() for line in unranked],
     }
@@ -452,63 +551,49 @@ def print_json(boards: Boards, out: TextIO) -> None:
     out.write("\n")
 
 
-def print_tsv(boards: Boards, out: TextIO) -> None:
-    """Print the ranked runs, one a line, the numbers in full."""
-    out.write("\t".join(("track", "device", *RankedRun._fields)) + "\n")
+def print_tsv(boards: Boards, wanted: Wanted, out: TextIO) -> None:
+    """Print the ranked runs, one a line, the numbers in full. What is missing is empty."""
+    columns = wanted.columns or RankedRun._fields
+    out.write("\t".join(("track", "device", *columns)) + "\n")
     for board in boards.boards:
-        for line in list_ranked(board, boards.claims):
-            cells = (board.key.track, board.key.device, *line)
+        for line in list_ranked(board, boards.claims, sort=wanted.sort):
+            values = [getattr(line, column) for column in columns]
+            cells = [board.key.track, board.key.device, *map(tsv_cell, values)]
             out.write("\t".join(single_line(cell) for cell in cells) + "\n")
 
 
-def print_text(boards: Boards, most: int, out: TextIO) -> None:
+def tsv_cell(value: object) -> object:
+    """Return a value as the TSV has it."""
+    if value is None:
+        return ""
+    return ",".join(value) if isinstance(value, list) else value
+
+
+def print_text(boards: Boards, wanted: Wanted, out: TextIO) -> None:
     """Print a table for each board, the comparison of devices, and what is not ranked."""
-    if not boards.boards and not boards.unranked:
+    if not boards.runs:
         out.write("no experiments yet: autoresearch run\n")
         return
+    from launcher.table import open_console, print_table
+
     console = open_console(out)
-    for board in boards.boards:
-        title = f"{board.title}\n{describe_result(board, boards.claims)}"
-        print_table(console, title, list_ranked(board, boards.claims, most))
-        if len(board.rows) > most:
-            out.write(f"... {len(board.rows) - most} more (--json or --tsv has them)\n")
+    shown: list[Board | ForeignBoard] = [*boards.boards, *boards.foreign]
+    for board in shown:
+        lines = list_ranked(board, boards.claims, wanted.most, wanted.sort)
+        title = board.title
+        if isinstance(board, Board):
+            title = f"{title}\n{describe_result(board, boards.claims)}"
+        print_table(console, title, lines, wanted.columns)
+        if len(board.rows) > wanted.most:
+            out.write(f"... {len(board.rows) - wanted.most} more (--rows, --json or --tsv has them)\n")
         out.write("\n")
     if len(boards.boards) > 1:
         print_table(console, "across devices", compare_devices(boards.boards))
         out.write("\n")
     if boards.unranked:
         title = f"not ranked: {len(boards.unranked)}"
-        if len(boards.unranked) > most:
-            title += f", the last {most} of them (--json has all)"
-        print_table(console, title, list_unranked(boards.unranked[-most:], boards.verifications))
-
-
-def open_console(out: TextIO) -> "Console":
-    """Return a console that takes text as it is. On a terminal it has the terminal's width."""
-    from rich.console import Console
-
-    width = None if out.isatty() else PIPE_WIDTH
-    return Console(file=out, width=width, markup=False, emoji=False, highlight=False)
-
-
-def print_table(console: "Console", title: str, lines: Sequence[TableLine]) -> None:
-    """Print a title, of a line or more, and a table of lines of one kind, numbers to the right."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    narrow = console.width < NARROW_TERMINAL
-    columns = [name for name in lines[0]._fields if not narrow or name in NARROW_COLUMNS]
-    for name in columns:
-        justify: Literal["left", "right"] = "left" if isinstance(getattr(lines[0], name), str) else "right"
-        wrapped = name in WRAPPED_COLUMNS
-        table.add_column(
-            name, justify=justify, no_wrap=not wrapped, overflow="fold" if wrapped else "ellipsis"
-        )
-    for line in lines:
-        table.add_row(*(format_cell(name, getattr(line, name)) or "-" for name in columns))
-    with console.capture() as captured:
-        for heading in title.split("\n"):
-            console.print(single_line(heading))
-        console.print(table)
-    for text in captured.get().removesuffix("\n").split("\n"):
-        console.file.write(text.rstrip() + "\n")
+        if len(boards.unranked) > wanted.most:
+            title += f", the last {wanted.most} of them (--json has all)"
+        lines_about = list_unranked(boards.unranked[-wanted.most :], boards.verifications)
+        columns = [name for name in wanted.columns if name in UnrankedRun._fields]
+        print_table(console, title, lines_about, columns)

@@ -39,7 +39,6 @@ from backends.protocol import (
 )
 from launcher import compiled, shared_memory
 from launcher.box import Policy
-from launcher.console import OnEvent
 from launcher.device import Watch
 from launcher.ledger import single_line
 from launcher.processes import (
@@ -50,6 +49,7 @@ from launcher.processes import (
     remove_tree,
     stop_on_signals,
 )
+from launcher.progress import OnEvent
 from launcher.score import Job, NotScored, Score, ScoringPair
 from launcher.setting import Setting
 from launcher.walls import common_policy, start_boxed, trainer_policy

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher import compiled
+from launcher.console import print_object
 from launcher.ledger import warn
 from launcher.runs import ledger, record_killed_runs, runs_dir, runs_to_keep
 from prepare import cache_dir, load_tracks, prepared_path
@@ -19,21 +20,24 @@ class Item(NamedTuple):
     num_bytes: int
 
 
-def free_disk(apply: bool) -> None:
-    """Show what runs/ and the cache hold. apply: free what is not needed."""
+def free_disk(apply: bool, as_json: bool = False) -> None:
+    """Show what runs/ and the cache hold. apply: free what is not needed. as_json: print one object."""
     record_killed_runs()  # the ledger says what is needed: none of its rows may be lost
-    freed = 0
-    for item in [*saved_weights(), *prepared_data(), *compiled_code()]:
+    items = [*saved_weights(), *prepared_data(), *compiled_code()]
+    for item in items:
         state = "kept" if item.needed else "free"
-        print(f"{state}  {item.num_bytes / 2**20:9.1f} MiB  {item.path}")
-        if item.needed:
-            continue
-        freed += item.num_bytes
-        if apply:
+        if not as_json:
+            print(f"{state}  {item.num_bytes / 2**20:9.1f} MiB  {item.path}")
+        if apply and not item.needed:
             if item.path.is_dir():
                 shutil.rmtree(item.path)
             else:
                 item.path.unlink()
+    freed = sum(item.num_bytes for item in items if not item.needed)
+    if as_json:
+        listed = [{**item._asdict(), "path": str(item.path)} for item in items]
+        print_object({"freed": apply, "bytes": freed, "items": listed})
+        return
     done = "freed" if apply else "would free (--yes does it)"
     print(f"{done}: {freed / 2**20:.1f} MiB")
 

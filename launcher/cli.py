@@ -1,93 +1,38 @@
 """The `autoresearch` command. Every command imports what it needs when it is called: --help is instant."""
 
-import io
-import math
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
-from launcher.entry import EXIT_INTERRUPTED, leave
+from launcher.command import AGENTS, KEEP_HOUSE, READ, RESEARCH, START, Group
+from launcher.exit_codes import EXIT_DONE, EXIT_FAILED
 from launcher.ledger import single_line
+from launcher.options import (
+    COLUMN,
+    COLUMNS,
+    RUN,
+    Name,
+    Seconds,
+    experiment_options,
+    filter_options,
+    json_option,
+    ledgers_argument,
+    message_option,
+    platform_option,
+    run_argument,
+    setting_options,
+    track_option,
+)
 
 if TYPE_CHECKING:
     from launcher.device import WhenBusy
     from launcher.setting import Setting
 
-RUN_EXIT_CODES = """\b
-    Exit codes: 0 keep, 3 discard, 1 crash, 4 timeout, 5 invalid, 6 no verdict (something else
-    used the device, or a laptop without power), 2 usage, 130 interrupted.
-    An error that the message names: 1."""
-
-FOR_AGENTS = ("show", "restore", "leaderboard", "platforms", "program")  # what an agent of the loop may call
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class Group(click.Group):
-    """Turns a user's mistake, and what the system refuses, into one line and an exit code."""
-
-    def main(self, *arguments: Any, **more: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # a path or a terminal may be no UTF-8
-        try:
-            return super().main(*arguments, **more)
-        except Exception as error:
-            # Not at the top: they bring numpy, and the leaderboard is quick.
-            from launcher.console import describe_os_error
-            from prepare import UserError
-
-            if isinstance(error, UserError):
-                message, code = str(error), error.code
-            elif isinstance(error, OSError):  # a full or read-only disk, a file in the place of a folder
-                message, code = describe_os_error(error), 1
-            else:
-                raise
-            click.echo(f"autoresearch: {single_line(message)}", err=True)
-            sys.exit(code)
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            with interruptible():
-                return super().invoke(context)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            sys.exit(EXIT_INTERRUPTED)
-        except BrokenPipeError:
-            # The reader went away (`| head`). Python would complain once more when it closes stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt: the command is under way, and ends in order."""
-    at_once = signal.getsignal(signal.SIGINT) is leave
-    if at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if at_once:
-            signal.signal(signal.SIGINT, leave)
-
-
-class Seconds(click.FloatRange):
-    """A finite number of seconds."""
-
-    name = "seconds"
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
-        seconds = super().convert(value, parameter, context)
-        if not math.isfinite(seconds):
-            self.fail(f"{value} is not a number of seconds.", parameter, context)
-        return seconds
+# What an agent of the loop may call.
+FOR_AGENTS = ("show", "restore", "leaderboard", "diff", "log", "platforms", "program", "help")
 
 
 def print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -107,7 +52,12 @@ def print_version(context: click.Context, parameter: click.Parameter, wanted: bo
     context.exit()
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="autoresearch COMMAND --help says more about a command, autoresearch help about the rest.",
+)
 @click.option(
     "--version",
     is_flag=True,
@@ -119,6 +69,9 @@ def print_version(context: click.Context, parameter: click.Parameter, wanted: bo
 @click.pass_context
 def main(context: click.Context) -> None:
     """An AI agent does language-model research overnight, on whatever accelerator you own."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+        return
     if os.environ.get("AUTORESEARCH_LOOP") and context.invoked_subcommand not in FOR_AGENTS:
         from prepare import UserError
 
@@ -126,64 +79,6 @@ def main(context: click.Context) -> None:
             f"an agent of the loop may call {', '.join(FOR_AGENTS)}; the loop does the rest: "
             "edit the trainer, say what you did, and end"
         )
-
-
-def platform_option(command: Command) -> Command:
-    text = "Use this entry of platforms.yaml, whatever the machine is."
-    return click.option("--platform", metavar="NAME", default="", help=text)(command)
-
-
-def track_option(command: Command) -> Command:
-    text = "Learn this track instead of the platform's own."
-    return click.option("--track", metavar="NAME", default="", help=text)(command)
-
-
-def budget_option(command: Command) -> Command:
-    text = "Seconds of training; other than 300 is marked and never ranks."
-    return click.option("--budget", type=Seconds(min=1, max=86400), default=None, help=text)(command)
-
-
-def seed_option(command: Command) -> Command:
-    return click.option("--seed", type=click.IntRange(0, 2**31), default=1, show_default=True)(command)
-
-
-class Line(click.ParamType):
-    """Text on one line: a shell may hand over newlines, control characters, and bytes that are no UTF-8."""
-
-    name = "text"
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
-        return single_line(value)
-
-
-def message_option(command: Command) -> Command:
-    text = "What this experiment changes, in a line."
-    return click.option("-m", "--message", "description", type=Line(), default="", help=text)(command)
-
-
-def busy_option(command: Command) -> Command:
-    text = "Where other processes compute: go on (the run does not rank), wait for them, or refuse (exit 6)."
-    kinds = click.Choice(["go-on", "wait", "refuse"])
-    return click.option("--busy", "when_busy", type=kinds, default="go-on", show_default=True, help=text)(
-        command
-    )
-
-
-def experiment_options(command: Command) -> Command:
-    """Add the options that say where experiments run and what they learn."""
-    return platform_option(track_option(budget_option(seed_option(busy_option(command)))))
-
-
-def ledgers_argument(command: Command) -> Command:
-    kind = click.Path(exists=True, dir_okay=False, path_type=Path)
-    return click.argument("ledgers", nargs=-1, type=kind)(command)
-
-
-def filter_options(command: Command) -> Command:
-    """Add the options that select boards."""
-    track = click.option("--track", metavar="NAME", help="Only this track.")
-    platform = click.option("--platform", metavar="NAME", help="Only this platform.")
-    return track(platform(command))
 
 
 def setting_of(platform: str, track: str = "", budget: float | None = None) -> "Setting":
@@ -194,15 +89,120 @@ def setting_of(platform: str, track: str = "", budget: float | None = None) -> "
     return resolve(platform, track, budget or TIME_BUDGET)
 
 
-@main.command(epilog=RUN_EXIT_CODES)
+def ask_description(given: str | None) -> str:
+    """Return what an experiment changes. Where that was not said, and a person is there, ask for it."""
+    if given is not None or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return given or ""
+    return single_line(click.prompt("What does it change", default="", show_default=False, err=True))
+
+
+# ---------------------------------------------------------------------------
+# Start
+# ---------------------------------------------------------------------------
+
+
+@main.command(section=START)
+@platform_option
+@track_option
+@click.option(
+    "--agent",
+    metavar="NAME",
+    default="",
+    type=Name("agents"),
+    help="Ask this agent for a trivial edit, as a night does before it begins. It costs its tokens.",
+)
+@json_option
+def doctor(platform: str, track: str, agent: str, as_json: bool) -> None:
+    """Look whether this machine is ready, and say what is wrong.
+
+    Device, speed, memory, other processes, data, disk, hub, git and agents: each with its remedy. It takes
+    half a minute.
+
+    \b
+    autoresearch doctor
+    """
+    from itertools import chain
+
+    from launcher.doctor import STYLES, State, check_machine, print_checks
+    from night.doctor import check_night
+
+    def echo(text: str, state: "State") -> None:
+        click.secho(text, fg=None if as_json else STYLES[state])
+
+    checks = chain(check_machine(platform, track), check_night(agent, platform, track))
+    sys.exit(EXIT_DONE if print_checks(checks, echo, as_json) else EXIT_FAILED)
+
+
+@main.command(section=START)
+@platform_option
+@json_option
+def platforms(platform: str, as_json: bool) -> None:
+    """Show what this machine is, and which platform that makes it.
+
+    \b
+    autoresearch platforms
+    """
+    import json
+
+    from backends.platforms import choose_platform, load_platforms, machine_facts
+
+    facts = machine_facts().known()
+    chosen, why = choose_platform(platform)
+    summary = {"platform": chosen.name, "why": why, "trainer": chosen.trainer, "track": chosen.track}
+    if as_json:
+        click.echo(json.dumps({"facts": facts, **summary}))
+        return
+    for key, value in {**facts, **summary}.items():
+        click.echo(f"{key}: {value}")
+    click.echo()
+    for name, entry in load_platforms().items():
+        mark = "*" if name == chosen.name else " "
+        hardware = f"{entry.framework} {entry.device_kind}"
+        start = entry.start
+        size = f"{start.n_layer} layers, width {start.n_embd}, {start.total_batch_size:,} tokens a step"
+        click.echo(f"{mark} {name:14} {hardware:10} {entry.track:12} {size}")
+
+
+@main.command(section=START)
+@track_option
+@platform_option
+@click.option("--force", is_flag=True, help="Prepare again although it is prepared.")
+@json_option
+def prepare(track: str, platform: str, force: bool, as_json: bool) -> None:
+    """Prepare a track: corpus, tokenizer, packed rows.
+
+    \b
+    autoresearch prepare --track pysource
+    """
+    from dataclasses import asdict
+
+    import prepare as corpus
+    from backends.platforms import choose_platform
+    from launcher.console import print_object
+
+    name = track or choose_platform(platform)[0].track
+    data = corpus.prepare_track(corpus.load_track(name), force=force)
+    if as_json:
+        print_object({"track": name, "path": str(data.path), **asdict(data.meta)})
+    else:
+        click.echo(data.path)
+
+
+# ---------------------------------------------------------------------------
+# Research
+# ---------------------------------------------------------------------------
+
+
+@main.command(section=RESEARCH)
 @message_option
 @experiment_options
 @click.option(
     "--trainer", type=click.Path(path_type=Path), help="Run this file instead of the platform's trainer."
 )
 @click.option("--keep-weights", is_flag=True, help="Keep the model even if it is not the best.")
+@json_option
 def run(
-    description: str,
+    description: str | None,
     platform: str,
     track: str,
     budget: float | None,
@@ -210,6 +210,7 @@ def run(
     when_busy: "WhenBusy",
     trainer: Path | None,
     keep_weights: bool,
+    as_json: bool,
 ) -> None:
     """Run one experiment: five minutes of training, then the score.
 
@@ -219,23 +220,26 @@ def run(
     from launcher.run import Request, exit_code, print_result, run_experiment
 
     setting = setting_of(platform, track, budget)
+    description = ask_description(description)
     row = run_experiment(Request(setting, description, seed, trainer, keep_weights, when_busy=when_busy))
-    print_result(row)
+    print_result(row, as_json)
     sys.exit(exit_code(row))
 
 
-@main.command("try", epilog=RUN_EXIT_CODES)
+@main.command("try", section=RESEARCH)
 @message_option
 @experiment_options
+@json_option
 def try_(
-    description: str,
+    description: str | None,
     platform: str,
     track: str,
     budget: float | None,
     seed: int,
     when_busy: "WhenBusy",
+    as_json: bool,
 ) -> None:
-    """Commit the trainer's edit, run it, and keep the commit or revert it.
+    """Commit the trainer's edit, run it, and keep or revert it.
 
     What is reverted stays reachable as refs/autoresearch/<run>.
 
@@ -243,18 +247,21 @@ def try_(
     autoresearch try -m "warmdown over 0.7 of the budget"
     """
     from launcher.run import Request
-    from night.trial import try_edit
+    from night.trial import require_edit, try_edit
 
     setting = setting_of(platform, track, budget)
-    sys.exit(try_edit(Request(setting, description, seed, when_busy=when_busy)))
+    require_edit(setting)
+    description = ask_description(description)
+    sys.exit(try_edit(Request(setting, description, seed, when_busy=when_busy), as_json))
 
 
-@main.command()
+@main.command(section=RESEARCH)
 @click.option(
     "--agent",
     default="builtin",
     show_default=True,
     metavar="NAME",
+    type=Name("agents"),
     help="claude, codex, gemini, opencode, pi, qwen, aider, or the command of another one, which gets the "
     "prompt on standard input or in place of {prompt}. builtin needs no language model: it searches the "
     "trainer's constants.",
@@ -311,14 +318,13 @@ def loop(
     boxed: bool,
     no_confirm: bool,
 ) -> None:
-    """Leave it running: the agent edits the trainer, every edit is tried, what is better is kept.
+    """Let an agent edit, run and keep what is better, all night.
+
+    A night on one device. An edit that fails its dry run is refused; what was not kept stays under a ref.
 
     \b
     autoresearch loop --experiments 20
     autoresearch loop --agent claude --until 07:30
-
-    \b
-    Exit codes: 0 at its end, 1 when turn after turn led to no experiment, 2 usage, 130 interrupted.
     """
     from night.agents import parse_agent
     from night.loop import Night, parse_until, run_night
@@ -340,117 +346,191 @@ def loop(
     sys.exit(run_night(night))
 
 
-@main.command()
+@main.command(section=RESEARCH)
+@click.option("--wait", is_flag=True, help="Return when the loop is over.")
+def stop(wait: bool) -> None:
+    """End the loop of this repository after the experiment at hand.
+
+    A training under way is finished and judged; an edit that has not begun to train waits for the next loop.
+    Ctrl-C, or SIGTERM to the loop, ends it at once.
+
+    \b
+    autoresearch stop
+    """
+    from launcher.report.files import read_loop_log
+    from launcher.report.timeline import current_phase
+    from night.stop import ask_to_stop, wait_for_end
+
+    loop = ask_to_stop()
+    phase = current_phase(read_loop_log())
+    doing = f" ({phase.data.get('text')})" if phase else ""
+    click.echo(single_line(f"the loop, process {loop.pid}, ends after the experiment at hand{doing}"))
+    if wait:
+        wait_for_end(loop)
+
+
+@main.command(section=RESEARCH)
+@click.option("--repeats", type=click.IntRange(2, 50), default=3, show_default=True, help="Seeds to run.")
+@setting_options
+@json_option
+def noise(repeats: int, platform: str, track: str, budget: float | None, as_json: bool) -> None:
+    """Measure how much val_bpb differs between seeds.
+
+    It says how large a change a run and a night can see. A night learns it by itself; what is measured
+    here counts there too.
+
+    \b
+    autoresearch noise --repeats 3
+    """
+    from launcher.noise import measure_noise
+
+    sys.exit(measure_noise(setting_of(platform, track, budget), repeats, as_json))
+
+
+@main.command(section=RESEARCH)
+@run_argument(default="best")
 @click.option(
-    "--track", metavar="NAME", default="", help="Prepare this track; the platform's own if left out."
+    "--against",
+    metavar="RUN",
+    type=RUN,
+    default="baseline",
+    show_default=True,
+    help="The run to be better than.",
 )
-@platform_option
-@click.option("--force", is_flag=True, help="Prepare again although it is prepared.")
-def prepare(track: str, platform: str, force: bool) -> None:
-    """Prepare a track: corpus, tokenizer, packed rows.
+@json_option
+def confirm(run: str, against: str, as_json: bool) -> None:
+    """Test whether a run is better than the baseline, p < 0.01.
+
+    Both trainers get fresh seeds and are scored on the sealed set, three to sixteen times, as many as the
+    answer needs. "best" is the trainer that is believed best. Interrupted, it goes on where it was when it
+    is called again.
 
     \b
-    autoresearch prepare --track pysource
+    autoresearch confirm best --against baseline
     """
-    import prepare as corpus
-    from backends.platforms import choose_platform
+    from launcher.confirm import confirm_run
 
-    name = track or choose_platform(platform)[0].track
-    click.echo(corpus.prepare_track(corpus.load_track(name), force=force).path)
+    sys.exit(confirm_run(run, against, as_json))
 
 
-@main.command()
-@platform_option
-@click.option("--json", "as_json", is_flag=True, help="Facts and match as JSON.")
-def platforms(platform: str, as_json: bool) -> None:
-    """Show what this machine is, which platform that makes it, and why.
+@main.command(section=RESEARCH)
+@run_argument()
+@json_option
+def verify(run: str, as_json: bool) -> None:
+    """Score a saved run again, on text that no run was selected on.
+
+    It is scored on val and on the sealed set, and compared with the baseline.
 
     \b
-    autoresearch platforms
+    autoresearch verify best
     """
-    import json
+    from launcher.verify import verify_run
 
-    from backends.platforms import choose_platform, load_platforms, machine_facts
-
-    facts = machine_facts().known()
-    chosen, why = choose_platform(platform)
-    summary = {"platform": chosen.name, "why": why, "trainer": chosen.trainer, "track": chosen.track}
-    if as_json:
-        click.echo(json.dumps({"facts": facts, **summary}))
-        return
-    for key, value in {**facts, **summary}.items():
-        click.echo(f"{key}: {value}")
-    click.echo()
-    for name, entry in load_platforms().items():
-        mark = "*" if name == chosen.name else " "
-        hardware = f"{entry.framework} {entry.device_kind}"
-        start = entry.start
-        size = f"{start.n_layer} layers, width {start.n_embd}, {start.total_batch_size:,} tokens a step"
-        click.echo(f"{mark} {name:14} {hardware:10} {entry.track:12} {size}")
+    sys.exit(verify_run(run, as_json))
 
 
-@main.command()
-@platform_option
-@track_option
-@budget_option
-def program(platform: str, track: str, budget: float | None) -> None:
-    """Print what to know before an edit is tried by hand: instructions, ideas, and what the runs say.
-
-    \b
-    autoresearch program | claude -p
-    """
-    from night.program import write_program
-
-    click.echo(write_program(setting_of(platform, track, budget)), nl=False)
+# ---------------------------------------------------------------------------
+# Read
+# ---------------------------------------------------------------------------
 
 
-@main.command()
+@main.command(section=READ)
 @ledgers_argument
 @filter_options
+@click.option(
+    "--columns",
+    metavar="NAMES",
+    type=COLUMNS,
+    help="Show these columns, separated by commas, in place of those that fit.",
+)
+@click.option(
+    "--sort",
+    metavar="NAME",
+    type=COLUMN,
+    default="",
+    help="Sort by this column; -NAME begins with the largest.",
+)
+@click.option(
+    "-n", "--rows", "most", type=click.IntRange(min=1), default=20, show_default=True, help="Runs of a table."
+)
 @click.option("--json", "kind", flag_value="json", help="Everything, as JSON.")
 @click.option("--tsv", "kind", flag_value="tsv", help="The ranked rows, as TSV.")
-def leaderboard(ledgers: tuple[Path, ...], track: str | None, platform: str | None, kind: str | None) -> None:
-    """Rank the experiments of each device, and compare devices. Ledgers of other machines are merged in.
+def leaderboard(
+    ledgers: tuple[Path, ...],
+    track: str | None,
+    platform: str | None,
+    columns: tuple[str, ...] | None,
+    sort: str,
+    most: int,
+    kind: str | None,
+) -> None:
+    """Rank the experiments of each device, and compare devices.
+
+    Ledgers of other machines are merged in. A ledger of another tool has a board of its own, which is not
+    verified. The best run of a board is marked with a star.
 
     \b
     autoresearch leaderboard results.tsv /mnt/mac/results.tsv
+    autoresearch leaderboard --sort -tokens_per_second --columns rank,val_bpb,tokens_per_second,run
     """
-    from launcher.board import print_leaderboard
+    from launcher.board import Wanted, print_leaderboard
 
     # launcher.runs knows this place too, but importing it takes as long as the whole leaderboard.
     home = Path(os.environ.get("AUTORESEARCH_HOME") or Path(__file__).resolve().parent.parent)
-    runs = None if ledgers else home / "runs"
-    print_leaderboard(ledgers or (home / "results.tsv",), track, platform, kind or "text", runs=runs)
+    wanted = Wanted(columns or (), sort, most)
+    paths = ledgers or (home / "results.tsv",)
+    print_leaderboard(paths, track, platform, kind or "text", wanted, runs=None if ledgers else home / "runs")
 
 
-@main.command()
-@click.argument("run")
-def show(run: str) -> None:
-    """Show a run: its row, its loss curve, its trainer against the best before it.
+@main.command(section=READ)
+@run_argument()
+@json_option
+def show(run: str, as_json: bool) -> None:
+    """Show a run: its numbers, its loss curve, and what it changed.
 
     \b
     autoresearch show best
     """
     from launcher.show import show_run
 
-    show_run(run)
+    show_run(run, as_json)
 
 
-@main.command()
-@click.argument("run")
-@click.option("--force", is_flag=True, help="Overwrite changes that no run and no commit holds.")
-def restore(run: str, force: bool) -> None:
-    """Put a run's trainer back in its place.
+@main.command(section=READ)
+@run_argument("old")
+@run_argument("new", default="")
+@json_option
+def diff(old: str, new: str, as_json: bool) -> None:
+    """Show how the trainers of two runs differ.
+
+    Without a second run, the second trainer is the one that lies here.
 
     \b
-    autoresearch restore best
+    autoresearch diff baseline best
     """
-    from launcher.show import restore_trainer
+    from launcher.diff import print_difference
 
-    restore_trainer(run, force)
+    print_difference(old, new, as_json)
 
 
-@main.command()
+@main.command(section=READ)
+@run_argument(default="last")
+@click.option("-n", "--lines", "most", type=click.IntRange(min=1), help="Only so many at the end.")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run is over.")
+@click.option("--score", "of_scoring", is_flag=True, help="What the processes print which score the model.")
+@json_option
+def log(run: str, most: int | None, follow: bool, of_scoring: bool, as_json: bool) -> None:
+    """Print what the trainer of a run printed, also while it runs.
+
+    \b
+    autoresearch log last -f
+    """
+    from launcher.log import print_log
+
+    print_log(run, most, follow, of_scoring, as_json)
+
+
+@main.command(section=READ)
 @ledgers_argument
 @filter_options
 @click.option(
@@ -466,27 +546,37 @@ def restore(run: str, force: bool) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder to write to; report/ if left out.",
 )
+@json_option
 def report(
     ledgers: tuple[Path, ...],
     track: str | None,
     platform: str | None,
     runs: tuple[str, ...],
     output: Path | None,
+    as_json: bool,
 ) -> None:
-    """Write the morning report: report.html, a page that needs no network, and report.png, a card to share.
+    """Write the night on a page, and a card to share.
+
+    report.html needs no network; report.png is the card.
 
     \b
     autoresearch report -o /tmp/report
     """
+    from launcher.board import require_names
+    from launcher.console import print_object
     from launcher.report import write_report
     from launcher.runs import home
 
     paths = ledgers or (home() / "results.tsv",)
-    for path in write_report(paths, output or home() / "report", track, platform, runs):
-        click.echo(path)
+    require_names(paths, track, platform)
+    page, card = write_report(paths, output or home() / "report", track, platform, runs)
+    if as_json:
+        print_object({"page": str(page), "card": str(card)})
+    else:
+        click.echo(f"{page}\n{card}")
 
 
-@main.command()
+@main.command(section=READ)
 @ledgers_argument
 @filter_options
 @click.option(
@@ -496,96 +586,133 @@ def report(
     "--host", default="127.0.0.1", show_default=True, help="Another than this machine's needs a --token."
 )
 @click.option("--token", default="", metavar="TEXT", help="Letters and digits that a reader must know.")
+@click.option(
+    "--terminal", is_flag=True, help="Show the panel of the loop that runs here, and serve nothing."
+)
 def watch(
-    ledgers: tuple[Path, ...], track: str | None, platform: str | None, port: int, host: str, token: str
+    ledgers: tuple[Path, ...],
+    track: str | None,
+    platform: str | None,
+    port: int,
+    host: str,
+    token: str,
+    terminal: bool,
 ) -> None:
-    """Serve the report on this machine, in a page that updates itself while a loop runs. Ctrl-C ends it.
+    """Serve that page on this machine, and keep it current.
+
+    It updates itself while a loop runs. Ctrl-C ends it. With --terminal, the panel of the loop is shown in
+    this terminal until the loop ends; in a pipe it is printed once.
 
     \b
     autoresearch watch --port 8377
+    autoresearch watch --terminal
     """
+    if terminal:
+        from night.watch import watch_loop
+
+        sys.exit(watch_loop())
+    from launcher.board import require_names
     from launcher.console import say
     from launcher.report.watch import LiveReport, open_server
     from launcher.runs import home
 
-    report = LiveReport(ledgers or (home() / "results.tsv",), track, platform)
+    paths = ledgers or (home() / "results.tsv",)
+    require_names(paths, track, platform)
+    report = LiveReport(paths, track, platform)
     with open_server(host, port, token, report) as server:
         click.echo(server.url)
         say("Ctrl-C ends it")
         server.serve_forever()
 
 
-@main.command()
-@click.argument("run")
-def verify(run: str) -> None:
-    """Score a saved run again, on val and on the sealed set, and compare it with the baseline.
+# ---------------------------------------------------------------------------
+# Keep house
+# ---------------------------------------------------------------------------
+
+
+@main.command(section=KEEP_HOUSE)
+@run_argument()
+@click.option("--force", is_flag=True, help="Overwrite changes that no run and no commit holds.")
+def restore(run: str, force: bool) -> None:
+    """Put a run's trainer back in its place.
 
     \b
-    autoresearch verify best
-
-    \b
-    Exit codes: 0 verified, 5 refuted, 6 unverifiable, 1 no weights or other data, 2 usage.
+    autoresearch restore best
     """
-    from launcher.verify import verify_run
+    from launcher.show import restore_trainer
 
-    sys.exit(verify_run(run))
-
-
-@main.command()
-@click.argument("run", default="best")
-@click.option(
-    "--against", metavar="RUN", default="baseline", show_default=True, help="The run to be better than."
-)
-def confirm(run: str, against: str) -> None:
-    """Test whether a run's trainer is better than the baseline: fresh seeds, on the sealed set, p < 0.01.
-
-    Both are run three to sixteen times, as many as the answer needs. "best" is the trainer that is
-    believed best. Interrupted, it goes on where it was when it is called again.
-
-    \b
-    autoresearch confirm best --against baseline
-
-    \b
-    Exit codes: 0 better, 3 not shown, 1 an error that the message names, 2 usage, 130 interrupted.
-    """
-    from launcher.confirm import confirm_run
-
-    sys.exit(confirm_run(run, against))
+    restore_trainer(run, force)
 
 
-@main.command()
-@click.option("--repeats", type=click.IntRange(2, 50), default=3, show_default=True, help="Seeds to run.")
-@platform_option
-@track_option
-@budget_option
-def noise(repeats: int, platform: str, track: str, budget: float | None) -> None:
-    """Measure how much val_bpb differs between seeds, and what a run and a night can see.
-
-    A night learns it by itself; what is measured here counts there too.
-
-    \b
-    autoresearch noise --repeats 3
-
-    \b
-    Exit codes: 0 measured, 1 too few of the runs count or one crashed, 4 timeout, 5 invalid,
-    2 usage, 130 interrupted.
-    """
-    from launcher.noise import measure_noise
-
-    sys.exit(measure_noise(setting_of(platform, track, budget), repeats))
-
-
-@main.command()
+@main.command(section=KEEP_HOUSE)
 @click.option("--yes", is_flag=True, help="Free it; without, only show.")
-def clean(yes: bool) -> None:
-    """Show what weights, prepared data and compiled code take, and free what is not needed.
+@json_option
+def clean(yes: bool, as_json: bool) -> None:
+    """Show what can be freed on the disk, and free it.
+
+    That is weights, prepared data and compiled code.
 
     \b
     autoresearch clean --yes
     """
     from launcher.clean import free_disk
 
-    free_disk(yes)
+    free_disk(yes, as_json)
+
+
+# ---------------------------------------------------------------------------
+# Agents
+# ---------------------------------------------------------------------------
+
+
+@main.command(section=AGENTS)
+@setting_options
+@json_option
+def program(platform: str, track: str, budget: float | None, as_json: bool) -> None:
+    """Print what an agent is told: instructions, ideas, results.
+
+    It is what to know before an edit is tried by hand.
+
+    \b
+    autoresearch program | claude -p
+    """
+    from launcher.console import print_object
+    from night.program import write_program
+
+    setting = setting_of(platform, track, budget)
+    text = write_program(setting)
+    if as_json:
+        names = {"platform": setting.platform.name, "track": setting.track.name}
+        print_object({**names, "trainer": str(setting.trainer), "budget": setting.budget, "text": text})
+    else:
+        click.echo(text, nl=False)
+
+
+@main.command("help", section=AGENTS)
+@click.argument("topic", type=Name("topics"), default="")
+@click.pass_context
+def help_(context: click.Context, topic: str) -> None:
+    """Explain a command or a topic, such as exit-codes.
+
+    \b
+    autoresearch help exit-codes
+    """
+    from launcher.topics import TOPICS
+
+    above = context.parent
+    assert above
+    if topic in TOPICS:
+        click.echo(TOPICS[topic].write())
+    elif topic in main.commands:
+        command = main.commands[topic]
+        click.echo(command.get_help(click.Context(command, parent=above, info_name=topic)))
+    elif topic:
+        raise click.UsageError(f"No such topic '{topic}': a command, or {', '.join(TOPICS)}.", context)
+    else:
+        click.echo(above.get_help())
+        click.echo("\nTopics:")
+        for name, about in TOPICS.items():
+            click.echo(f"  {name:12} {about.summary}")
 
 
 if __name__ == "__main__":

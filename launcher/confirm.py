@@ -11,13 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from backends.protocol import write_json
 from launcher.belief import LOOKS, Claim, claim
-from launcher.console import Progress, say
+from launcher.console import print_object, say
+from launcher.exit_codes import EXIT_INTERRUPTED
 from launcher.ledger import CONFIRMED, UNCONFIRMED, Flag, Row
 from launcher.processes import Stopped
-from launcher.run import EXIT_INTERRUPTED, Request, run_once
+from launcher.progress import Progress
+from launcher.run import Request, run_once
 from launcher.runs import (
     find_run,
     ledger,
@@ -89,8 +92,11 @@ class Confirmation:
         return f"none: a gain of {numbers} is not shown ({how}){why}"
 
 
-def confirm_run(name: str, against: str) -> int:
-    """Test a run's trainer against another one's, print the answer and record it. Returns the exit code."""
+def confirm_run(name: str, against: str, as_json: bool = False) -> int:
+    """Test a run's trainer against another one's, print the answer and record it. Returns the exit code.
+
+    as_json: print one object
+    """
     record_killed_runs()
     contest = find_contest(name, against)
     row = contest.best
@@ -105,7 +111,10 @@ def confirm_run(name: str, against: str) -> int:
     except Stopped as stop:
         say(f"interrupted ({stop}): the pairs so far count when it is called again")
         return EXIT_INTERRUPTED
-    print_confirmation(confirmation)
+    if as_json:
+        print_object(facts_about(confirmation))
+    else:
+        print_confirmation(confirmation)
     return 0 if confirmation.claim.verdict == "claim" else 3
 
 
@@ -291,13 +300,7 @@ def record_confirmation(confirmation: Confirmation) -> None:
     best = confirmation.contest.best
     if answer.runs < 2:
         return
-    data = {
-        **asdict(answer),
-        "sentence": confirmation.sentence,
-        "baseline": confirmation.contest.baseline.run,
-        "best": best.run,
-        "pairs": [asdict(pair) for pair in confirmation.pairs],
-    }
+    data = facts_about(confirmation)
     folder = run_dir(best.run).path
     if folder.is_dir():
         write_json(Path(folder) / "claim.json", data)
@@ -313,6 +316,17 @@ def record_confirmation(confirmation: Confirmation) -> None:
         time=now_utc(),
     )
     ledger().append(row)
+
+
+def facts_about(confirmation: Confirmation) -> dict[str, Any]:
+    """Return the answer and what it rests on, for a program."""
+    return {
+        **asdict(confirmation.claim),
+        "sentence": confirmation.sentence,
+        "baseline": confirmation.contest.baseline.run,
+        "best": confirmation.contest.best.run,
+        "pairs": [asdict(pair) for pair in confirmation.pairs],
+    }
 
 
 def print_confirmation(confirmation: Confirmation) -> None:

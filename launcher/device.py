@@ -20,10 +20,9 @@ from filelock import FileLock, Timeout
 
 from backends.platforms import DeviceKind, mac_state, output_of, visible_gpu
 from launcher.console import say
-from launcher.ledger import Flag, single_line
+from launcher.exit_codes import EXIT_NO_VERDICT
+from launcher.ledger import Flag, single_line, warn
 from prepare import UserError, cache_dir
-
-EXIT_NO_VERDICT = 6
 
 OTHERS_CPU = 0.10  # share of all cores that other processes may use when the CPU is the device ...
 OTHERS_CPU_HOST = 0.50  # ... and when the device is a GPU
@@ -73,6 +72,14 @@ class DeviceLock:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+    def is_free(self) -> bool:
+        """Return whether no experiment holds the device now."""
+        try:
+            with self._lock.acquire(timeout=0):
+                return True
+        except Timeout:
+            return False
 
     def set_holder(self, run_id: str) -> None:
         """Tell those who wait which run holds the device."""
@@ -135,6 +142,7 @@ def require_quiet(
     when_busy: WhenBusy,
     seconds: float = LOOK_SECONDS,
     patience: float = math.inf,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> None:
     """Look whether other processes compute, before a run begins, and name them.
 
@@ -143,6 +151,7 @@ def require_quiet(
         when_busy: what to do where they do.
         seconds: that a look takes.
         patience: seconds after which a run waits no longer.
+        is_over: says whether no run will begin any more.
 
     Raises:
         UserError: they do, and the user said "refuse".
@@ -151,13 +160,13 @@ def require_quiet(
     while True:
         others = others_at_work(seconds)
         share = sum(other.share for other in others)
-        if share <= allowed_share(device_kind):
+        if share <= allowed_share(device_kind) or is_over():
             return
         busy = f"other processes use {100 * share:.0f}% of the CPU: {name_processes(others)}"
         if when_busy == "refuse":
             raise UserError(f"{busy}: end them, or use --busy wait or --busy go-on", EXIT_NO_VERDICT)
         if when_busy == "go-on" or time.monotonic() - began > patience:
-            say(f"warning: {busy}; a run beside them does not rank (--busy wait waits for them)")
+            warn(f"{busy}; a run beside them does not rank (--busy wait waits for them)")
             return
         say(f"waiting: {busy}")
         time.sleep(LOOK_AGAIN)

@@ -301,6 +301,15 @@ def row_from(values: Mapping[str, Any]) -> Row:
     return row
 
 
+def facts_of(row: Row) -> dict[str, Any]:
+    """Return a row for a program: its columns, with its flags as a list, and no val_bpb where it has none."""
+    facts = {name: getattr(row, name) for name in COLUMNS if name != "marks"}
+    facts["flags"] = [flag for flag in row.marks.split(",") if flag]
+    if not row.scored:
+        facts["val_bpb"] = facts["val_stderr"] = None
+    return facts
+
+
 # ---------------------------------------------------------------------------
 # Lines -> rows
 # ---------------------------------------------------------------------------

@@ -5,14 +5,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from backends.platforms import mac_state
 from backends.protocol import RunDir, write_json
 from launcher import compiled, verdict
 from launcher.box import missing_walls
 from launcher.child import Outcome, supervise
-from launcher.console import Progress, say
-from launcher.device import EXIT_NO_VERDICT, DeviceLock, Watch, WhenBusy, awake, look_around
+from launcher.console import print_object, say, say_once, warn_once
+from launcher.device import DeviceLock, Watch, WhenBusy, awake, look_around
+from launcher.exit_codes import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
 from launcher.harness import (
     git_output,
     harness_hash,
@@ -21,8 +23,9 @@ from launcher.harness import (
     removes_code,
     source_hash,
 )
-from launcher.ledger import Flag, Row, single_line
+from launcher.ledger import Flag, Row, facts_of, single_line, warn
 from launcher.processes import Stopped
+from launcher.progress import Progress
 from launcher.runs import (
     add_result,
     append_row,
@@ -39,8 +42,6 @@ from launcher.runs import (
 from launcher.setting import Setting
 from prepare import RULES
 
-EXIT_CODES = {"keep": 0, "discard": 3, "crash": 1, "timeout": 4, "invalid": 5}
-EXIT_INTERRUPTED = 130
 DRY_BUDGET = 3.0  # seconds of training in a dry run
 POWER_FLAGS = {"on_battery": Flag.BATTERY, "low_power_mode": Flag.LOW_POWER}  # by the keys of mac_state()
 
@@ -132,7 +133,7 @@ def run_copy(request: Request, row: Row, run: RunDir, copy: Path) -> None:
         return
     findings = watch.findings()
     for flag, text in findings:
-        say(f"warning: {flag}: {text}; the row does not rank")
+        warn(f"{flag}: {text}; the row does not rank")
     row.add_flags(*[flag for flag, _ in findings])
     row.energy_kj = round(watch.energy_j / 1000, 3)
     fill(row, outcome, request.setting)
@@ -169,19 +170,17 @@ def initial_flags(request: Request, laptop: dict) -> list[Flag]:
     if setting.short:
         flags.append(Flag.SHORT)
     if harness_modified():
-        say("warning: the harness differs from the last commit (git status); the row is marked")
+        warn_once("the harness differs from the last commit (git status); the row is marked")
         flags.append(Flag.HARNESS_MODIFIED)
     missing = missing_walls()
     if missing:
-        say(
-            f"warning: unboxed: {missing}: the trainer can touch what you can; such rows have their own board"
-        )
+        warn_once(f"unboxed: {missing}: the trainer can touch what you can; such rows have their own board")
         flags.append(Flag.UNBOXED)
     if setting.track.fingerprint and setting.data.fingerprint != setting.track.fingerprint:
         flags.append(Flag.OTHER_CORPUS)
     for key, flag in POWER_FLAGS.items():
         if laptop.get(key):
-            say(f"warning: {flag}: the result does not compare with others and will not rank")
+            warn_once(f"{flag}: the result does not compare with others and will not rank")
             flags.append(flag)
     return flags
 
@@ -190,11 +189,13 @@ def train_and_score(request: Request, copy: Path, run: RunDir, watch: Watch) -> 
     """Run the copy of the trainer. Returns None when the launcher was asked to end."""
     setting = request.setting
     progress = request.progress or Progress(setting.budget)
+    progress.log = run.log
     try:
-        say(
-            f"run {run.run_id}: {setting.platform.name} ({setting.why}), track {setting.track.name}, "
-            f"{setting.budget:g} s of training, seed {request.seed}"
+        say_once(
+            f"platform {setting.platform.name} ({setting.why}), track {setting.track.name}, "
+            f"{setting.budget:g} s of training"
         )
+        say(f"run {run.run_id}: seed {request.seed}")
         outcome = supervise(copy, run, setting, request.seed, watch, progress)
     except Stopped as stop:
         progress.close()
@@ -239,9 +240,18 @@ def judge(row: Row, findings: Sequence[str]) -> None:
         verdict.give_verdict(ledger().rows(), row, findings)
 
 
-def print_result(row: Row) -> None:
-    """Print the last lines of a run, greppable, on stdout; for a crash the end of its log comes first."""
+def print_result(row: Row, as_json: bool = False) -> None:
+    """Print the last lines of a run, greppable, on stdout; for a crash the end of its log comes first.
+
+    as_json: print one object instead
+    """
     run = run_dir(row.run)
+    if as_json:
+        facts: dict[str, Any] = {"exit_code": exit_code(row), "row": facts_of(row)}
+        facts["result"] = run.read_result() if row.scored else None
+        facts["log_tail"] = "" if row.scored else run.log_tail()
+        print_object(facts)
+        return
     if row.status == "crash" and Flag.INTERRUPTED not in row.flags:
         print(run.log_tail())
     if row.scored:

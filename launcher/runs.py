@@ -15,6 +15,7 @@ from pathlib import Path
 from backends.protocol import Log, Result, RunDir, read_json, write_json
 from launcher import compiled
 from launcher.console import describe_os_error, say
+from launcher.exit_codes import EXIT_USAGE
 from launcher.harness import source_hash
 from launcher.ledger import (
     ABOUT_RUNS,
@@ -118,7 +119,8 @@ def package_versions() -> dict[str, str]:
 def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
     """Return the row of a run, by its id or an unambiguous beginning of it.
 
-    "last" is the newest run, "best" the lowest val_bpb on the board of the newest ranked run.
+    "last" is the newest run, "best" the lowest val_bpb on the board of the newest ranked run, "baseline" the
+    first run of that board.
 
     Raises:
         UserError: no run or several have that name.
@@ -127,9 +129,18 @@ def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
     rows = [row for row in everything if row.status not in ABOUT_RUNS and row.run]
     if name == "last" and rows:
         return rows[-1]
-    ranked = [row for row in rows if row.ranked]
+    refuted = refuted_runs(everything)
+    ranked = [row for row in rows if row.ranked and row.run not in refuted]
     if name == "best" and ranked:
         return lowest_runs(everything)[ranked[-1].board]
+    if name == "baseline" and ranked:
+        return next(row for row in rows if row.comparable and row.board == ranked[-1].board)
+    if name in ("best", "baseline") and rows:
+        raise UserError(
+            f"none of the {len(rows)} runs is ranked, so there is no '{name}' (autoresearch leaderboard says "
+            "why): autoresearch run makes one, with the budget of the rules on a quiet machine",
+            EXIT_USAGE,
+        )
     exact = [row for row in rows if row.run == name]
     found = exact or [row for row in rows if row.run.startswith(name)]
     if len(found) == 1 or exact:
@@ -137,7 +148,9 @@ def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
     if found:
         raise UserError(f"{len(found)} runs begin with '{name}': give more of the id", 2)
     raise UserError(
-        f"the ledger has no run '{name}' (autoresearch leaderboard shows them; 'best' and 'last' work too)", 2
+        f"the ledger has no run '{name}' (autoresearch leaderboard shows them; 'best', 'last' and 'baseline' "
+        "work too; autoresearch run makes one)",
+        EXIT_USAGE,
     )
 
 

@@ -29,8 +29,8 @@ import numpy as np
 from backends.protocol import RunDir, RunSettings, last_line
 from launcher import compiled, shared_memory
 from launcher.box import Policy
-from launcher.console import OnEvent, Scored
 from launcher.processes import defer_signals, ignore_signals, remove_tree, scoring_id
+from launcher.progress import OnEvent, Scored
 from launcher.walls import scorer_policy, start_boxed
 from prepare import DocumentTotals, Prepared, bits_per_byte
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from backends.platforms import choose_platform
 from backends.protocol import IN_LOOP_VARIABLE
-from launcher.console import say
+from launcher.board import describe_board
+from launcher.console import print_object, say, without_controls
 from launcher.harness import git_output, source_hash
-from launcher.ledger import COLUMNS, Row
+from launcher.ledger import COLUMNS, Row, facts_of
 from launcher.runs import find_run, ledger, loss_curve, runs_dir, trainer_of
 from prepare import ROOT, UserError
 
@@ -19,9 +20,18 @@ WIDTH = 72
 DIFF_LINES = 120
 
 
-def show_run(name: str) -> None:
-    """Print a run: its row, its loss curve, and how its trainer differs from the one it was made from."""
+def show_run(name: str, as_json: bool = False) -> None:
+    """Print a run: its row, its loss curve, and how its trainer differs from the one it was made from.
+
+    as_json: print one object, with the whole curve and diff
+    """
     row = find_run(name)
+    if as_json:
+        facts = {"row": facts_of(row), "loss": loss_curve(row.run), "diff": trainer_difference(row)}
+        print_object({**facts, "board": describe_board(row.board)})
+        return
+    if name in ("best", "baseline"):
+        print(f"board: {describe_board(row.board)}")
     for column in COLUMNS:
         value = getattr(row, column)
         if value not in ("", 0, 0.0):
@@ -32,7 +42,7 @@ def show_run(name: str) -> None:
         print(f"\nloss {points[0][1]:.3f} -> {last_loss:.3f} over {seconds:.0f} s\n{sparkline(points)}")
     difference = trainer_difference(row)
     if difference:
-        print("\n" + "\n".join(difference[:DIFF_LINES]))
+        print("\n" + "\n".join(map(without_controls, difference[:DIFF_LINES])))
     if len(difference) > DIFF_LINES:
         print(f"... {len(difference) - DIFF_LINES} more lines")
 
@@ -77,10 +87,10 @@ def title(row: Row) -> str:
     return f"{row.run} ({row.val_bpb:.6f})"
 
 
-def unified_diff(old: str, new: str, old_name: str, new_name: str) -> list[str]:
-    return list(
-        difflib.unified_diff(old.splitlines(), new.splitlines(), old_name, new_name, lineterm="", n=1)
-    )
+def unified_diff(old: str, new: str, old_name: str, new_name: str, context: int = 1) -> list[str]:
+    """Return how a text becomes another, with so many lines of context, and the names of both."""
+    lines = (old.splitlines(), new.splitlines())
+    return list(difflib.unified_diff(*lines, old_name, new_name, lineterm="", n=context))
 
 
 def parent_of(row: Row) -> Row | None:

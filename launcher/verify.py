@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.console import Progress, say
+from launcher.console import print_object, say
 from launcher.device import DeviceLock
+from launcher.exit_codes import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
 from launcher.harness import source_hash
 from launcher.ledger import REFUTED, UNVERIFIABLE, VERIFIED, Row
 from launcher.processes import Stopped, stop_on_signals
-from launcher.run import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
+from launcher.progress import Progress
 from launcher.runs import find_run, ledger, now_utc, run_dir
 from launcher.score import Job, NotScored, Score, ScoringPair
 from launcher.setting import Setting, resolve
@@ -48,8 +49,11 @@ class Gap:
         return self.value > REFUTING * self.error
 
 
-def verify_run(name: str) -> int:
-    """Score a saved run in fresh processes and record the outcome. Returns the exit code."""
+def verify_run(name: str, as_json: bool = False) -> int:
+    """Score a saved run in fresh processes, record the outcome and print it. Returns the exit code.
+
+    as_json: print one object
+    """
     row = find_run(name)
     setting = setting_of(row)
     trainer, weights = saved(row)
@@ -70,6 +74,7 @@ def verify_run(name: str) -> int:
         say(f"interrupted ({stop}): nothing is recorded")
         return EXIT_INTERRUPTED
     record(row, status, reason, scores)
+    print_outcome(row, status, reason, scores, as_json)
     if status == UNVERIFIABLE:
         return EXIT_NO_VERDICT
     return 0 if status == VERIFIED else EXIT_CODES["invalid"]
@@ -175,16 +180,26 @@ def difference_of(score: Score, baseline: Score) -> tuple[float, float]:
 
 
 def record(row: Row, status: str, reason: str, scores: Scores | None) -> None:
-    """Add the outcome to the ledger and print it."""
+    """Add the outcome to the ledger."""
     outcome = replace(row, status=status, reason=reason, time=now_utc())
     if scores:
         outcome.val_bpb = round(scores.val.bpb, 6)
         outcome.val_stderr = round(scores.val.stderr, 6)
         outcome.sealed_bpb = round(scores.sealed.bpb, 6)
-        for split in SPLITS:
-            score: Score = getattr(scores, split)
-            print(f"{split}_bpb: {score.bpb:.6f}")
-            print(f"{split}_stderr: {score.stderr:.6f}")
-            print(f"{split}_tokens: {score.tokens}")
     ledger().append(outcome)
-    print(f"run: {row.run}\nstatus: {status}\nreason: {reason}")
+
+
+def print_outcome(row: Row, status: str, reason: str, scores: Scores | None, as_json: bool) -> None:
+    """Print the scores of both splits and the verdict, greppable or as one object."""
+    facts: dict[str, str | float] = {}
+    for split in SPLITS if scores else ():
+        score: Score = getattr(scores, split)
+        facts[f"{split}_bpb"] = score.bpb
+        facts[f"{split}_stderr"] = score.stderr
+        facts[f"{split}_tokens"] = score.tokens
+    facts.update(run=row.run, status=status, reason=reason)
+    if as_json:
+        print_object(facts)
+        return
+    for name, value in facts.items():
+        print(f"{name}: {value:.6f}" if isinstance(value, float) else f"{name}: {value}")

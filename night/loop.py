@@ -17,18 +17,20 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 
 from backends.platforms import mac_state
 from launcher.belief import PRIOR, REPEATS, visible_change
 from launcher.box import missing_walls
 from launcher.confirm import Contest, confirm, seconds_to_first_look
-from launcher.console import say
+from launcher.console import say, saying_once
 from launcher.device import WhenBusy, awake, look_around, require_quiet
+from launcher.exit_codes import EXIT_INTERRUPTED
 from launcher.harness import source_hash
 from launcher.ledger import EVIDENCE, MOVED, STATUSES, Flag, Row
 from launcher.processes import Stopped, end_leftovers, ignore_signals, stop_on_signals
 from launcher.report import write_report
-from launcher.run import EXIT_INTERRUPTED, POWER_FLAGS, Request, dry_run
+from launcher.run import POWER_FLAGS, Request, dry_run
 from launcher.runs import home, ledger, new_run_id, now_utc, run_dir
 from launcher.setting import Setting
 from launcher.verdict import best_since_moved, board_runs, claim_of, fresh_seed, survey_board
@@ -36,9 +38,10 @@ from night import repo
 from night.agent import Answer, TurnFailed, last_words, read_said, save_answer
 from night.agents import Agent
 from night.lab_book import remember_shares
-from night.panel import Panel, RunDetail
+from night.panel import OF_NO_EXPERIMENT, Panel, RunDetail
 from night.program import write_turn
 from night.state import Edit, LoopState, read_state, record, state_path, write_state
+from night.stop import REASON, announced, rest
 from night.trial import (
     check_harness,
     check_source,
@@ -114,7 +117,8 @@ def run_night(night: Night) -> int:
     if night.boxed and missing_walls():
         raise UserError(f"--box: {missing_walls()}", 2)
     panel = Panel(night.experiments, night.until)
-    with hold_repository(), stop_on_signals(), awake(), panel:
+    with hold_repository(), announced() as is_stopping, stop_on_signals(), awake(), saying_once(), panel:
+        panel.is_stopping = is_stopping
         look_around(night.setting.platform.device_kind, night.when_busy)
         if night.agent.is_known:
             panel.enter(f"is {night.agent.name} ready?")
@@ -149,6 +153,7 @@ class Loop:
     def __init__(self, night: Night, panel: Panel) -> None:
         self.night = night
         self.panel = panel
+        self.is_stopping = panel.is_stopping  # `autoresearch stop` asked this loop to end
         self.setting = night.setting
         self.trainer = night.setting.trainer
         self.edit: Edit | None = None  # without a verdict: of this loop, or left by an earlier one
@@ -214,8 +219,8 @@ class Loop:
 
         limit: seconds that it may take
         """
-        record("phase", phase=phase, text=text)
-        self.panel.enter(text, limit, is_numbered=phase != "confirm")
+        record("phase", phase=phase, text=text, limit=limit)
+        self.panel.enter(text, limit, phase not in OF_NO_EXPERIMENT)
 
     def record_begin(self) -> None:
         record(
@@ -226,6 +231,7 @@ class Loop:
             done=self.panel.done,
             pid=os.getpid(),  # of a loop that was killed, the page says so
             host=platform.node(),
+            counts=asdict(self.panel.counts),
         )
 
     def take_turns(self) -> tuple[str, int]:
@@ -256,6 +262,8 @@ class Loop:
         if night.experiments and self.panel.done >= night.experiments:
             included = ", the baseline included" if self.panel.counts.baselines else ""
             return f"{night.experiments} experiments were asked for{included}"
+        if self.is_stopping():
+            return REASON
         self.reserve = self.find_reserve()
         if night.until and self.longest_run + self.reserve > night.seconds_left():
             claimed = " and leave time to confirm the best" if self.reserve else ""
@@ -276,6 +284,10 @@ class Loop:
     def seconds_to_train(self) -> float:
         """Return the seconds that are left for experiments."""
         return max(0.0, self.night.seconds_left() - self.reserve)
+
+    def has_time_to_train(self) -> bool:
+        """Return whether another run would end in time."""
+        return self.longest_run <= self.seconds_to_train() and not self.is_stopping()
 
     def contest(self) -> Contest | None:
         """Return the trainer that is believed best, and the baseline; None while they are the same."""
@@ -328,18 +340,18 @@ class Loop:
         """Return what a person may repeat of the night. Raises UserError, OSError, Stopped."""
         night = self.night
         contest = self.contest()
-        is_asked = night.confirms and night.until
+        is_asked = night.confirms and night.until and not self.is_stopping()
         if contest is None or not is_asked or self.standing_claim(contest):
             return self.claim_on_record()
         if seconds_to_first_look(contest, self.longest_run) > night.seconds_left():
             return "none was tested, the night was too short: autoresearch confirm"
         self.enter("confirm", f"confirming: {contest.best.description}")
-        return confirm(
-            self.setting,
-            contest,
-            lambda seconds: seconds < night.seconds_left(),
-            lambda: RunDetail(self.setting.budget, self.panel),
-        ).sentence
+        show = partial(RunDetail, self.setting.budget, self.panel)
+        return confirm(self.setting, contest, self.has_time, show).sentence
+
+    def has_time(self, seconds: float) -> bool:
+        """Return whether there is time for something that takes so many seconds."""
+        return seconds < self.night.seconds_left() and not self.is_stopping()
 
     def claim_on_record(self) -> str:
         """Return what a person may repeat without a test. Raises UserError."""
@@ -421,11 +433,11 @@ class Loop:
         return alike or self.failures >= GIVE_UP
 
     def wait(self, seconds: float) -> None:
-        if self.longest_run < min(seconds, self.seconds_to_train()):
+        if self.longest_run < min(seconds, self.seconds_to_train()) and not self.is_stopping():
             seconds -= self.run_again("in a pause")  # what it tells of the noise is free then
         if seconds > 0:
             self.enter("pause", f"pausing {seconds:.0f} s", seconds)
-            time.sleep(min(seconds, self.seconds_to_train()))
+            rest(min(seconds, self.seconds_to_train()), self.is_stopping)
 
     def learn_noise(self) -> None:
         """Run the committed trainer again while scores differ much and nothing says whether that is noise.
@@ -434,7 +446,7 @@ class Loop:
         """
         for _ in range(REPEATS - 1):
             believed = survey_board(ledger().rows(), self.setting.board)
-            if not (believed and believed.noise_is_open) or self.longest_run > self.seconds_to_train():
+            if not (believed and believed.noise_is_open) or not self.has_time_to_train():
                 return
             if not self.run_again("is it noise?"):
                 return
@@ -716,7 +728,8 @@ class Loop:
                 self.panel.note(f"no verdict ({row.reason}): again in {self.night.pause:.0f} s")
                 self.wait(self.night.pause)
                 patience = min(LONGEST_WAIT, self.seconds_to_train())
-                require_quiet(self.setting.platform.device_kind, "wait", patience=patience)
+                kind = self.setting.platform.device_kind
+                require_quiet(kind, "wait", patience=patience, is_over=self.is_stopping)
         raise TurnFailed(
             "device",
             f"«{description}» was run {NO_VERDICT_TRIES} times without a verdict: {row.reason}",

@@ -13,10 +13,12 @@ from rich.text import Text
 
 from backends.protocol import Event, Log, Start
 from launcher.belief import Standing
-from launcher.console import Progress, Scored, say
+from launcher.console import is_quiet, say
 from launcher.ledger import Row, single_line
+from launcher.progress import Progress, Scored
 from night.state import NightCounts
 
+OF_NO_EXPERIMENT = ("confirm",)  # phases of a night that are part of no experiment
 REFRESHES_A_SECOND = 2.0
 LAST_RESULTS = 5
 BAR_WIDTH = 40  # columns
@@ -42,15 +44,16 @@ class Panel:
         self.cost = 0.0  # dollars, likewise
         self.claim = ""  # what a person may repeat of the night
         self.seconds_a_run = 0.0  # that an experiment takes, 0 where it is not known
-        self.phase = f"1{self.of_all()}: starting"
+        self.phase = self.numbered("starting")
         self.limit: float | None = None  # seconds that the phase may take
         self.detail = ""  # the progress of the phase
         self.share: float | None = None  # of the training that is over
         self.words: Callable[[], str] = str  # what the agent printed last
+        self.is_stopping: Callable[[], bool] = bool  # somebody called `autoresearch stop`
         self._entered = time.monotonic()
         self._console = Console(stderr=True)
         self._live: Live | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not is_quiet():
             self._live = Live(
                 get_renderable=self.table,
                 console=self._console,
@@ -73,7 +76,7 @@ class Panel:
 
         limit: seconds that it may take. is_numbered: it is part of an experiment, which has a number.
         """
-        self.phase = f"{self.done + 1}{self.of_all()}: {phase}" if is_numbered else phase
+        self.phase = self.numbered(phase) if is_numbered else phase
         self.limit = limit
         self.detail = ""
         self.share = None
@@ -83,6 +86,16 @@ class Panel:
             self._console.set_window_title(f"autoresearch {self.phase}")
         else:
             self.note(phase)
+
+    def set_phase(self, phase: str, seconds: float, limit: float, is_numbered: bool = True) -> None:
+        """Show a phase that began so many seconds ago. limit: seconds that it may take, 0 for none."""
+        self.phase = self.numbered(phase) if is_numbered else phase
+        self.limit = limit or None
+        self._entered = time.monotonic() - seconds
+
+    def numbered(self, phase: str) -> str:
+        """Return a phase with the number of its experiment."""
+        return f"{self.done + 1}{self.of_all()}: {phase}"
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
@@ -148,6 +161,8 @@ class Panel:
 
     def left(self) -> str:
         """Return what is left of the night."""
+        if self.is_stopping():
+            return "it ends after this experiment: autoresearch stop"
         parts = []
         if self.until:
             seconds = int(max(0.0, (self.until - datetime.now()).total_seconds()))

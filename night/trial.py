@@ -12,13 +12,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from backends.protocol import write_json
 from launcher.console import say
 from launcher.device import acquire
+from launcher.exit_codes import EXIT_USAGE
 from launcher.harness import read_trainer, source_hash
 from launcher.ledger import EVIDENCE, STATUSES, BoardKey, Row
 from launcher.run import Request, exit_code, print_result, run_experiment
@@ -29,15 +31,31 @@ from night import repo
 from prepare import UserError
 
 
-def try_edit(request: Request) -> int:
+def try_edit(request: Request, as_json: bool = False) -> int:
     """Try the trainer as it lies in the working tree, and print the result. Returns the exit code.
+
+    as_json: print it as one object
 
     Raises:
         UserError: as hold_repository and run_trial.
     """
     request.setting.require_device()
     with hold_repository():
-        return exit_code(run_trial(request, on_row=print_result))
+        return exit_code(run_trial(request, on_row=partial(print_result, as_json=as_json)))
+
+
+def repository_lock() -> FileLock:
+    """Return the lock that a try or a loop holds."""
+    return FileLock(repo.git_path("autoresearch.lock"))
+
+
+def repository_is_held() -> bool:
+    """Return whether a try or a loop works in this repository now."""
+    try:
+        with repository_lock().acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 @contextmanager
@@ -48,7 +66,7 @@ def hold_repository() -> Iterator[None]:
         UserError: there is no repository to commit to.
     """
     repo.require_repository()
-    lock = FileLock(repo.git_path("autoresearch.lock"))
+    lock = repository_lock()
     acquire(lock, lambda: "another try or loop works in this repository")
     try:
         record_killed_runs()
@@ -91,10 +109,7 @@ def run_trial(
     parent = repo.content(base, trainer) if repo.committed_blob(trainer, base) else None
     earlier = scored_before(source, setting)
     if earlier and commit == base:
-        raise UserError(
-            f"{trainer} is as in the last commit, and run {earlier.run} scored it ({earlier.val_bpb:.6f}): "
-            "edit it first"
-        )
+        raise nothing_edited(trainer, earlier)
     trial = Trial(trainer, commit, base, repo.branch(), request.description, id_time())
     write_json(journal(), asdict(trial))
     if earlier:
@@ -139,6 +154,25 @@ def check_source(trainer: str, source: bytes) -> None:
         raise UserError(f"{trainer} does not compile: line {error.lineno or '?'}: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{trainer} does not compile: {error or type(error).__name__}") from None
+
+
+def require_edit(setting: Setting) -> None:
+    """Raise UserError when the trainer is as in the last commit, and a run scored that already."""
+    repo.require_repository()
+    trainer = setting.trainer
+    if not repo.is_edited(trainer.name) and any(row.comparable for row in ledger().rows()):
+        earlier = scored_before(read_trainer(trainer), setting)
+        if earlier:
+            raise nothing_edited(trainer.name, earlier)
+
+
+def nothing_edited(trainer: str, earlier: Row) -> UserError:
+    """Return the error that there is nothing to try."""
+    return UserError(
+        f"nothing was edited: {trainer} is as in the last commit, and run {earlier.run} scored it "
+        f"({earlier.val_bpb:.6f}): edit it first",
+        EXIT_USAGE,
+    )
 
 
 def scored_before(source: bytes, setting: Setting) -> Row | None:

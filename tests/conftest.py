@@ -127,6 +127,7 @@ def row(**values) -> Row:
 
 # Modules that find the repository by their ROOT.
 ROOTED = (
+    "launcher.diff",
     "launcher.harness",
     "launcher.runs",
     "launcher.setting",

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from launcher.board import gather, print_leaderboard, why_unranked
+from launcher.board import RankedRun, Wanted, gather, list_ranked, print_leaderboard, why_unranked
 from launcher.ledger import COLUMNS, BoardKey, Ledger, Row, to_line
-from prepare import ROOT
+from prepare import ROOT, UserError
 
 H100 = "NVIDIA H100 80GB HBM3"
 MAC = "Apple M4 Max"
@@ -72,7 +72,9 @@ def test_runs_are_ranked_by_device_and_the_rest_is_unranked(tmp_path):
     )
     found = gather([path])
     assert runs_of(found) == [["bb", "ccc", "a"], ["mac"]]
-    assert {row.run for row in found.unranked} == {"old", "short", "busy", "dead"}
+    assert {row.run for row in found.unranked} == {"short", "busy", "dead"}
+    [foreign] = found.foreign
+    assert [row.run for row in foreign.rows] == ["old"]  # its rules are unknown
     assert found.boards[0].baseline.run == "a" and found.boards[0].best.run == "bb"
 
 
@@ -239,7 +241,7 @@ def test_a_pipe_gets_every_run_on_one_whole_line(tmp_path, monkeypatch):
         row("fails", 0.0, status="crash", reason=long + "end"),
     )
     lines = printed([path]).splitlines()
-    assert len([line for line in lines if line.endswith(long + "end")]) == 1
+    assert len([line for line in lines if f"  {long}end" in line]) == 1
     assert len([line for line in lines if f"crash: {long}end" in line]) == 1
     assert all(line == line.rstrip() for line in lines)
 
@@ -251,13 +253,126 @@ def test_a_terminal_gets_what_fits(tmp_path, monkeypatch, width):
     monkeypatch.setenv("NO_COLOR", "1")
     path = write(
         tmp_path / "a.tsv",
-        row("20260101-000000-abcd", 1.0, description="warmdown over more of the budget " * 4 + "end"),
+        row(
+            "20260101-000000-abcd",
+            1.0,
+            description="warmdown over more of the budget " * 4 + "end",
+            mfu_percent=45.1,
+        ),
         row("20260101-000001-abcd", 1.5, device=MAC, marks="slept,contended"),
     )
     text = printed([path], out=Terminal()).replace("\x1b[1m", "").replace("\x1b[0m", "")
     assert max(len(line) for line in text.splitlines()) <= width
     assert "1.000000" in text and "20260101-000000-abcd" in text and "end" in text
     assert ("mfu_percent" in text) == (width == 200)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 160, 250])
+def test_columns_are_dropped_by_width_and_never_a_line_too_long(tmp_path, monkeypatch, width):
+    """The first columns stay at any width, and nothing that is shown is cut."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    rows = [
+        row(
+            f"20260101-0000{i:02}-abcd", 1.0 + i / 100, description=f"{'a wider window ' * i}end", seed=i + 1,
+            tokens_per_second=1.84e6, mfu_percent=45.1, memory_gb=17.2, num_params_M=50.3, val_stderr=0.02,
+        )
+        for i in range(9)
+    ]  # fmt: skip
+    text = printed([write(tmp_path / "a.tsv", *rows)], out=Terminal())
+    text = text.replace("\x1b[1m", "").replace("\x1b[0m", "")
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    names = next(line for line in text.splitlines() if line.startswith("rank")).split()
+    assert names[:3] == ["rank", "val_bpb", "description"]  # beside the number stands what was done
+    assert ("run" in names) == (width >= 80) and ("tokens_per_second" in names) == (width >= 120)
+    assert "verified" not in names and "flags" not in names  # no line has a value there
+    assert ("seed" in names) == (width >= 160)
+
+
+def test_the_best_is_marked_and_what_is_missing_is_a_dash(tmp_path):
+    path = write(
+        tmp_path / "a.tsv", row("a", 1.1, mfu_percent=45.0), row("b", 1.0), row("c", 0.0, status="crash")
+    )
+    lines = printed([path]).splitlines()
+    best = next(line for line in lines if " b " in f"{line} ")
+    assert best.split()[:3] == ["*", "1", "1.000000"] and "-" in best.split()
+    assert printed([path]).count("*") == 1
+    crashed = next(line for line in lines if "crash" in line)
+    assert crashed.split()[0] == "-" and "0.000000" not in crashed.split()[0]
+    data = json.loads(printed([path], "json"))
+    assert data["boards"][0]["rows"][0]["mfu_percent"] is None and data["unranked"][0]["val_bpb"] is None
+
+
+def test_columns_and_order_are_those_asked_for(tmp_path):
+    path = write(
+        tmp_path / "a.tsv",
+        row("slow", 1.0, tokens_per_second=10.0),
+        row("none", 1.1),
+        row("fast", 1.2, tokens_per_second=99.0),
+        row("busy", 1.3, marks="contended"),
+    )
+    wanted = Wanted(("run", "tokens_per_second"), "-tokens_per_second")
+    lines = [line.split() for line in printed([path], wanted=wanted).splitlines()]
+    assert lines[2:6] == [["run", "tokens_per_second"], ["fast", "99"], ["slow", "10"], ["none", "-"]]
+    tsv = printed([path], "tsv", wanted=wanted).splitlines()
+    assert tsv[0].split("\t") == ["track", "device", "run", "tokens_per_second"]
+    assert [line.split("\t")[2] for line in tsv[1:]] == ["fast", "slow", "none"]
+    board = gather([path]).boards[0]
+    for column in RankedRun._fields:  # each can be sorted by, and loses no line
+        for sign in ("", "-"):
+            assert len(list_ranked(board, {}, sort=sign + column)) == 3
+    assert [line.run for line in list_ranked(board, {}, 1, "-val_bpb")] == ["fast"]
+
+
+def test_a_program_reads_when_with_what_and_why(tmp_path):
+    path = write(tmp_path / "a.tsv", row("a", 1.0, seed=7, marks="harness-modified", reason="first result"))
+    [line] = json.loads(printed([path], "json"))["boards"][0]["rows"]
+    assert (line["time"], line["seed"]) == ("2026-01-01T00:00:01Z", 7)
+    assert (line["flags"], line["reason"]) == (["harness-modified"], "first result")
+
+
+def test_a_track_that_is_none_is_an_error_that_lists_those_there_are(house, tmp_path):
+    path = write(tmp_path / "a.tsv", row("a", 1.0))
+    with pytest.raises(UserError, match="there is no track 'nope': the tracks are climbmix, tiny") as caught:
+        printed([path], track="nope")
+    assert caught.value.code == 2
+    with pytest.raises(UserError, match="there is no platform 'nope': the platforms are cpu, h100, mlx-cpu"):
+        printed([path], platform="nope")
+    assert (
+        printed([path], track="tiny") == "no experiments yet: autoresearch run\n"
+    )  # known, and nothing there
+
+
+# --- Ledgers of other tools ---------------------------------------------------------------------------------
+
+
+def write_original(path, scores):
+    """Write a ledger as the original does: five columns, in the order of the night."""
+    lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
+    for number, score in enumerate(scores):
+        status = "keep" if score and score == min(filter(None, scores[: number + 1])) else "discard"
+        lines.append(f"abc{number:04}\t{score:.6f}\t44.0\t{status if score else 'crash'}\tidea {number}")
+    path.write_text("\n".join([*lines, ""]))
+    return path
+
+
+def test_a_ledger_of_the_original_has_a_board_of_its_own(tmp_path):
+    night = [0.998 - 0.0001 * (i * 37 % 126) if i % 20 != 19 else 0.0 for i in range(126)]
+    theirs = write_original(tmp_path / "theirs.tsv", night)
+    fork = write_original(tmp_path / "fork.tsv", [1.2, 1.1])
+    ours = write(tmp_path / "ours.tsv", row("a", 1.0))
+    found = gather([theirs, ours, fork])
+    assert runs_of(found) == [["a"]] and [board.ledger for board in found.foreign] == [str(theirs), str(fork)]
+    values = [row.val_bpb for row in found.foreign[0].rows]
+    assert values == sorted(values) and len(values) == 120 and len(found.unranked) == 6
+    text = printed([theirs, ours, fork])
+    assert f"unverified: {theirs}, 120 runs of another tool" in text and "not ranked: 6" in text
+    first = next(line for line in text.split("unverified")[1].splitlines() if "*" in line)
+    assert first.split()[2] == f"{values[0]:.6f}" and "abc" in first  # a commit in the place of a run
+    data = json.loads(printed([theirs], "json"))
+    assert data["boards"] == [] and data["foreign"][0]["rows"][0]["gain"] == round(night[0] - values[0], 6)
+    assert "across devices" not in printed([theirs, ours])
 
 
 def test_text_of_a_description_is_shown_as_it_is(tmp_path):
@@ -270,8 +385,8 @@ def test_text_of_a_description_is_shown_as_it_is(tmp_path):
 def test_a_long_board_says_how_much_is_left_out(tmp_path):
     rows = [row(f"r{i}", 1 + i / 100) for i in range(5)]
     slept = [row(f"s{i}", 1.0, marks="slept") for i in range(4)]
-    text = printed([write(tmp_path / "a.tsv", *rows, *slept)], most=3)
-    assert "... 2 more (--json or --tsv has them)" in text and "r3" not in text
+    text = printed([write(tmp_path / "a.tsv", *rows, *slept)], wanted=Wanted(most=3))
+    assert "... 2 more (--rows, --json or --tsv has them)" in text and "r3" not in text
     assert "not ranked: 4, the last 3 of them" in text and "s0" not in text and "s3" in text
 
 

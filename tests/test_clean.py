@@ -1,5 +1,7 @@
 """`autoresearch clean`: it shows what goes, and frees it only when asked."""
 
+import json
+
 from launcher.clean import free_disk
 from launcher.compiled import folder
 from launcher.ledger import Ledger, Row
@@ -28,6 +30,11 @@ def test_it_frees_what_is_not_needed_and_nothing_else(house, monkeypatch, capsys
     free_disk(apply=False)
     assert run_dir("orphan").weights.exists() and old.exists()
     assert "would free (--yes does it): 3.0 MiB" in capsys.readouterr().out
+    free_disk(apply=False, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    needed = {item["path"]: item["needed"] for item in told["items"]}
+    assert told["bytes"] == 3 * 2**20 and not told["freed"]
+    assert needed[str(run_dir("best").weights)] and not needed[str(run_dir("orphan").weights)]
     free_disk(apply=True)
     assert not run_dir("orphan").weights.exists() and not old.exists() and not compiled.exists()
     assert (cache_dir() / "a-strangers-data-0123456789ab").exists()

@@ -1,5 +1,6 @@
 """The command line: every command through click, its help, its exit codes, its mistakes."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,7 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from backends import platforms
-from launcher import cli
+from launcher import cli, console
+from launcher.command import SECTIONS
+from launcher.exit_codes import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT, MEANINGS, in_a_line
 from launcher.ledger import Ledger, Row
 from launcher.runs import run_dir
 from prepare import ROOT, RULES, UserError
@@ -54,11 +57,48 @@ def test_help_is_a_sentence_and_an_example(call, command):
 
 @pytest.mark.parametrize("command", ["run", "try"])
 def test_help_names_every_exit_code(call, command):
-    from launcher.run import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
-
     codes = {*EXIT_CODES.values(), EXIT_NO_VERDICT, EXIT_INTERRUPTED, 2}
     text = call(command, "--help").output.split("Exit codes:")[1]
     assert {int(code) for code in re.findall(r"\b\d+\b", text)} == codes
+
+
+def test_help_readme_and_docs_give_the_exit_codes_the_same_words(call):
+    docs = (ROOT / "docs" / "troubleshooting.md").read_text()
+    topic = call("help", "exit-codes").output
+    for command in MEANINGS:
+        line = in_a_line(command)
+        assert line in " ".join(call(command, "--help").output.split())
+        assert f"| `{command}` | {line} |" in docs
+        of_command = topic.split(f"autoresearch {command}:")[1].split("\n\n")[0]
+        for code, text in MEANINGS[command].items():
+            assert f"{code:3}  {text}\n" in of_command + "\n"
+    assert f"Exit codes of `run`: {in_a_line('run')}." in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_commands_stand_in_the_order_of_use_and_every_summary_is_whole(call):
+    text = call("--help").output
+    places = [text.index(f"{section}:\n") for section in SECTIONS]
+    assert places == sorted(places) and "..." not in text.split("Start:")[1]
+    assert max(map(len, text.splitlines())) <= 80
+    listed = re.findall(r"^  ([a-z]+)  +[A-Z]", text.split("Start:")[1], re.M)
+    assert sorted(listed) == COMMANDS and listed.index("run") < listed.index("report")
+
+
+@pytest.mark.parametrize("topic", ["exit-codes", "names", "environment", "completion"])
+def test_a_topic_has_a_page_that_fits(call, topic):
+    done = call("help", topic)
+    assert done.exit_code == 0 and max(map(len, done.output.splitlines())) <= 110
+    assert topic in call("help").output and f"  {topic}" not in call("help", topic).output
+
+
+def test_alone_the_command_prints_its_help(call):
+    assert call().output == call("--help").output and call().exit_code == 0
+
+
+def test_help_of_a_command_is_its_own_help(call):
+    assert call("help", "run").output == call("run", "--help").output
+    done = call("help", "nope")
+    assert done.exit_code == 2 and "exit-codes" in done.output
 
 
 def test_version_says_what_decides_whether_results_compare(call):
@@ -109,11 +149,20 @@ def test_a_night_needs_no_agent(call, monkeypatch):
         (("noise", "--repeats", "1"), "not in the range"),
         (("leaderboard", "no-such-file"), "does not exist"),
         (("nonsense",), "No such command"),
+        (("leaderboard", "--columns", "rank,nope"), "there is no column 'nope': the columns are rank"),
+        (("leaderboard", "--sort", "-nope"), "there is no column 'nope'"),
+        (("leaderboard", "--track", "nope"), "there is no track 'nope': the tracks are tiny"),
+        (("report", "--track", "nope"), "there is no track 'nope': the tracks are tiny"),
+        (("watch", "--platform", "nope"), "there is no platform 'nope': the platforms are cpu"),
+        (("leaderbord",), "Did you mean 'leaderboard'?"),
+        (("run", "--bugdet", "3"), "No such option"),
+        (("show",), "Missing argument"),
     ],
 )
-def test_a_mistake_is_a_sentence_and_exit_code_2(call, arguments, says):
+def test_a_mistake_is_a_line_and_exit_code_2(call, arguments, says):
     done = call(*arguments)
-    assert done.exit_code == 2 and says in done.output and "Traceback" not in done.output
+    assert done.exit_code == 2 and says in done.output
+    assert done.output.startswith("autoresearch: ") and done.output.count("\n") == 1
 
 
 @pytest.mark.parametrize("code", [1, 2])
@@ -160,11 +209,12 @@ def test_an_interruption_has_its_exit_code(call, monkeypatch):
     assert call("show", "best").exit_code == 130
 
 
-def test_a_reader_that_goes_away_is_no_crash(house):
+@pytest.mark.parametrize("arguments", [["platforms"], ["--help"], ["run", "--help"], ["leaderboard"]])
+def test_a_reader_that_goes_away_is_no_crash(house, arguments):
     """As `autoresearch platforms | head -1` does."""
-    command = [sys.executable, "-m", "launcher.entry", "platforms"]
+    command = [sys.executable, "-m", "launcher.entry", *arguments]
     done = subprocess.run(
-        ["bash", "-c", '"$0" "$@" | true; echo "${PIPESTATUS[0]}"', *command],
+        ["bash", "-c", '(sleep 0.5; exec "$0" "$@") | true; echo "${PIPESTATUS[0]}"', *command],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -218,6 +268,30 @@ def test_report_writes_where_it_says(call, house):
     assert all(map(lambda path: (house / "page" / path).stat().st_size > 1000, ("report.html", "report.png")))
 
 
+@pytest.mark.parametrize(
+    "arguments, keys",
+    [
+        (("show", "best"), {"row", "board", "loss", "diff"}),
+        (("leaderboard",), {"boards", "across", "unranked"}),
+        (("log", "best"), {"run", "path", "lines"}),
+        (("diff", "best", "baseline"), {"old", "new", "diff"}),
+        (("clean",), {"items", "bytes", "freed"}),
+        (("prepare", "--track", "tiny"), {"track", "path", "fingerprint"}),
+        (("program",), {"platform", "track", "trainer", "text"}),
+        (("report", "-o", "page"), {"page", "card"}),
+        (("platforms",), {"facts", "platform", "why"}),
+        (("run", "-m", "idea"), {"exit_code", "row", "result"}),
+    ],
+)
+def test_what_a_program_may_read_is_one_object(call, told, house, monkeypatch, arguments, keys):
+    row = add_run(house)
+    run_dir(row.run).log.write_text("step 1\n")
+    monkeypatch.chdir(house)
+    done = call(*arguments, "--json")
+    assert keys <= json.loads(done.stdout).keys()
+    assert done.exit_code == (3 if arguments[0] == "run" else 0)
+
+
 def test_prepare_and_platforms(call, house):
     done = call("prepare", "--track", "tiny")
     assert done.exit_code == 0 and "tiny-" in done.output
@@ -260,3 +334,134 @@ def test_an_agent_of_the_loop_may_only_look(call, monkeypatch, house, command):
     assert done.exit_code == 1 and "an agent of the loop may call show, restore" in done.output
     assert call("leaderboard").exit_code != 1 or "an agent of the loop" not in call("leaderboard").output
     assert os.listdir(house) == []
+
+
+# --- How much is said ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [("-q", "run"), ("run", "--quiet")])
+def test_quiet_leaves_warnings_and_results(call, told, monkeypatch, arguments):
+    def run_experiment(request):
+        console.say("training")
+        console.warn_once("contended: something else computed")
+        return Row(run="r1", status="discard", reason="no improvement")
+
+    monkeypatch.setattr("launcher.run.run_experiment", run_experiment)
+    assert call("run").stderr == "training\nwarning: contended: something else computed\n"
+    done = call(*arguments)
+    assert done.stderr == "warning: contended: something else computed\n"
+    assert done.stdout == "run: r1\nstatus: discard\nreason: no improvement\n"
+    assert "training" in call("run").stderr  # the next command is as loud as ever
+
+
+def test_verbose_says_where_an_error_came_from(call, monkeypatch):
+    def fail(*arguments):
+        raise UserError("the disk is full: free some")
+
+    monkeypatch.setattr("launcher.show.show_run", fail)
+    assert "Traceback" not in call("show", "best").stderr
+    loud = call("-v", "show", "best").stderr
+    assert "Traceback" in loud and loud.endswith("\nautoresearch: the disk is full: free some\n")
+
+
+def test_quiet_prepares_without_a_word(autoresearch):
+    loud = autoresearch("prepare", "--track", "tiny", "--force")
+    quiet = autoresearch("-q", "prepare", "--track", "tiny", "--force")
+    assert loud.stdout == quiet.stdout and loud.stderr != "" and quiet.stderr == ""
+
+
+# --- What a person is asked ---------------------------------------------------------------------------------
+
+
+def on_a_terminal(house, arguments, typed):
+    """Run a command on a terminal, type a line when it asks, and return all that the terminal showed."""
+    process, terminal = os.forkpty()
+    if process == 0:
+        code = "import sys; sys.argv[1:] = sys.argv[2:]; " + FAKE_RUN
+        os.execv(sys.executable, [sys.executable, "-c", code, "-", *arguments])
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal closes when the command ends
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+            if typed and b"What does it change" in shown:
+                os.write(terminal, typed)
+                typed = b""
+    os.waitpid(process, 0)
+    return shown.decode()
+
+
+FAKE_RUN = """
+import launcher.run
+from launcher.ledger import Row
+
+def run_experiment(request):
+    print(f"description={request.description!r}")
+    return Row(run="r1", status="discard", reason="no improvement")
+
+launcher.run.run_experiment = run_experiment
+from launcher.cli import main
+main()
+"""
+
+
+def test_on_a_terminal_run_asks_what_changed(house, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert "description='a wider window'" in on_a_terminal(house, ["run"], b"a wider window\n")
+    said = on_a_terminal(house, ["run", "-m", "typed"], b"")
+    assert "description='typed'" in said and "What does it change" not in said
+
+
+def test_in_a_pipe_run_asks_nothing(call, told):
+    assert "What does it change" not in call("run").output and told[0].description == ""
+
+
+# --- What a shell completes ---------------------------------------------------------------------------------
+
+
+def completed(words):
+    """Return what bash would offer after these words, as our own completion script asks for it."""
+    variables = {
+        **os.environ,
+        "_AUTORESEARCH_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(["autoresearch", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'autoresearch'; " + BLIND]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.stderr == ""
+    return [line.split(",", 1)[1] for line in done.stdout.splitlines() if line]
+
+
+# No framework, and neither numpy nor pydantic: a person waits after each key.
+BLIND = """
+import atexit
+from launcher.entry import main
+atexit.register(lambda: sys.modules.keys() & {"torch", "numpy", "pydantic"} and print("plain,slow"))
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "words, offered",
+    [
+        (["lea"], ["leaderboard"]),
+        (["run", "--track", ""], ["tiny"]),
+        (["run", "--platform", "mlx"], ["mlx-cpu"]),
+        (["show", ""], ["best", "last", "baseline", "20260101-000000-abcd"]),
+        (["diff", "best", "2026"], ["20260101-000000-abcd"]),
+        (["confirm", "--against", "ba"], ["baseline"]),
+        (["loop", "--agent", "cl"], ["claude"]),
+        (["loop", "--busy", ""], ["go-on", "wait", "refuse"]),
+        (["leaderboard", "--columns", "rank,val_"], ["rank,val_bpb"]),
+        (["help", "exit"], ["exit-codes"]),
+    ],
+)
+def test_a_shell_completes_names(house, words, offered):
+    add_run(house)
+    assert completed(words) == offered
+
+
+def test_where_names_cannot_be_looked_up_a_shell_gets_none(house, monkeypatch):
+    (house / "results.tsv").write_bytes(b"\xff\0 no ledger")
+    monkeypatch.setenv("AUTORESEARCH_CONFIG", str(house / "absent.yaml"))
+    assert completed(["run", "--track", ""]) == [] and completed(["show", ""]) == ["best", "last", "baseline"]

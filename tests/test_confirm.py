@@ -12,9 +12,9 @@ from launcher import run as runner
 from launcher.belief import LOOKS
 from launcher.board import gather, list_ranked
 from launcher.confirm import confirm, confirm_run, find_contest
-from launcher.console import Progress
 from launcher.ledger import CONFIRMED, UNCONFIRMED, Flag
 from launcher.processes import Stopped
+from launcher.progress import Progress
 from launcher.run import EXIT_INTERRUPTED
 from launcher.runs import read_sealed, run_dir
 from launcher.score import Difference, Score
@@ -100,6 +100,14 @@ def test_what_is_no_better_is_not_claimed(contest, house, capsys):
     out = capsys.readouterr().out
     assert out.startswith("claim: none: a gain of ") and "is not shown" in out
     assert rows(house)[-1].status == UNCONFIRMED
+
+
+def test_a_program_may_read_the_answer(contest, house, capsys):
+    contest(0.05)
+    assert confirm_run("best", "baseline", as_json=True) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["verdict"] == "claim" and data["p"] < 0.01 and len(data["pairs"]) == data["runs"]
+    assert data["sentence"].endswith("runs of each)") and data["baseline"] == rows(house)[0].run
 
 
 def test_asked_again_it_goes_on_with_what_is_on_record(contest, house, capsys):

@@ -153,6 +153,7 @@ def new_model(trainer, bigram_rows: int = 0):
         head_dim=64,
         window_pattern="SL",
         short_window=32,
+        value_pattern="BT",
         bigram_rows=bigram_rows,
         bos=0,
         dtype=torch.float32,

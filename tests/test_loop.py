@@ -54,8 +54,12 @@ def night(repository, monkeypatch):
         else:
             really_sleep(seconds)
 
-    monkeypatch.setattr(time, "sleep", sleep)
+    def rest(seconds, is_over):
+        if not is_over():
+            pauses.append(round(seconds))
 
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(loop, "rest", rest)
     monkeypatch.setattr(
         "launcher.belief.SURPRISING", 1e9
     )  # made-up scores differ by a hundred times too much
@@ -128,6 +132,16 @@ def test_every_turn_is_an_experiment(night, repository, capsys):
     assert "trainer: train_cuda.py" in prompt and "a tenth better than 1.4" in prompt
     assert "## Last result" in prompt and "val_bpb: 1.300000" in prompt
     assert not state_path().exists() and git_checked("status", "--porcelain") == ""
+
+
+def test_what_holds_for_all_experiments_is_said_once(night, repository, capsys):
+    assert night(BETTER, 3) == 0
+    said = capsys.readouterr().err.splitlines()
+    settings = [line for line in said if line.startswith("platform cpu (")]
+    assert len(settings) == 1 and "track tiny, 300 s of training" in settings[0]
+    assert len([line for line in said if re.fullmatch(r"run \S+: seed 1", line)]) == 3
+    warnings = [line for line in said if line.startswith("warning: ")]
+    assert len(warnings) == len(set(warnings))
 
 
 def test_worse_ideas_are_reverted_and_the_agent_hears_of_it(night, repository):

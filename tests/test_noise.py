@@ -1,5 +1,6 @@
 """`autoresearch noise`: seeds, numbers, flags. Training is made up."""
 
+import json
 import re
 
 import pytest
@@ -22,6 +23,14 @@ def test_noise_is_measured_and_recorded(scores, house, capsys):  # noqa: F811
     assert scores.seeds == [1, 2, 3]
     source = source_hash((ROOT / "train_cuda.py").read_bytes())
     assert all("noise" in row.flags and row.source == source for row in rows(house))
+
+
+def test_a_program_may_read_it(scores, house, capsys):  # noqa: F811
+    scores += [1.500, 1.502]
+    assert measure_noise(resolve("cpu"), 2, as_json=True) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["noise_runs"] == 2 and data["noise_sigma"] == pytest.approx(0.002 / 2**0.5)
+    assert [run["val_bpb"] for run in data["runs"]] == [1.5, 1.502] and data["runs"][0]["flags"] == ["noise"]
 
 
 def test_a_short_budget_is_said(scores, house, capsys):  # noqa: F811

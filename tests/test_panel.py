@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from rich.console import Console
 
 from backends.protocol import Log
+from launcher import console
 from launcher.belief import Standing
 from launcher.ledger import Row
 from night.panel import Panel, RunDetail
@@ -105,6 +106,17 @@ def test_elsewhere_a_phase_is_a_line(capsys):
         panel.enter("the agent thinks")
     captured = capsys.readouterr()
     assert captured.err.endswith(" the agent thinks\n") and captured.out == ""
+
+
+def test_quiet_draws_no_panel_and_says_no_phase(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    with Panel(None, None) as panel:
+        panel.enter("the agent thinks")
+    assert "the agent thinks" in capsys.readouterr().err
+    monkeypatch.setattr(console, "_loudness", "quiet")
+    with Panel(None, None) as panel:
+        panel.enter("the agent thinks")
+    assert capsys.readouterr().err == ""
 
 
 def test_the_summary_is_greppable(capsys):

@@ -56,7 +56,8 @@ def test_by_hand_and_in_the_loop_nothing_contradicts(house):
     assert "go to" not in in_loop and "Exit codes" not in in_loop
     assert "Edit train_cuda.py, and end." in in_loop
     commands = re.findall(r"`autoresearch (\w+)", in_loop)
-    assert set(commands) == {"loop", "show", "restore", "leaderboard"}
+    assert set(commands) == {"loop", "show", "diff", "log", "restore", "leaderboard"}
+    assert set(commands) <= {"loop", *cli.FOR_AGENTS}
     assert in_loop.index("If you have a shell") < in_loop.index("`autoresearch show")
 
 

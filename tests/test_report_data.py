@@ -406,3 +406,18 @@ def test_numbers_have_no_more_digits_than_they_mean():
     assert with_error(-0.0123, None, 3, "+") == "-0.012"
     text = "effect -0.001234 +- 0.000567, P(better) 0.98, run 20260611-0.123456x"
     assert round_numbers(text, 4) == "effect -0.0012 +- 0.0006, P(better) 0.98, run 20260611-0.123456x"
+
+
+def test_a_ledger_of_the_original_is_drawn_in_the_order_of_its_file(tmp_path):
+    """It names neither runs nor times, and its failures stand between its scores."""
+    scores = [1.2, 0.0, 1.1, 1.15, 1.0]
+    lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
+    for number, score in enumerate(scores):
+        status = "crash" if not score else "discard" if score == 1.15 else "keep"
+        lines.append(f"abc{number}\t{score:.6f}\t44.0\t{status}\tidea {number}")
+    path = tmp_path / "theirs.tsv"
+    path.write_text("\n".join([*lines, ""]))
+    [series] = collect_series(gather([path]))
+    assert [run.row.val_bpb for run in series.runs] == scores and not series.is_ranked
+    assert [run.built_on for run in series.runs] == [1.2, 1.2, 1.1, 1.1, 1.0]
+    assert "nothing of it is verified" in series.detail and series.baseline.name == "abc0"

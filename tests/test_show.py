@@ -56,6 +56,27 @@ def test_a_run_is_shown_with_its_curve_and_what_it_changed(house, capsys):
     assert "-LR = 0.1\n+LR = 0.2" in out and "2026-1 (1.500000)" in out
 
 
+def test_a_program_may_read_a_run(house, capsys):
+    add(house, "2026-1", "a", "LR = 0.1\n", val_bpb=1.5, track="tiny", device="a CPU", budget=300.0)
+    folder = add(house, "2026-2", "b", "LR = 0.2\n", status="crash", marks="battery,slept", parent="a")
+    folder.events.write_text(point(1.0, 6.0) + point(2.0, 5.0))
+    show_run("last", as_json=True)
+    data = json.loads(capsys.readouterr().out)
+    assert data["row"]["val_bpb"] is None and data["row"]["flags"] == ["battery", "slept"]
+    assert data["loss"] == [[1.0, 6.0], [2.0, 5.0]] and data["diff"][-1] == "+LR = 0.2"
+    show_run("best")
+    assert capsys.readouterr().out.startswith("board: tiny on a CPU (cpu): 300 s, ")
+
+
+def test_without_a_ranked_run_best_says_what_to_do(house):
+    add(house, "2026-1", "a", "LR = 0.1\n", val_bpb=1.5, marks="contended")
+    for name in ("best", "baseline"):
+        with pytest.raises(
+            UserError, match=f"none of the 1 runs is ranked, .* no '{name}' .* autoresearch run"
+        ):
+            show_run(name)
+
+
 def test_a_run_is_compared_with_what_it_was_made_from_not_with_the_best_before_it(house, capsys):
     add(house, "2026-1", "a", "LR = 0.1\n", val_bpb=1.5)
     add(house, "2026-2", "b", "LR = 0.2\n", val_bpb=1.3, parent="a")

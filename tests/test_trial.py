@@ -119,13 +119,28 @@ def test_a_file_whose_name_is_not_utf8_is_refused_in_one_line(repository):
 
 def test_identical_source_is_not_run_again(repository, capsys):
     try_as_it_is("baseline")
-    with pytest.raises(UserError, match="as in the last commit"):
+    with pytest.raises(UserError, match="nothing was edited: .* as in the last commit") as caught:
         try_as_it_is("baseline")
+    assert caught.value.code == 2
     assert attempt("SCORE = 1.7\n", repository) == 3 and len(calls) == 2
     assert attempt("SCORE = 1.7\n", repository) == 3 and len(calls) == 2
     assert "not run again" in capsys.readouterr().err and trainer_text(repository) == "SCORE = 1.5\n"
     assert attempt("CRASH\n", repository) == 1
     assert attempt("CRASH\n", repository) == 1 and len(calls) == 4  # it was never scored
+
+
+def test_a_program_may_read_the_verdict(repository, capsys):
+    try_as_it_is("baseline")
+    capsys.readouterr()
+    edit(repository, "SCORE = 1.4\n")
+    assert trial.try_edit(Request(resolve(), "better"), as_json=True) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["exit_code"] == 0 and data["row"]["status"] == "keep" and data["row"]["val_bpb"] == 1.4
+    assert data["result"]["num_steps"] == 10
+    edit(repository, "CRASH\n")
+    assert trial.try_edit(Request(resolve(), "worse"), as_json=True) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["row"]["val_bpb"] is None and data["result"] is None and data["row"]["reason"] == "it crashed"
 
 
 def test_an_old_trainer_that_was_kept_does_not_come_back_over_a_better_one(repository, capsys):

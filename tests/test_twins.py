@@ -24,6 +24,7 @@ SIZE = dict(
     head_dim=32,
     window_pattern="SL",
     short_window=16,
+    value_pattern="BT",
     bigram_rows=0,
     bos=93,
 )
@@ -95,6 +96,7 @@ def relative(a, b):
         {"short_window": 13},
         {"bigram_rows": 64},
         {"bigram_rows": 64, "n_layer": 4},
+        {"bigram_rows": 64, "n_layer": 5, "value_pattern": "G-BT"},
     ],
 )
 def test_logits_agree(trainers, changes):
@@ -118,35 +120,33 @@ def test_gradients_agree(trainers, bigram_rows):
         assert p.grad.norm() > 0 and relative(np.array(theirs[name]), p.grad) < 1e-4, name
 
 
+@pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("rows", [1, 2, 2048, 65536, 2**20])
-def test_bigrams_have_the_same_row_in_both(trainers, rows):
+def test_ngrams_have_the_same_row_in_both(trainers, rows, n):
     cuda, mlx = trainers
     tokens = np.random.default_rng(1).integers(0, 65536, (8, 512))
     tokens[0] = 65535  # the largest product
     tokens[:, 100] = 7
-    ours = cuda.hash_bigrams(torch.from_numpy(tokens), 7, rows)
-    theirs = mlx.hash_bigrams(mx.array(tokens.astype(np.int32)), 7, rows)
+    ours = cuda.hash_ngrams(torch.from_numpy(tokens), n, 7, rows)
+    theirs = mlx.hash_ngrams(mx.array(tokens.astype(np.int32)), n, 7, rows)
     assert ours.dtype == torch.int64 and (ours.numpy() == np.array(theirs)).all()
-    before = np.roll(tokens, 1, axis=1)
-    before[:, 0] = 7
-    before[tokens == 7] = 7
-    expected = [
-        [
-            (int(a) * 0x5BD1E995 + int(b) * 0x7FEB352D) % 2**32 * rows // 2**32
-            for a, b in zip(*row, strict=True)
-        ]
-        for row in zip(before, tokens, strict=True)
-    ]
-    assert ours.tolist() == expected
+    for row, hashed in zip(tokens.tolist(), ours.tolist(), strict=True):
+        for i, found in enumerate(hashed):
+            seen = row[max(0, i - n + 1) : i + 1]
+            borders = [k for k, token in enumerate(seen) if token == 7]
+            seen = [7] * n + seen[borders[-1] if borders else 0 :]
+            total = sum(token * m for token, m in zip(seen[::-1], cuda.HASH_MULTIPLIERS[:n], strict=False))
+            assert found == total % 2**32 * rows // 2**32
 
 
+@pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("which", [0, 1], ids=["torch", "mlx"])
-def test_a_bigram_never_crosses_the_border_of_a_document(trainers, which):
+def test_an_ngram_never_crosses_the_border_of_a_document(trainers, which, n):
     module = trainers[which]
     bos = 7
     one, other, alone = [[3, 5, bos, 20, 21], [4, 6, bos, 20, 21], [20, 21, bos, bos, 20]]
     x, _ = on_device(module, (np.array([one, other, alone]), np.zeros((3, 5), int)))
-    one, other, alone = module.hash_bigrams(x, bos, 2**20).tolist()
+    one, other, alone = module.hash_ngrams(x, n, bos, 2**20).tolist()
     assert one[2:] == other[2:] and one[0] != other[0] and one[1] != other[1]
     assert alone == [one[3], one[4], one[2], one[2], one[3]]  # a row begins as after BOS
 
@@ -156,7 +156,7 @@ def test_bigrams_fill_their_table(trainers, which):
     module = trainers[which]
     tokens = np.random.default_rng(2).integers(0, 1000, (4, 65536))
     x, _ = on_device(module, (tokens, tokens))
-    used = set(module.hash_bigrams(x, 0, 65536).flatten().tolist())
+    used = set(module.hash_ngrams(x, 2, 0, 65536).flatten().tolist())
     assert len(used) / 65536 == pytest.approx(1 - np.exp(-4), abs=0.02)  # as if drawn: 4 bigrams a row
 
 
@@ -486,7 +486,7 @@ def test_ten_steps_of_training_agree(trainers, monkeypatch):
     assert max(abs(x - y) for x, y in zip(ours, theirs, strict=True)) < 1e-3, losses
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["torch", "mlx"])
+@pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["torch", "mlx"])
 def test_warm_up_leaves_weights_and_optimizer_as_they_were(trainers, monkeypatch, which):
     two_micro_steps(trainers, monkeypatch)
     module = trainers[which]
@@ -617,7 +617,7 @@ def test_they_read_side_by_side():
         headings, constants, signatures = outline(text)
         assert len(headings) >= 8 and len(constants) >= 30 and len(signatures) >= 50
         assert {"GPT.forward", "Optimizer.step", "Config.dtype", "warm_up", "main"} <= signatures.keys()
-        assert len(text.splitlines()) < 700
+        assert len(text.splitlines()) < 720
 
 
 def test_what_only_one_of_them_has_is_there():
@@ -630,7 +630,7 @@ def test_what_only_one_of_them_has_is_there():
     [
         ("# Loss\n", "# Losses\n"),
         ("MATRIX_LR = 0.04", "MATRIX_LR = 0.05"),
-        ("EMBEDDING_DECAY = 0.0", "EMBEDDING_DECAYS = 0.0"),
+        ("VALUE_DECAY = 0.003", "VALUE_DECAYS = 0.003"),
         ("def lr_scale(progress: float)", "def lr_scale(share: float)"),
         ("def muon_momentum(progress: float)", "def muon_momentum(progress: float = 0.0)"),
         ("def micro_steps(seq_len: int)", "def micro_steps(seq_len: float)"),

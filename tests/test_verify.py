@@ -1,11 +1,24 @@
 """`autoresearch verify`: the saved model scored in fresh processes, on val and on sealed text."""
 
+import json
+
 import numpy as np
 import pytest
 
-from launcher.ledger import REFUTED, VERIFIED, Ledger
+from launcher.ledger import REFUTED, VERIFIED, Ledger, Row
 from launcher.score import Difference, Score
-from launcher.verify import Scores, gap_between
+from launcher.verify import Scores, gap_between, print_outcome
+
+
+def test_a_program_may_read_the_outcome(capsys):
+    rng = np.random.default_rng(0)
+    both = scores(1.5, 1.6, rng)
+    print_outcome(Row(run="r1"), VERIFIED, "it matches", both, as_json=True)
+    data = json.loads(capsys.readouterr().out)
+    assert data["val_bpb"] == both.val.bpb and data["sealed_bpb"] == both.sealed.bpb
+    assert (data["run"], data["status"]) == ("r1", VERIFIED)
+    print_outcome(Row(run="r1"), REFUTED, "it differs", None, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"run": "r1", "status": REFUTED, "reason": "it differs"}
 
 
 @pytest.mark.slow

@@ -198,7 +198,7 @@ def collect_series(boards: Boards) -> list[Series]:
 
 def all_rows(boards: Boards) -> list[Row]:
     """Return every run of the ledgers, the rows of each file in their order."""
-    return [*boards.unranked, *(row for board in boards.boards for row in board.rows)]
+    return boards.runs
 
 
 def make_series(
