@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 
 from backends.platforms import mac_state
 from launcher.belief import PRIOR, REPEATS, visible_change
@@ -37,7 +38,7 @@ from night import repo
 from night.agent import Answer, TurnFailed, last_words, read_said, save_answer
 from night.agents import Agent
 from night.lab_book import remember_shares
-from night.panel import Panel, RunDetail
+from night.panel import OF_NO_EXPERIMENT, Panel, RunDetail
 from night.program import write_turn
 from night.state import Edit, LoopState, read_state, record, state_path, write_state
 from night.stop import REASON, announced, rest
@@ -219,7 +220,7 @@ class Loop:
         limit: seconds that it may take
         """
         record("phase", phase=phase, text=text, limit=limit)
-        self.panel.enter(text, limit, is_numbered=phase != "confirm")
+        self.panel.enter(text, limit, phase not in OF_NO_EXPERIMENT)
 
     def record_begin(self) -> None:
         record(
@@ -230,6 +231,7 @@ class Loop:
             done=self.panel.done,
             pid=os.getpid(),  # of a loop that was killed, the page says so
             host=platform.node(),
+            counts=asdict(self.panel.counts),
         )
 
     def take_turns(self) -> tuple[str, int]:
@@ -344,12 +346,8 @@ class Loop:
         if seconds_to_first_look(contest, self.longest_run) > night.seconds_left():
             return "none was tested, the night was too short: autoresearch confirm"
         self.enter("confirm", f"confirming: {contest.best.description}")
-        return confirm(
-            self.setting,
-            contest,
-            self.has_time,
-            lambda: RunDetail(self.setting.budget, self.panel),
-        ).sentence
+        show = partial(RunDetail, self.setting.budget, self.panel)
+        return confirm(self.setting, contest, self.has_time, show).sentence
 
     def has_time(self, seconds: float) -> bool:
         """Return whether there is time for something that takes so many seconds."""

@@ -18,6 +18,7 @@ from launcher.ledger import Row, single_line
 from launcher.progress import Progress, Scored
 from night.state import NightCounts
 
+OF_NO_EXPERIMENT = ("confirm",)  # phases of a night that are part of no experiment
 REFRESHES_A_SECOND = 2.0
 LAST_RESULTS = 5
 BAR_WIDTH = 40  # columns
@@ -43,7 +44,7 @@ class Panel:
         self.cost = 0.0  # dollars, likewise
         self.claim = ""  # what a person may repeat of the night
         self.seconds_a_run = 0.0  # that an experiment takes, 0 where it is not known
-        self.phase = f"1{self.of_all()}: starting"
+        self.phase = self.numbered("starting")
         self.limit: float | None = None  # seconds that the phase may take
         self.detail = ""  # the progress of the phase
         self.share: float | None = None  # of the training that is over
@@ -75,7 +76,7 @@ class Panel:
 
         limit: seconds that it may take. is_numbered: it is part of an experiment, which has a number.
         """
-        self.phase = f"{self.done + 1}{self.of_all()}: {phase}" if is_numbered else phase
+        self.phase = self.numbered(phase) if is_numbered else phase
         self.limit = limit
         self.detail = ""
         self.share = None
@@ -86,11 +87,15 @@ class Panel:
         else:
             self.note(phase)
 
-    def set_phase(self, phase: str, seconds: float, limit: float) -> None:
+    def set_phase(self, phase: str, seconds: float, limit: float, is_numbered: bool = True) -> None:
         """Show a phase that began so many seconds ago. limit: seconds that it may take, 0 for none."""
-        self.phase = phase
+        self.phase = self.numbered(phase) if is_numbered else phase
         self.limit = limit or None
         self._entered = time.monotonic() - seconds
+
+    def numbered(self, phase: str) -> str:
+        """Return a phase with the number of its experiment."""
+        return f"{self.done + 1}{self.of_all()}: {phase}"
 
     def note(self, text: str) -> None:
         """Print a line that stays."""

@@ -16,13 +16,13 @@ from rich.live import Live
 
 from backends.protocol import Event, EventError, Log, RunDir, Start, parse_event
 from launcher.exit_codes import EXIT_DONE, EXIT_FAILED
-from launcher.ledger import Row, single_line
+from launcher.ledger import ABOUT_RUNS, Row, single_line
 from launcher.report.files import Entry, read_loop_log
 from launcher.runs import ledger, run_dir, runs_dir
-from launcher.verdict import best_run, survey_board
+from launcher.verdict import best_since_moved, survey_board
 from night.agent import TurnFiles, last_words
-from night.panel import REFRESHES_A_SECOND, Panel, RunDetail
-from night.state import loop_folder, read_state
+from night.panel import OF_NO_EXPERIMENT, REFRESHES_A_SECOND, Panel, RunDetail
+from night.state import loop_folder, read_counts, read_state
 from night.stop import RunningLoop, read_token, request_path, running_loop
 from prepare import UserError
 
@@ -62,10 +62,11 @@ def read_panel(loop: RunningLoop) -> Panel:
     """Return the panel of a loop as it is now."""
     entries = of_last_loop(read_loop_log())
     panel = Panel(*limits_of(entries))
-    rows = {row.run: row for row in ledger().rows()}
+    rows = ledger().rows()
+    runs = {row.run: row for row in rows if row.status not in ABOUT_RUNS}
     for entry in entries:
-        take(panel, entry, rows)
-    show_best(panel, list(rows.values()))
+        take(panel, entry, runs)
+    show_best(panel, rows)
     phases = [entry for entry in entries if entry.event == "phase"]
     if phases:
         show_phase(panel, phases[-1])
@@ -107,6 +108,8 @@ def take(panel: Panel, entry: Entry, rows: dict[str, Row]) -> None:
     """Count what a line of the log tells of."""
     if entry.event == "begin":
         panel.done = int(entry.number("done"))
+        counts = entry.data.get("counts")
+        panel.counts = read_counts(counts if isinstance(counts, dict) else {})
     elif entry.event == "experiment":
         row = rows.get(str(entry.data.get("run")))
         if row:
@@ -121,11 +124,12 @@ def take(panel: Panel, entry: Entry, rows: dict[str, Row]) -> None:
         panel.claim = single_line(entry.data.get("claim"))
 
 
-def show_best(panel: Panel, rows: list[Row]) -> None:
-    """Show the trainer that is believed best on the board of the last experiment."""
+def show_best(panel: Panel, rows: Sequence[Row]) -> None:
+    """Show the trainer that the loop believes best, on the board of the last experiment."""
     if panel.results:
-        board = panel.results[-1].board
-        panel.best = best_run(rows, board)
+        last = panel.results[-1]
+        board = last.board
+        panel.best = best_since_moved(rows, board, last.build_on or last.parent)
         believed = survey_board(rows, board)
         panel.belief = believed.trainers[panel.best.source] if believed and panel.best else None
 
@@ -139,7 +143,10 @@ def show_phase(panel: Panel, entry: Entry) -> None:
     """Show the phase that a loop is in, since when, and how far it is."""
     kind = str(entry.data.get("phase"))
     panel.set_phase(
-        single_line(entry.data.get("text") or kind), time.time() - entry.time, entry.number("limit")
+        single_line(entry.data.get("text") or kind),
+        time.time() - entry.time,
+        entry.number("limit"),
+        kind not in OF_NO_EXPERIMENT,
     )
     if kind == "agent":
         files = TurnFiles(loop_folder(), read_state().stamp)

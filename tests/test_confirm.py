@@ -12,9 +12,9 @@ from launcher import run as runner
 from launcher.belief import LOOKS
 from launcher.board import gather, list_ranked
 from launcher.confirm import confirm, confirm_run, find_contest
-from launcher.progress import Progress
 from launcher.ledger import CONFIRMED, UNCONFIRMED, Flag
 from launcher.processes import Stopped
+from launcher.progress import Progress
 from launcher.run import EXIT_INTERRUPTED
 from launcher.runs import read_sealed, run_dir
 from launcher.score import Difference, Score

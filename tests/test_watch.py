@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -25,7 +26,7 @@ from test_stop import (  # noqa: F401  fast and no_night_left are fixtures
 from launcher import cli
 from launcher.ledger import Ledger
 from launcher.runs import home, run_dir
-from night.state import record
+from night.state import NightCounts, record
 from night.stop import RunningLoop, ask_to_stop, request_path, running_loop, write_json
 from night.watch import last_events, read_panel, watch_loop
 from prepare import UserError
@@ -69,7 +70,7 @@ def test_the_log_the_ledger_and_the_run_make_the_panel(repository):
     for part in (
         "6 of 9: training: a larger batch",
         "step 10 | loss 3.0000 | 5,000 tok/s",
-        "2 kept, 0 discarded, 0 failed, 1 turns without an experiment",
+        "2 kept, 0 discarded, 0 failed, 0 refused, 1 turns without an edit",
         "[bold] wider",
         "until 07:30",
     ):
@@ -133,3 +134,17 @@ def test_a_loop_is_watched_to_its_end(fast, how):  # noqa: F811
             seen += os.read(terminal, 65536)
     said = "ended: autoresearch stop" if how == "it ends" else "ended: the loop was killed"
     assert said in seen.decode() and exit_code_of(watcher) == (0 if how == "it ends" else 1)
+
+
+def test_a_row_about_a_run_is_not_the_run(repository):
+    """The claim at the end of a night names the run that it is about."""
+    ledger = Ledger(home() / "results.tsv")
+    kept = row(run="r1", description="wider", val_bpb=1.4, source="b", parent="a", build_on="b")
+    ledger.append(kept)
+    ledger.append(replace(kept, status="confirmed"))
+    counts = {"kept": 2, "baselines": 1}
+    record("begin", agent=["x"], experiments=9, until="", done=3, counts=counts)
+    record("experiment", run="r1")
+    record("failed", kind="edit", reason="it does not compile")
+    panel = read_panel(LOOP)
+    assert panel.counts == NightCounts(kept=3, baselines=1, refused=1) and panel.done == 4
