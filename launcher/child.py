@@ -46,7 +46,6 @@ from launcher.processes import (
     Guarded,
     Stopped,
     defer_signals,
-    ignore_signals,
     remove_tree,
     stop_on_signals,
 )
@@ -292,10 +291,10 @@ class Supervision:
     # --- The end --------------------------------------------------------------------------------------------
 
     def _end(self) -> None:
-        """End the child and all that it started. From here on a second Ctrl-C changes nothing."""
+        """End the child and all that it started."""
         if self._child is None:
             return
-        with ignore_signals():
+        with defer_signals():
             self.watch.end()
             gone = self._child.end()
         self.outcome.exit_code = self._child.returncode
@@ -375,7 +374,7 @@ class Supervision:
 
     def _clean(self) -> None:
         """Remove what the child wrote. Of compiled code, what it wrote before it had rows stays."""
-        with ignore_signals():
+        with defer_signals():
             remove_tree(self.run_dir.box)
             shared_memory.remove_new(self._shared_before)
             if self._rows_given:

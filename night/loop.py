@@ -24,7 +24,7 @@ from launcher.console import say
 from launcher.device import WhenBusy, awake, look_around, require_quiet
 from launcher.harness import source_hash
 from launcher.ledger import EVIDENCE, MOVED, STATUSES, Flag, Row
-from launcher.processes import Stopped, end_leftovers, ignore_signals, stop_on_signals
+from launcher.processes import Stopped, defer_signals, end_leftovers, stop_on_signals
 from launcher.report import write_report
 from launcher.run import EXIT_INTERRUPTED, POWER_FLAGS, Request, dry_run
 from launcher.runs import home, ledger, new_run_id, now_utc, run_dir
@@ -172,7 +172,7 @@ class Loop:
             self.claim()
         except Stopped as stop:
             ended, code = f"interrupted ({stop})", EXIT_INTERRUPTED
-            with ignore_signals():
+            with defer_signals():
                 end_unfinished_turn()
                 finish_trial()
         self.leave_state()
@@ -727,7 +727,7 @@ def end_unfinished_turn() -> None:
     """End the agent of a turn that was cut off. What it made of its folder is lost."""
     state = read_state()
     if state.stamp:
-        with ignore_signals():
+        with defer_signals():
             end_leftovers(state.stamp)
         write_state(replace(state, stamp=""))
 
