@@ -318,10 +318,12 @@ def loop(
     autoresearch loop --agent claude --until 07:30
 
     \b
-    Exit codes: 0 at its end, 1 when turn after turn led to no experiment, 2 usage, 130 interrupted.
+    Exit codes: 0 at its end, 1 when turn after turn led to no experiment, 2 usage, 6 with --busy refuse
+    where something else uses the device, 130 interrupted.
     """
     from night.agents import parse_agent
-    from night.loop import Night, parse_until, run_night
+    from night.loop import run_night
+    from night.plan import Night, parse_until
 
     setting = setting_of(platform, track, budget)
     night = Night(

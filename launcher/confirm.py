@@ -14,7 +14,7 @@ from statistics import fmean
 
 from backends.protocol import write_json
 from launcher.belief import LOOKS, Claim, claim
-from launcher.console import say
+from launcher.console import Progress, say
 from launcher.ledger import CONFIRMED, UNCONFIRMED, Flag, Row
 from launcher.processes import Stopped
 from launcher.run import EXIT_INTERRUPTED, Request, run_once
@@ -49,6 +49,11 @@ class Contest:
     @property
     def sources(self) -> tuple[str, str]:
         return self.baseline.source, self.best.source
+
+    @property
+    def seconds_a_pair(self) -> float:
+        """What a run of each is expected to take, with their scoring on the sealed set."""
+        return 2 * SEALING * max(self.baseline.total_seconds, self.best.total_seconds)
 
 
 @dataclass(frozen=True)
@@ -133,11 +138,15 @@ def find_contest(name: str, against: str) -> Contest:
 
 
 def confirm(
-    setting: Setting, contest: Contest, fits: Callable[[float], bool] = lambda seconds: True
+    setting: Setting,
+    contest: Contest,
+    fits: Callable[[float], bool] = lambda seconds: True,
+    progress: Progress | None = None,
 ) -> Confirmation:
     """Run pairs until the claim is decided, and record the answer.
 
     fits: says whether there is time for another pair, which takes so many seconds
+    progress: shows the runs; a line on the terminal if left out
 
     Raises:
         UserError: a trainer's copy is gone.
@@ -148,7 +157,7 @@ def confirm(
             raise UserError(f"the trainer of run {row.run} is not here: runs/{row.run} was deleted")
     pairs = finished_pairs(contest)
     stopped = ""
-    seconds = 2 * SEALING * max(contest.baseline.total_seconds, contest.best.total_seconds)
+    seconds = contest.seconds_a_pair
     say(
         f"confirm: {contest.best.run} ({contest.best.description}) against {contest.baseline.run} "
         f"({contest.baseline.description}), {len(pairs)} pairs of runs on record, {seconds:.0f} s a pair"
@@ -159,7 +168,7 @@ def confirm(
             break
         began = time.monotonic()
         try:
-            pairs.append(run_pair(setting, contest, len(pairs)))
+            pairs.append(run_pair(setting, contest, len(pairs), progress))
         except PairFailed as failure:
             stopped = str(failure)
             break
@@ -170,15 +179,14 @@ def confirm(
     return confirmation
 
 
-def seconds_to_first_look(contest: Contest, longest_run: float) -> float:
+def seconds_to_first_look(contest: Contest) -> float:
     """Return what the first answer still takes, 0 where there is one, or where none can be had."""
     if trainer_of(contest.baseline) is None or trainer_of(contest.best) is None:
         return 0.0
     pairs = finished_pairs(contest)
     if test(pairs).verdict != "go on":
         return 0.0
-    missing = max(1, LOOKS[0] - len(pairs))
-    return 2 * missing * SEALING * longest_run
+    return max(1, LOOKS[0] - len(pairs)) * contest.seconds_a_pair
 
 
 def test(pairs: Sequence[Pair]) -> Claim:
@@ -219,7 +227,7 @@ class PairFailed(Exception):
     """A trainer has no score with a fresh seed. The message says which and why."""
 
 
-def run_pair(setting: Setting, contest: Contest, number: int) -> Pair:
+def run_pair(setting: Setting, contest: Contest, number: int, progress: Progress | None = None) -> Pair:
     """Run both trainers with one fresh seed, in turns the one and the other first: a device may warm up.
 
     Raises:
@@ -230,7 +238,7 @@ def run_pair(setting: Setting, contest: Contest, number: int) -> Pair:
     order = [contest.baseline, contest.best]
     if number % 2:
         order.reverse()
-    made = {row.source: run_and_seal(setting, row, seed) for row in order}
+    made = {row.source: run_and_seal(setting, row, seed, progress) for row in order}
     baseline, best = contest.sources
     pair = pair_of(made[baseline], made[best])
     if pair is None:
@@ -238,7 +246,7 @@ def run_pair(setting: Setting, contest: Contest, number: int) -> Pair:
     return pair
 
 
-def run_and_seal(setting: Setting, known: Row, seed: int) -> Row:
+def run_and_seal(setting: Setting, known: Row, seed: int, progress: Progress | None = None) -> Row:
     """Run a trainer with a fresh seed, score it on the sealed set, and drop its weights.
 
     Raises:
@@ -253,6 +261,7 @@ def run_and_seal(setting: Setting, known: Row, seed: int) -> Row:
         commit=known.commit,
         keep_weights=True,
         flags=(Flag.CONFIRM,),
+        progress=progress,
     )
     for _ in range(TRIES):
         row = run_once(request)
@@ -270,7 +279,7 @@ def run_and_seal(setting: Setting, known: Row, seed: int) -> Row:
     copy = run.trainer()
     assert copy  # it was just run
     try:
-        [score] = score_again(row, setting, copy, run.weights, ["sealed"])
+        [score] = score_again(row, setting, copy, run.weights, ["sealed"], progress)
     except NotScored as error:
         raise PairFailed(f"run {row.run} could not be scored on the sealed set: {error.reason}") from None
     finally:

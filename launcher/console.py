@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from backends.protocol import Event, Log, Start, Stop
 
+STARTING = "starting: imports, compilation, warm-up"
 LINE_EVERY = 30.0  # seconds between progress lines when there is no terminal
 
 
@@ -48,7 +49,7 @@ class Progress:
 
     def __init__(self, budget: float) -> None:
         self.budget = budget
-        self.text = "starting: imports, compilation, warm-up"
+        self.text = STARTING
         self._live = sys.stderr.isatty()
         self._began = time.monotonic()
         self._last_line = self._began

@@ -109,15 +109,23 @@ def examine(row: Row, setting: Setting, trainer: Path, weights: Path) -> tuple[s
 
 
 def score_again(
-    row: Row, setting: Setting, trainer: Path, weights: Path, splits: Sequence[str]
+    row: Row,
+    setting: Setting,
+    trainer: Path,
+    weights: Path,
+    splits: Sequence[str],
+    progress: Progress | None = None,
 ) -> list[Score]:
-    """Return the score of weights on each of the splits. Raises NotScored."""
+    """Return the score of weights on each of the splits. Raises NotScored.
+
+    progress: shows it; a line on the terminal if left out
+    """
     settings = setting.boxed_settings(row.seed, row.run)
     policy = common_policy(trainer, setting.track, setting.data)
     job = Job(trainer, run_dir(row.run), settings, policy, setting.data, setting.bf16)
     num_rows = dict.fromkeys(splits, setting.val_tokens // setting.track.seq_len)
     seconds = len(splits) * setting.platform.score_seconds
-    progress = Progress(0)
+    progress = progress or Progress(0)
     with DeviceLock(setting.platform.device_kind) as lock:
         lock.set_holder(f"{row.run} (verify)")
         try:

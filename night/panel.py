@@ -12,7 +12,7 @@ from rich.text import Text
 
 from backends.protocol import Event, Log, Start
 from launcher.belief import Standing
-from launcher.console import Progress, Scored, say
+from launcher.console import STARTING, Progress, Scored, say
 from launcher.ledger import Row, single_line
 
 REFRESHES_A_SECOND = 2.0
@@ -43,6 +43,7 @@ class Panel:
         self.claim = ""  # what a person may repeat of the night
         self.seconds_a_run = 0.0  # that an experiment takes, 0 where it is not known
         self.phase = "starting"
+        self.is_experiment = True  # the phase belongs to one, and not to the night
         self.limit: float | None = None  # seconds that the phase may take
         self.detail = ""  # the progress of the phase
         self.share: float | None = None  # of the training that is over
@@ -68,16 +69,21 @@ class Panel:
             self._live.stop()
             self._console.set_window_title("")
 
-    def enter(self, phase: str, limit: float | None = None) -> None:
-        """Show that a phase of an experiment begins. limit: seconds that it may take."""
+    def enter(self, phase: str, limit: float | None = None, is_experiment: bool = True) -> None:
+        """Show that a phase begins.
+
+        limit: seconds that it may take
+        is_experiment: it belongs to one, and not to the beginning or the end of the night
+        """
         self.phase = phase
+        self.is_experiment = is_experiment
         self.limit = limit
         self.detail = ""
         self.share = None
         self.words = str
         self._entered = time.monotonic()
         if self._live:
-            self._console.set_window_title(f"autoresearch {self.done + 1}{self.of_all()}: {phase}")
+            self._console.set_window_title(f"autoresearch {self.where()}")
         else:
             self.note(phase)
 
@@ -102,7 +108,7 @@ class Panel:
         )
         table = Table.grid(padding=(0, 2))
         # Text is not parsed: an agent's brackets are no markup.
-        table.add_row("experiment", Text(f"{self.done + 1}{self.of_all()}: {self.phase}"))
+        table.add_row("experiment" if self.is_experiment else "now", Text(self.where()))
         table.add_row("", Text(f"{self.clock()}  {self.detail or single_line(self.words())}"))
         if self.share is not None:
             table.add_row("", ProgressBar(total=1.0, completed=self.share, width=BAR_WIDTH))
@@ -125,8 +131,10 @@ class Panel:
         best = f" ({row.val_bpb - self.best.val_bpb:+.4f})" if self.best else ""
         return f"{row.status:8} {row.val_bpb:.4f}{best} {row.description}"
 
-    def of_all(self) -> str:
-        return f" of {self.experiments}" if self.experiments else ""
+    def where(self) -> str:
+        """Return the phase, and which experiment it belongs to."""
+        of_all = f" of {self.experiments}" if self.experiments else ""
+        return f"{self.done + 1}{of_all}: {self.phase}" if self.is_experiment else self.phase
 
     def believed(self) -> str:
         """Return what is believed of the best trainer: its val_bpb, with its error."""
@@ -168,16 +176,18 @@ class Panel:
 class RunDetail(Progress):
     """The progress of a run as a line of the panel. Silent where there is no panel."""
 
-    def __init__(self, budget: float, panel: Panel, on_start: Callable[[], None] = lambda: None) -> None:
-        """on_start: called when the training begins, beside what is shown."""
+    def __init__(
+        self, budget: float, panel: Panel, training_began: Callable[[], None] = lambda: None
+    ) -> None:
+        """training_began: called then, beside what is shown."""
         super().__init__(budget)
         self.panel = panel
-        self.on_start = on_start
+        self.training_began = training_began
 
     def __call__(self, event: Event | Scored | None) -> None:
         super().__call__(event)
         if isinstance(event, Start):
-            self.on_start()
+            self.training_began()
         if isinstance(event, Log):
             self.panel.share = min(1.0, event.elapsed / self.budget)
 
@@ -185,6 +195,7 @@ class RunDetail(Progress):
         self.panel.detail = self.text
 
     def close(self) -> None:
+        self.text = STARTING
         self.panel.detail = ""
         self.panel.share = None
 

@@ -44,7 +44,7 @@ def contest(scores, house, monkeypatch):  # noqa: F811
         monkeypatch.setattr(runner, "supervise", supervise)
         return find_contest("best", "baseline")
 
-    def score_again(row, setting, trainer, weights, splits):
+    def score_again(row, setting, trainer, weights, splits, progress):
         assert splits == ["sealed"]
         assert weights.exists() and trainer.read_text() in ("baseline", "best")
         nothing = np.empty(0)

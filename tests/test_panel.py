@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 
 from rich.console import Console
 
-from backends.protocol import Log
+from backends.protocol import Log, Stop
 from launcher.belief import Standing
 from launcher.ledger import Row
 from night.panel import Panel, RunDetail
@@ -111,3 +111,19 @@ def test_a_runs_progress_is_a_line_of_the_panel(capsys):
     assert panel.share == 100 / 300 and "━" in shown(panel)
     detail.close()
     assert panel.detail == "" and panel.share is None and capsys.readouterr().err == ""
+
+
+def test_what_follows_the_experiments_is_none():
+    panel = Panel(1, None)
+    panel.count(Row(status="keep", val_bpb=1.3))
+    panel.enter("confirming: wider", is_experiment=False)
+    assert "confirming: wider" in shown(panel) and "2 of 1" not in shown(panel)
+
+
+def test_the_next_run_does_not_begin_where_the_last_one_ended():
+    panel = Panel(None, None)
+    detail = RunDetail(300.0, panel)
+    detail(Stop(10, 1000, 1.0, {}))
+    detail.close()
+    detail(None)
+    assert panel.detail.startswith("starting")

@@ -254,7 +254,8 @@ def test_a_gain_goes_on_top_of_a_commit_of_other_files(repository, meanwhile):
     try_as_it_is("baseline")
 
     def commit_readme():
-        (repository / "README.md").write_text("read me too\n")
+        with open(repository / "README.md", "a") as f:
+            f.write("read me too\n")
         commit_as_a_person("--", "README.md")
 
     meanwhile(commit_readme)
