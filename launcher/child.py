@@ -61,6 +61,7 @@ LAST_STEP_SHARE = 0.01  # share of the budget that the last step may take, where
 WRITING = 200e6  # bytes of weights that are written in a second
 MOST_WRITING = 2.0  # seconds at most for writing them
 POLL_SECONDS = 0.5  # between looks at the limits
+LONGEST_LOG = 2**28  # bytes that a trainer may print and send
 MOST_SHARES = 8  # kinds of work of a step that are listened to
 READS = 100  # of the socket, at most, between looks at the limits: a trainer may send without a pause
 
@@ -134,6 +135,7 @@ class Supervision:
         self._deadline = math.inf  # of the start-up or of the training
         self._overdue_message = ""  # what the run is told then
         self._buffer = b""
+        self._bytes_sent = 0  # by the child, in events
         self._shared_before = shared_memory.files()
         self._child: Guarded | None = None
         self._scoring: ScoringPair | None = None
@@ -233,8 +235,11 @@ class Supervision:
                 now = time.monotonic()  # a line before this one may have begun the training
                 event = parse_event(line)
                 events.write(json.dumps({"at": round(now - self._began, 3), **asdict(event)}) + "\n")
+                self._bytes_sent += len(line)
                 self._handle(event, now)
                 self.on_event(event)
+                if isinstance(event, Start):
+                    self._last_log = time.monotonic()  # what others did meanwhile is no step's time
                 if self._stop:
                     break
         return True
@@ -283,10 +288,13 @@ class Supervision:
         self._overdue_message = message
 
     def _overdue(self) -> bool:
-        late = time.monotonic() > self._deadline
-        if late:
+        if time.monotonic() > self._deadline:
             self.outcome.fail("timeout", self._overdue_message)
-        return late
+            return True
+        if self.run_dir.log.stat().st_size + self._bytes_sent > LONGEST_LOG:
+            self.outcome.fail("crash", f"the trainer printed more than {LONGEST_LOG:,} bytes")
+            return True
+        return False
 
     # --- The end --------------------------------------------------------------------------------------------
 
