@@ -208,7 +208,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def scoring_id(run_id: str, name: str) -> str:
-    """Return the run id that a process carries which scores the run: `name` is first or second."""
+    """Return the run id of a process that scores the run. name: "first" or "second"."""
     return f"{run_id}.{name}"
 
 

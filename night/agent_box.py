@@ -1,9 +1,9 @@
 """
 The agent's box (`loop --box`): what an agent may touch beside its own folder.
 
-It reads the system, its own program, this project and the runs; not the prepared rows, and nothing else of
-the home folder. It writes its folder, its temporary folder and what its entry in agents.yaml names. The
-network is open: it must reach its model.
+It reads the system, the programs on PATH, what its own program needs, git's configuration, this project and
+the runs; not the prepared rows, and nothing else of the home folder. It writes its folder, its temporary
+folder and what its entry in agents.yaml names. The network is open: it must reach its model.
 """
 
 import os

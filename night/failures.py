@@ -34,8 +34,8 @@ class Failures:
     def __init__(self, first_pause: float) -> None:
         self.first_pause = first_pause
         self.in_a_row = 0
-        self.alike = 0  # the last ones of them that failed by the same
         self.kind: FailureKind | None = None  # of the last one
+        self.alike = 0  # failures of this kind in a row
 
     def clear(self) -> None:
         """Forget them: there was an experiment."""
