@@ -216,7 +216,7 @@ class Loop:
                     count = self.failures.in_a_row
                     reason = first_line(error)
                     return f"gave up after {count} turns without an experiment in a row: {reason}", 1
-                self.wait(pause)
+                self.wait(pause - self.use_pause(pause))
 
     def describe_outlook(self) -> str:
         """Return a line about what this night can find: the noise, and the changes that it can see."""
@@ -321,11 +321,17 @@ class Loop:
         record("failed", kind=kind, reason=str(error), failures=self.failures.in_a_row, pause=pause, **said)
         return pause
 
-    def wait(self, seconds: float) -> None:
-        """Wait after a turn that failed. Where there is time for a run in a pause for the agent, do it."""
+    def use_pause(self, seconds: float) -> float:
+        """Run the committed trainer once more in a pause for the agent that is long enough: it costs nothing.
+
+        Returns the seconds that it took.
+        """
         is_agents = self.failures.kind in ("agent", "edit")
         if is_agents and self.hours.of_a_run() < min(seconds, self.hours.to_train()):
-            seconds -= self.run_again("in a pause", MOST_NOISE_RUNS)  # what it tells of the noise is free
+            return self.run_again("in a pause", MOST_NOISE_RUNS)
+        return 0.0
+
+    def wait(self, seconds: float) -> None:
         if seconds > 0:
             self.enter("pause", f"pausing {seconds:.0f} s", seconds)
             time.sleep(min(seconds, self.hours.to_train()))

@@ -1012,12 +1012,13 @@ def test_a_night_without_a_gain_claims_nothing(night, repository, capsys):
 
 
 def test_a_long_pause_measures_the_noise(night, repository, monkeypatch):
-    """While an agent fails, another run of the committed trainer costs nothing."""
-    monkeypatch.setattr(failures, "MOST", 8)
+    """While an agent fails, another run of the committed trainer costs nothing; a few are enough."""
+    monkeypatch.setattr(failures, "MOST", 10)
+    monkeypatch.setattr(loop, "MOST_NOISE_RUNS", 2)
     assert night(BETTER, 2) == 0
     assert night("sys.exit('no network')", 9) == 1
     free = [row for row in rows() if Flag.NOISE in row.flags]
-    assert [row.seed for row in free] == [2] and free[0].val_bpb == 1.4
+    assert [row.seed for row in free] == [2, 3] and free[0].val_bpb == 1.4
     assert free[0].description == "the committed trainer once more: in a pause"
     assert night.pauses[:6] == [7, 14, 28, 56, 112, 224] and len(subjects()) == 2
 
