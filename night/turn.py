@@ -25,6 +25,7 @@ RUNNING = (
 )
 
 CHECK = (
+    "trainer: {trainer}\n\n"  # as in every prompt: a script looks for it
     "This is a check before a night of experiments: can you edit here? Add the line `# checked` to the end "
     "of {trainer}. Change nothing else, run nothing, and end."
 )
