@@ -107,7 +107,8 @@ def run_inside(rule: str, experiments: int, budget: float) -> None:
     from launcher.setting import resolve
     from night import loop
     from night.agents import parse_agent
-    from night.loop import Night, run_night
+    from night.loop import run_night
+    from night.plan import Night
 
     loop.dry_run = lambda *_: (Outcome(), "")
 

@@ -186,6 +186,8 @@ def run_inside(count: int) -> None:
     from launcher.child import Outcome
     from launcher.setting import resolve
     from night import loop
+    from night.agents import parse_agent
+    from night.plan import Night
 
     chance = random.Random(2)
     began: list[tuple[float, float]] = []  # of each run: the clock, and the CPU time of this process
@@ -199,20 +201,20 @@ def run_inside(count: int) -> None:
         return Outcome(training_seconds=300.0, total_seconds=330.0, exit_code=0, result=result)
 
     prompts: list[float] = []  # CPU time that each took
-    write_prompt = loop.Loop.write_prompt
+    write_turn = loop.write_turn
 
-    def timed_prompt(self, result):  # type: ignore[no-untyped-def]
+    def timed_turn(*arguments: Any) -> str:
         before = time.process_time()
-        prompt = write_prompt(self, result)
+        prompt = write_turn(*arguments)
         prompts.append(time.process_time() - before)
         return prompt
 
-    loop.Loop.write_prompt = timed_prompt
+    loop.write_turn = timed_turn
     runner.supervise = supervise
     loop.dry_run = lambda *_: (Outcome(), "")
     setting = resolve("cpu")
     write_runs(count, setting)
-    night = loop.Night(loop.parse_agent(AGENT), setting, experiments=EXPERIMENTS, confirms=False)
+    night = Night(parse_agent(AGENT), setting, experiments=EXPERIMENTS, confirms=False)
     loop.run_night(night)
     pairs = list(pairwise(began))[-COUNTED:]
     seconds = [after[0] - before[0] for before, after in pairs]

@@ -45,7 +45,6 @@ from launcher.processes import (
     Guarded,
     Stopped,
     defer_signals,
-    ignore_signals,
     remove_tree,
     stop_on_signals,
 )
@@ -71,6 +70,7 @@ SCORING_RATE = 0.25  # tokens scored for each one trained in the same time: a sl
 MOST_SCORING = 10.0  # times score_seconds, at most
 TORN_SECONDS = 30.0  # before a start is broken off, in which compiled code may be written in part
 POLL_SECONDS = 0.5  # between looks at the limits
+LONGEST_LOG = 2**28  # bytes that a trainer may print and send
 MOST_SHARES = 8  # kinds of work of a step that are listened to
 READS = 100  # of the socket, at most, between looks at the limits: a trainer may send without a pause
 
@@ -164,6 +164,7 @@ class Supervision:
         self._deadline = math.inf  # of the start-up or of the training
         self._overdue_message = ""  # what the run is told then
         self._buffer = b""
+        self._bytes_sent = 0  # by the child, in events
         self._shared_before = shared_memory.files()
         self._child: Guarded | None = None
         self._scoring: ScoringPair | None = None
@@ -267,8 +268,11 @@ class Supervision:
                 now = time.monotonic()  # a line before this one may have begun the training
                 event = parse_event(line)
                 events.write(json.dumps({"at": round(now - self._began, 3), **asdict(event)}) + "\n")
+                self._bytes_sent += len(line)
                 self._handle(event, now)
                 self.on_event(event)
+                if isinstance(event, Start):
+                    self._last_log = time.monotonic()  # what others did meanwhile is no step's time
                 if self._stop:
                     break
         return True
@@ -334,7 +338,11 @@ class Supervision:
             return False
         if late:
             self.outcome.fail("timeout", self._overdue_message)
-        return late
+            return True
+        if self.run_dir.log.stat().st_size + self._bytes_sent > LONGEST_LOG:
+            self.outcome.fail("crash", f"the trainer printed more than {LONGEST_LOG:,} bytes")
+            return True
+        return False
 
     def _compiles(self) -> bool:
         """Return whether a start that is late makes progress: new compiled code is written."""
@@ -346,10 +354,10 @@ class Supervision:
     # --- The end --------------------------------------------------------------------------------------------
 
     def _end(self) -> None:
-        """End the child and all that it started. From here on a second Ctrl-C changes nothing."""
+        """End the child and all that it started."""
         if self._child is None:
             return
-        with ignore_signals():
+        with defer_signals():
             self.watch.end()
             gone = self._child.end()
         self.outcome.exit_code = self._child.returncode
@@ -448,7 +456,7 @@ class Supervision:
 
         When a start is broken off, a compiler may have written half a file: every later run would load it.
         """
-        with ignore_signals():
+        with defer_signals():
             remove_tree(self.run_dir.box)
             shared_memory.remove_new(self._shared_before)
             if self._rows_given:

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock, Timeout
+
 from launcher import compiled
 from launcher.console import print_object
-from launcher.ledger import warn
+from launcher.ledger import missing_runs, warn
 from launcher.runs import ledger, record_killed_runs, runs_dir, runs_to_keep
 from prepare import cache_dir, load_tracks, prepared_path
 
@@ -21,7 +23,11 @@ class Item(NamedTuple):
 
 
 def free_disk(apply: bool, as_json: bool = False) -> None:
-    """Show what runs/ and the cache hold. apply: free what is not needed. as_json: print one object."""
+    """Show what runs/ and the cache hold. apply: free what is not needed. as_json: print one object.
+
+    Raises:
+        UserError: as runs.record_killed_runs.
+    """
     record_killed_runs()  # the ledger says what is needed: none of its rows may be lost
     items = [*saved_weights(), *prepared_data(), *compiled_code()]
     for item in items:
@@ -43,8 +49,11 @@ def free_disk(apply: bool, as_json: bool = False) -> None:
 
 
 def saved_weights() -> Iterator[Item]:
-    """Yield the weights of runs. Needed are those that runs keep, and those that the user asked to keep."""
-    kept = runs_to_keep(ledger().rows(warn))
+    """Yield the weights of runs.
+
+    Needed are those that runs keep, those that the user asked to keep, and those of a run under way.
+    """
+    kept = runs_to_keep(ledger().rows(warn)) | runs_under_way()
     for weights in sorted(runs_dir().glob("*/model.safetensors")):
         folder = weights.parent
         needed = folder.name in kept or (folder / "keep-weights").exists()
@@ -52,10 +61,30 @@ def saved_weights() -> Iterator[Item]:
 
 
 def compiled_code() -> Iterator[Item]:
-    """Yield the folders of compiled code, where there are any: the next run compiles what it needs."""
+    """Yield the folders of compiled code, where there are any: the next run compiles what it needs.
+
+    A run under way needs them.
+    """
+    needed = bool(runs_under_way()) or device_is_held()
     for folder in (compiled.folder(), compiled.bytecode_folder()):
         if folder.is_dir():
-            yield Item(folder, False, folder_size(folder))
+            yield Item(folder, needed, folder_size(folder))
+
+
+def runs_under_way() -> set[str]:
+    """Return the runs without a row: those of a launcher that was killed have theirs by now."""
+    return set(missing_runs(runs_dir(), ledger().rows()))
+
+
+def device_is_held() -> bool:
+    """Return whether a command computes on a device of this machine, a dry run too."""
+    for path in (cache_dir() / "locks").glob("*.lock"):
+        try:
+            with FileLock(path, timeout=0):
+                pass
+        except Timeout:
+            return True
+    return False
 
 
 def folder_size(folder: Path) -> int:

@@ -330,7 +330,8 @@ def loop(
     autoresearch loop --agent claude --until 07:30
     """
     from night.agents import parse_agent
-    from night.loop import Night, parse_until, run_night
+    from night.loop import run_night
+    from night.plan import Night, parse_until
 
     setting = setting_of(platform, track, budget)
     night = Night(

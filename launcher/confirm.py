@@ -53,6 +53,11 @@ class Contest:
     def sources(self) -> tuple[str, str]:
         return self.baseline.source, self.best.source
 
+    @property
+    def seconds_a_pair(self) -> float:
+        """What a run of each is expected to take, with their scoring on the sealed set."""
+        return 2 * SEALING * max(self.baseline.total_seconds, self.best.total_seconds)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -161,7 +166,7 @@ def confirm(
             raise UserError(f"the trainer of run {row.run} is not here: runs/{row.run} was deleted")
     pairs = finished_pairs(contest)
     stopped = ""
-    seconds = 2 * SEALING * max(contest.baseline.total_seconds, contest.best.total_seconds)
+    seconds = contest.seconds_a_pair
     say(
         f"confirm: {contest.best.run} ({contest.best.description}) against {contest.baseline.run} "
         f"({contest.baseline.description}), {len(pairs)} pairs of runs on record, {seconds:.0f} s a pair"
@@ -183,15 +188,14 @@ def confirm(
     return confirmation
 
 
-def seconds_to_first_look(contest: Contest, longest_run: float) -> float:
+def seconds_to_first_look(contest: Contest) -> float:
     """Return what the first answer still takes, 0 where there is one, or where none can be had."""
     if trainer_of(contest.baseline) is None or trainer_of(contest.best) is None:
         return 0.0
     pairs = finished_pairs(contest)
     if test(pairs).verdict != "go on":
         return 0.0
-    missing = max(1, LOOKS[0] - len(pairs))
-    return 2 * missing * SEALING * longest_run
+    return max(1, LOOKS[0] - len(pairs)) * contest.seconds_a_pair
 
 
 def test(pairs: Sequence[Pair]) -> Claim:

@@ -87,7 +87,7 @@ def become(command: list[str]) -> None:
 
 
 def close_all_but(kept: int) -> None:
-    """Close what was inherited for the command: another process waits for the end of it."""
+    """Close the files that were inherited for the command alone: their readers wait until all are closed."""
     for name in os.listdir("/proc/self/fd" if LINUX else "/dev/fd"):
         descriptor = int(name)
         if descriptor > 2 and descriptor != kept:

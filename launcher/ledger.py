@@ -50,6 +50,7 @@ class Flag(StrEnum):
     SLEPT = "slept"
     INTERRUPTED = "interrupted"  # Ctrl-C or SIGTERM ended the launcher: the run was not judged
     CUT_OFF = "cut-off"  # the launcher was killed: the run was not judged
+    FAULT = "fault"  # the launcher failed: the run was not judged
     REPEAT = "repeat"  # undecided: a run with another seed decides
     NOISE = "noise"  # another run of the current trainer: evidence, no decision
     CONFIRM = "confirm"  # one of the runs of `autoresearch confirm`: evidence, no decision
@@ -70,6 +71,7 @@ UNRANKED = {
     Flag.SLEPT: "the machine slept",
     Flag.CONFIRM: "one of the runs of a claim: the luckiest of its seeds is no result",
 }
+NOT_JUDGED = {Flag.INTERRUPTED, Flag.CUT_OFF, Flag.FAULT}  # a run without a score then says nothing
 EVIDENCE = {Flag.NOISE, Flag.CONFIRM}  # runs that tell of a trainer, and decide nothing
 # A budget is part of the board, so equal ones compare.
 INCOMPARABLE = UNRANKED.keys() - {Flag.SHORT, Flag.CONFIRM}
@@ -170,14 +172,14 @@ class Row:
     def judged(self) -> bool:
         """The run decided keep, discard or failure.
 
-        False for a run that was interrupted, does not compare, waits for a second seed, or ended on a limit
-        that the machine missed.
+        False for a run that was interrupted, does not compare, waits for a second seed, ended on a limit that
+        the machine missed, or that the launcher failed in.
         """
         if self.scored:
             return self.comparable and Flag.REPEAT not in self.flags
         if self.disturbed_timeout:
             return False
-        return bool(self.status) and not self.flags & {Flag.INTERRUPTED, Flag.CUT_OFF}
+        return bool(self.status) and not self.flags & NOT_JUDGED
 
     @property
     def disturbed_timeout(self) -> bool:

@@ -23,31 +23,35 @@ GUARD_SECONDS = TERM_SECONDS + KILL_SECONDS + 10.0  # that a guard has at most t
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stopped(Exception):
-    """The launcher was asked to end: Ctrl-C, SIGTERM, or the terminal went away."""
+class Stopped(KeyboardInterrupt):
+    """The launcher was asked to end: Ctrl-C, SIGTERM, or the terminal went away.
+
+    It is no Exception: what handles failures does not take it for one.
+    """
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Raise Stopped when a signal asks this process to end."""
+    """Raise Stopped when a signal asks this process to end, once: further ones do not disturb the clean-up.
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(signal.Signals(number).name)
-
+    Inside another such block it changes nothing.
+    """
+    if any(signal.getsignal(number) is _stop for number in STOP_SIGNALS):
+        yield
+        return
     wanted = [
         number
         for number in STOP_SIGNALS
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # nohup stays nohup
     ]
-    with _handlers({number: stop for number in wanted}):
+    with _handlers({number: _stop for number in wanted}):
         yield
 
 
-@contextmanager
-def ignore_signals() -> Iterator[None]:
-    """Let no signal interrupt the clean-up: a second Ctrl-C changes nothing."""
-    with _handlers({number: signal.SIG_IGN for number in STOP_SIGNALS}):
-        yield
+def _stop(number: int, frame: FrameType | None) -> None:
+    for other in STOP_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise Stopped(signal.Signals(number).name)
 
 
 @contextmanager
@@ -204,7 +208,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def scoring_id(run_id: str, name: str) -> str:
-    """Return the run id that a process carries which scores the run: `name` is first or second."""
+    """Return the run id of a process that scores the run. name: "first" or "second"."""
     return f"{run_id}.{name}"
 
 

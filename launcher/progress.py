@@ -10,6 +10,7 @@ from backends.protocol import Event, Log, Start, Stop
 from launcher.console import can_draw, is_quiet, is_verbose, say
 from launcher.ledger import single_line
 
+STARTING = "starting: imports, compilation, warm-up"
 LINE_EVERY = 30.0  # seconds between progress lines when there is no terminal
 FOLLOWED_BYTES = 2**14  # of a trainer's output that are shown at a time
 
@@ -34,7 +35,7 @@ class Progress:
     def __init__(self, budget: float) -> None:
         self.budget = budget
         self.log: Path | None = None
-        self.text = "starting: imports, compilation, warm-up"
+        self.text = STARTING
         self._shown = 0  # bytes of the log
         self._live = can_draw(sys.stderr) and not is_quiet()
         self._began = time.monotonic()

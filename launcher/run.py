@@ -24,7 +24,7 @@ from launcher.harness import (
     source_hash,
 )
 from launcher.ledger import Flag, Row, facts_of, single_line, warn
-from launcher.processes import Stopped
+from launcher.processes import Stopped, defer_signals
 from launcher.progress import Progress
 from launcher.runs import (
     add_result,
@@ -119,6 +119,7 @@ def run_once(request: Request) -> Row:
             run_copy(request, row, run, copy)
         except Exception as error:  # of ours, not the trainer's: the run is on record all the same
             row.status = "crash"
+            row.add_flags(Flag.FAULT)
             row.reason = f"the launcher failed: {type(error).__name__}: {error}"
             append_row(row)
             raise
@@ -129,9 +130,15 @@ def run_copy(request: Request, row: Row, run: RunDir, copy: Path) -> None:
     """Run the copy of the trainer, judge it, and write the row."""
     watch = Watch(request.setting.platform.device_kind)
     outcome = train_and_score(request, copy, run, watch)
-    if outcome is None:
-        record_interruption(row, run)
-        return
+    with defer_signals():  # a run that is over gets its row
+        if outcome is None:
+            record_interruption(row, run)
+        else:
+            record_outcome(request, row, outcome, watch)
+
+
+def record_outcome(request: Request, row: Row, outcome: Outcome, watch: Watch) -> None:
+    """Judge a run that came to its end, and write the row."""
     findings = [*watch.findings(), *outcome.findings]
     for flag, text in findings:
         warn(f"{flag}: {text}; the row does not rank")

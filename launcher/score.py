@@ -29,7 +29,7 @@ import numpy as np
 from backends.protocol import RunDir, RunSettings, last_line
 from launcher import compiled, shared_memory
 from launcher.box import Policy
-from launcher.processes import defer_signals, ignore_signals, remove_tree, scoring_id
+from launcher.processes import defer_signals, remove_tree, scoring_id
 from launcher.progress import OnEvent, Scored
 from launcher.walls import scorer_policy, start_boxed
 from prepare import DocumentTotals, Prepared, bits_per_byte
@@ -160,7 +160,7 @@ class ScoringProcess:
 
         Returns whether nothing is left of it.
         """
-        with ignore_signals():
+        with defer_signals():
             gone = self._child.end()
             self._channel.close()
             remove_tree(self.folder)
@@ -385,7 +385,7 @@ class ScoringPair(ExitStack):
             NotScored: something of it may still run.
         """
         gone = self.first.end()
-        with ignore_signals():
+        with defer_signals():
             shared_memory.remove_new(self._shared_before)
             compiled.remove_since(since)
         if not gone:

@@ -1,5 +1,5 @@
 """
-Who may touch what: the policies of the three kinds of processes that run an experiment's code.
+Who may touch what: the policies of the trainer and of the two processes that score.
 
 The trainer writes its own folder, and gets its rows from the launcher. A scorer sees the weights that it is
 handed and the rows that it is asked about. None of them reads other runs, the prepared rows, the ledger, the

@@ -16,7 +16,7 @@ from typing import Literal
 
 from backends.protocol import RUN_ID_VARIABLE, last_line, write_json
 from launcher.ledger import single_line
-from launcher.processes import Guarded, ignore_signals, start_guarded
+from launcher.processes import Guarded, defer_signals, start_guarded
 from launcher.runs import run_dir
 from night.agent_box import agent_policy
 from night.agents import Agent, Said, read_output
@@ -40,14 +40,15 @@ LONGEST_ARGUMENT = 120_000  # bytes; Linux takes 131,072
 POLL_SECONDS = 1.0  # between looks at the log's size
 
 
+# What a turn fails by: the agent (it failed, hung or changed nothing), its edit (it cannot be tried), a
+# changed harness, git or a file of the person's, a device that something else uses, or a fault of ours.
+FailureKind = Literal["agent", "edit", "harness", "repository", "device", "launcher"]
+
+
 class TurnFailed(Exception):
-    """A turn led to no experiment.
+    """A turn led to no experiment."""
 
-    kind: "agent" (it failed, hung or changed nothing), "edit" (its edit cannot be tried), "repository" (git
-    or a file of the person's) or "device" (something else computes on it).
-    """
-
-    def __init__(self, kind: Literal["agent", "edit", "repository", "device"], reason: str) -> None:
+    def __init__(self, kind: FailureKind, reason: str) -> None:
         super().__init__(reason)
         self.kind = kind
 
@@ -154,7 +155,7 @@ def wait_for_agent(child: Guarded, seconds: float, files: TurnFiles) -> int:
             if files.out.stat().st_size + files.log.stat().st_size > LONGEST_LOG:
                 raise TurnFailed("agent", f"the agent printed more than {LONGEST_LOG:,} bytes")
     finally:
-        with ignore_signals():
+        with defer_signals():
             child.end(ask=True)
 
 

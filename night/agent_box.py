@@ -1,9 +1,9 @@
 """
 The agent's box (`loop --box`): what an agent may touch beside its own folder.
 
-It reads the system, its own program, this project and the runs; not the prepared rows, and nothing else of
-the home folder. It writes its folder, its temporary folder and what its entry in agents.yaml names. The
-network is open: it must reach its model.
+It reads the system, the programs on PATH, what its own program needs, git's configuration, this project and
+the runs; not the prepared rows, and nothing else of the home folder. It writes its folder, its temporary
+folder and what its entry in agents.yaml names. The network is open: it must reach its model.
 """
 
 import os
@@ -20,7 +20,7 @@ from prepare import ROOT, cache_dir, config_path
 
 TERMINAL = ("/dev/tty", "/dev/ptmx", "/dev/pts")
 PERSONAL = ("~/.gitconfig", "~/.config/git")  # what git reads of the person's: the name of who commits
-PROGRAM_FOLDERS = ("bin", "lib", "libexec", "share")  # beside each other, below a prefix such as ~/.local
+PROGRAM_FOLDERS = ("bin", "lib", "libexec", "share")  # beside each other, below a prefix such as /usr/local
 
 
 def agent_policy(agent: Agent, workspace: Workspace) -> Policy:
@@ -43,20 +43,40 @@ def agent_policy(agent: Agent, workspace: Workspace) -> Policy:
 
 
 def programs(command: str) -> Iterator[str]:
-    """Yield where the programs lie that an agent may call, with what they read."""
+    """Yield where the programs lie that an agent may call, with what they read.
+
+    Below the home folder that is the folder of the programs alone: beside it may lie keys and the data of
+    other programs. What the agent's own program needs there is found by itself.
+    """
     yield from (sys.prefix, sys.base_prefix)
-    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
-        if os.path.basename(folder) == "bin":
-            yield from (os.path.join(os.path.dirname(folder), name) for name in PROGRAM_FOLDERS)
-        elif folder:
-            yield folder
-    yield from installation(Path(os.path.realpath(command)))
+    for name in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        folder = Path(name).absolute()
+        if not name or holds_home(folder):
+            continue
+        if folder.name == "bin" and Path.home() not in folder.parents:
+            yield from (str(folder.with_name(part)) for part in PROGRAM_FOLDERS)
+        else:
+            yield str(folder)
+    yield from map(str, installation(Path(os.path.realpath(command))))
 
 
-def installation(program: Path) -> Iterator[str]:
-    """Yield the folder that a program was installed in: of one from npm, all packages beside it."""
+def installation(program: Path) -> Iterator[Path]:
+    """Yield the folders that a program was installed in.
+
+    Of one from npm these are all packages beside it; of one in a virtual environment the environment, and the
+    Python that it was made with.
+    """
     for parent in program.parents:
         if parent.name == "node_modules":
-            yield str(parent)
+            yield parent
             return
-    yield str(program.parent)
+    yield program.parent
+    environment = program.parent.parent
+    if (environment / "pyvenv.cfg").is_file():
+        python = Path(os.path.realpath(environment / "bin" / "python"))
+        yield from (folder for folder in (environment, python.parent.parent) if not holds_home(folder))
+
+
+def holds_home(folder: Path) -> bool:
+    """Return whether a folder is the home folder or has it below."""
+    return folder == Path.home() or folder in Path.home().parents

@@ -121,10 +121,10 @@ def read_output(agent: Agent, out: str, err: str) -> Said:
     """Return what an agent said. Output that is not as expected is taken as text."""
     try:
         said = READERS[agent.output](out, err)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        cost = said.cost if math.isfinite(said.cost) and said.cost > 0 else 0.0
+        return Said(str(said.text), max(0, int(said.tokens)), cost)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError):
         return Said(out)
-    cost = said.cost if math.isfinite(said.cost) and said.cost > 0 else 0.0
-    return Said(str(said.text), max(0, int(said.tokens)), cost)
 
 
 def read_codex(out: str, err: str) -> Said:

@@ -7,9 +7,12 @@ from launcher.doctor import Check, make_check
 from launcher.setting import resolve
 from night import repo
 from night.agents import load_agents, parse_agent
+from night.loop import Loop
+from night.panel import Panel
+from night.plan import Night
+from night.state import read_state, write_state
 from night.stop import running_loop
 from night.trial import hold_repository, repository_is_held
-from night.turn import check_agent
 from prepare import UserError
 
 
@@ -63,5 +66,9 @@ def ask_agent(name: str, platform: str, track: str) -> Check:
     if repository_is_held():
         raise UserError("a try or a loop works in this repository: the agent is asked when that is over")
     with hold_repository():
-        check_agent(agent, setting)
+        left = read_state()  # by an earlier loop, for the next one
+        try:
+            Loop(Night(agent, setting), Panel(None, None)).check_agent()
+        finally:
+            write_state(left)
     return Check("agent", "ok", f"{agent.name} is installed and edits")

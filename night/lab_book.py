@@ -47,7 +47,7 @@ def write_lab_book(setting: Setting, tried: Tried, mode: Mode, chars: int) -> st
 
     When there is no room for all, the oldest discards go first, then diffs, then the oldest kept runs.
     """
-    head = "\n".join([*how_it_goes(tried), mode.line])
+    head = "\n".join(how_it_goes(tried))
     curves = "\n".join(curve_lines(tried))
     failed = "\n".join(failure_lines(failures(tried.rows, setting)))
     wanted = "\n".join(wish_lines(tried))

@@ -3,42 +3,41 @@
 
 A turn: the agent gets the program, the ledger and the last result, edits the trainer in a folder of its own
 and ends with a line `experiment: what I did`. The edit is checked (it compiles, it survives a dry run of
-seconds), tried, and kept or dropped. The person's working tree is touched only when it is kept. A turn that
-fails is recorded, and the next one follows after a pause that grows. A loop that was cut off goes on when it
-is started again with the same command. At its end the branch has the trainer that is believed best, and where
-an `until` left the time for it, that trainer is tested against the baseline.
+seconds), tried, and kept or stashed. A turn that fails is recorded, and the next one follows after a pause
+that grows. A loop that was cut off goes on when it is started again with the same command. At its end the
+branch has the trainer that is believed best. Where an `until` left the time for it, that trainer is tested
+against the baseline.
 """
 
-import math
 import os
 import platform
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timedelta
+from dataclasses import asdict, replace
 from functools import partial
 
 from backends.platforms import mac_state
 from launcher.belief import PRIOR, REPEATS, visible_change
 from launcher.box import missing_walls
+from launcher.child import Outcome
 from launcher.confirm import Contest, confirm, seconds_to_first_look
 from launcher.console import say, saying_once
-from launcher.device import WhenBusy, awake, look_around, require_quiet
+from launcher.device import awake, look_around, require_quiet
 from launcher.exit_codes import EXIT_INTERRUPTED
 from launcher.harness import source_hash
 from launcher.ledger import EVIDENCE, MOVED, STATUSES, Flag, Row
-from launcher.processes import Stopped, end_leftovers, ignore_signals, stop_on_signals
+from launcher.processes import Stopped, defer_signals, end_leftovers, stop_on_signals
 from launcher.report import write_report
 from launcher.run import POWER_FLAGS, Request, dry_run
-from launcher.runs import home, ledger, new_run_id, now_utc, run_dir
-from launcher.setting import Setting
-from launcher.verdict import best_since_moved, board_runs, claim_of, fresh_seed, survey_board
+from launcher.runs import home, ledger, new_run_id, now_utc, record_killed_runs, run_dir
+from launcher.verdict import best_since_moved, claim_of, fresh_seed, runs_of, survey_board
 from night import repo
-from night.agent import Answer, TurnFailed, last_words, read_said, save_answer
-from night.agents import Agent
+from night.agent import TurnFailed, last_words, read_said, save_answer
+from night.failures import Failures, kind_of
 from night.lab_book import remember_shares
 from night.panel import OF_NO_EXPERIMENT, Panel, RunDetail
+from night.plan import Hours, Night, find_contest
 from night.program import write_turn
 from night.state import Edit, LoopState, read_state, record, state_path, write_state
 from night.stop import REASON, announced, rest
@@ -52,56 +51,15 @@ from night.trial import (
     run_trial,
     scored_before,
 )
-from night.turn import RUNNING, Turn, begin_turn, check_agent, end_turn, rebase
+from night.turn import CHECK, CHECK_SECONDS, RUNNING, Turn, begin_turn, end_turn, not_ready
+from night.waiting import WaitingEdits
 from prepare import ROOT, UserError, first_line
 
-GIVE_UP = 20  # failed turns in a row after which the loop ends
-GIVE_UP_ALIKE = 3  # in a row that the agent is not to blame for: waiting does not mend them
-LONGEST_PAUSE = 1800.0  # seconds; the pause after a failed turn doubles up to this
-LONGEST_PAUSE_ALIKE = 15.0
 LONGEST_WAIT = 1800.0  # seconds that a night waits for other processes after a run beside them
-FREE_EDITS = 3  # bad edits in a row that go back to the agent without a pause
 NO_VERDICT_TRIES = 3  # runs of an edit without a verdict (another process on the device), then it is stashed
-LARGEST_RESERVE = 0.25  # of the night, that a claim may take at its end
 HUNDRED = 100  # experiments of a night without a limit, for its first line
-RUN_SECONDS = 1.3  # of a whole run, for each second of training, before one was seen
-AGENTS_FAULT = ("agent", "edit")  # kinds of failures that another turn may not have
+MOST_NOISE_RUNS = 4  # of a trainer, in pauses
 BASELINE = "baseline: the trainer as committed"
-UNCOMMITTED = "what lay in the trainer, uncommitted"
-
-
-@dataclass
-class Night:
-    """What `autoresearch loop` was asked to do."""
-
-    agent: Agent
-    setting: Setting  # of every experiment
-    seed: int = 1
-    experiments: int | None = None  # None: no limit
-    until: datetime | None = None  # None: no limit
-    agent_seconds: float = 900.0  # that an agent has for a turn
-    pause: float = 30.0  # seconds after a first failed turn
-    confirms: bool = True  # the end of a night with an `until` is for the claim
-    when_busy: WhenBusy = "go-on"  # what to do where other processes compute when it begins
-    boxed: bool = False  # the agent works in a box
-    ahead: bool = False  # the agent thinks of the next edit while an experiment runs
-
-    def seconds_left(self) -> float:
-        """Return the seconds until the night ends, infinite without an `until`."""
-        if self.until is None:
-            return math.inf
-        return max(0.0, (self.until - datetime.now()).total_seconds())
-
-
-def parse_until(text: str) -> datetime:
-    """Return the next time at which the clock on the wall shows HH:MM. Raises UserError."""
-    try:
-        clock = datetime.strptime(text, "%H:%M").time()
-    except ValueError:
-        raise UserError(f"--until: {text!r} is not a time of day such as 07:30", 2) from None
-    now = datetime.now()
-    today = datetime.combine(now, clock)
-    return today if today > now else today + timedelta(days=1)
 
 
 def run_night(night: Night) -> int:
@@ -110,20 +68,25 @@ def run_night(night: Night) -> int:
     Returns the exit code: 0 at its end, 1 when it gave up, 130 when it was interrupted.
 
     Raises:
-        UserError: no result of the night would count, or as trial.hold_repository.
+        UserError: no result of the night would count, the agent is not ready, or as trial.hold_repository.
     """
     night.setting.require_device()
     require_power()
     if night.boxed and missing_walls():
         raise UserError(f"--box: {missing_walls()}", 2)
     panel = Panel(night.experiments, night.until)
-    with hold_repository(), announced() as is_stopping, stop_on_signals(), awake(), saying_once(), panel:
-        panel.is_stopping = is_stopping
-        look_around(night.setting.platform.device_kind, night.when_busy)
-        if night.agent.is_known:
-            panel.enter(f"is {night.agent.name} ready?")
-            check_agent(night.agent, night.setting, night.boxed)
-        ended, code = Loop(night, panel).run()
+    try:
+        with hold_repository(), announced() as is_stopping, stop_on_signals(), awake(), saying_once(), panel:
+            panel.is_stopping = is_stopping
+            look_around(night.setting.platform.device_kind, night.when_busy)
+            check_harness(night.setting.trainer.name)
+            loop = Loop(night, panel)
+            loop.resume()
+            loop.check_agent()
+            ended, code = loop.run()
+    except Stopped as stop:  # before the first turn
+        ended = f"interrupted ({stop})"
+        code = EXIT_INTERRUPTED
     panel.print_summary(ended)
     return code
 
@@ -156,22 +119,17 @@ class Loop:
         self.is_stopping = panel.is_stopping  # `autoresearch stop` asked this loop to end
         self.setting = night.setting
         self.trainer = night.setting.trainer
-        self.edit: Edit | None = None  # without a verdict: of this loop, or left by an earlier one
-        self.turn: Turn | None = None  # of the agent that thinks ahead, while an experiment runs
-        self.next_edit: Edit | None = None  # that it made meanwhile
+        self.hours = Hours(night)
+        self.waiting = WaitingEdits(self.trainer.name, self.save_state)
+        self.failures = Failures(night.pause)
+        self.turn: Turn | None = None  # of the agent at work
+        self.stamp = ""  # of that turn, from before the agent is started
         self.result = ""  # of the last experiment, for the agent
         self.complaint = ""  # about the last turn, for the agent
-        self.failures = 0  # failed turns in a row
-        self.failed_alike = 0  # of them the last ones, that failed in one way
-        self.last_failure = ""  # in which: see TurnFailed.kind
-        self.longest_run = RUN_SECONDS * night.setting.budget  # seconds
-        self.total_seconds = night.seconds_left()  # of the night
-        self.reserve = 0.0  # seconds at the end of the night that are for the claim
 
     def run(self) -> tuple[str, int]:
         """Run the loop to its end. Returns (why it ended, exit code)."""
         try:
-            self.resume()
             self.record_begin()
             self.panel.note(self.describe_outlook())
             ended, code = self.take_turns()
@@ -179,17 +137,18 @@ class Loop:
             self.claim()
         except Stopped as stop:
             ended, code = f"interrupted ({stop})", EXIT_INTERRUPTED
-            with ignore_signals():
-                end_unfinished_turn()
-                finish_trial()
-        self.leave_state()
+            self.finish_interrupted()
+        except Exception as error:  # of ours; what came of the night is told all the same
+            ended, code = f"a fault of autoresearch: {first_line(error)}", 1
+            record("failed", kind="launcher", reason=str(error), traceback=traceback.format_exception(error))
+        self.leave_state(is_interrupted=code == EXIT_INTERRUPTED)
         record("end", why=ended, done=self.panel.done, **asdict(self.panel.counts))
         self.tell_end()
         return ended, code
 
     def tell_end(self) -> None:
         """Bring the page and the last lines up to date: the claim, the best, and that the night is over."""
-        with ignore_signals():  # it takes seconds, and the night is over
+        with defer_signals():  # it takes seconds, and the night is over
             self.show_best()
             if any(row.scored for row in ledger().rows()):
                 self.write_page()
@@ -203,16 +162,46 @@ class Loop:
     def resume(self) -> None:
         """Go on where an earlier loop was cut off."""
         state = read_state()
-        end_unfinished_turn()
-        self.edit = None if state.edit and has_verdict(state.edit) else state.edit
-        if state.done is not None and state.experiments == self.night.experiments:
+        if state.stamp:
+            with defer_signals():
+                end_leftovers(state.stamp)  # an agent that outlived it: what it made of its folder is lost
+        asked = (self.night.experiments, self.setting.board)
+        if state.done and state.experiments and (state.experiments, state.board) == asked:
             self.panel.done = state.done
             self.panel.counts = state.counts
             self.panel.note(f"going on with a loop that was cut off after {state.done} experiments")
-        rows = ledger().rows()
+        if state.trainer in ("", self.trainer.name):
+            self.waiting.change(list(state.edits))
+            self.waiting.drop_judged(ledger().rows())
+        else:
+            for edit in state.edits:
+                ref = repo.save_ref(f"stash/{new_run_id()}", edit.commit)
+                self.panel.note(
+                    f"«{edit.answer.description}» is an edit of {state.trainer}: it stays as {ref}"
+                )
+        self.save_state()
         self.show_best()
-        runs = [row for row in rows if row.status in STATUSES and not row.flags & EVIDENCE]
-        self.result = describe_result(runs[-1]) if runs else "none: the ledger is empty"
+        runs = [row for row in ledger().rows() if row.status in STATUSES and not row.flags & EVIDENCE]
+        runs = [row for row in runs if row.board == self.setting.board]
+        self.result = describe_result(runs[-1]) if runs else "none: nothing was run here yet"
+
+    def check_agent(self) -> None:
+        """Ask the agent for a trivial edit: is it installed, logged in, and allowed to edit?
+
+        Raises:
+            UserError: it is not. The message says what to do.
+        """
+        if self.night.agent.is_builtin:
+            return
+        self.enter("check", f"is {self.night.agent.name} ready?", CHECK_SECONDS)
+        prompt = CHECK.format(trainer=self.trainer.name)
+        try:
+            self.begin_turn(prompt, repo.head(), CHECK_SECONDS)
+            self.end_turn()
+        except TurnFailed as error:
+            raise not_ready(self.night.agent, error) from None
+        finally:
+            self.end_agent()
 
     def enter(self, phase: str, text: str, limit: float | None = None) -> None:
         """Begin a phase of the night: shown to the person, and in the log for the report.
@@ -234,77 +223,40 @@ class Loop:
             counts=asdict(self.panel.counts),
         )
 
+    def why_over(self) -> str:
+        """Return why no further experiment is begun, "" when one is."""
+        why = self.hours.why_over(self.panel.done, self.panel.counts.baselines)
+        return why or (REASON if self.is_stopping() else "")
+
     def take_turns(self) -> tuple[str, int]:
         """Take turns until there is a reason to end. Returns (the reason, exit code)."""
         while True:
             try:
-                enough = self.find_end()
+                enough = self.why_over()
                 if enough:
                     return enough, 0
-                row = self.finish_last_turn() or self.take_turn()
-            except NightOver as over:
-                return str(over), 0
-            except Stopped:
-                raise
-            except Exception as error:
-                pause = self.record_failure(error)
-                if self.gives_up():
-                    reason = first_line(error)
-                    return f"gave up after {self.failures} turns without an experiment in a row: {reason}", 1
-                self.wait(pause)
-            else:
+                row = self.finish_last_turn()
+                if row is None:
+                    row = self.take_turn()
+                    self.failures.clear()
                 self.record_experiment(row)
                 self.learn_noise()
-
-    def find_end(self) -> str:
-        """Return why no further experiment is begun, "" when one is."""
-        night = self.night
-        if night.experiments and self.panel.done >= night.experiments:
-            included = ", the baseline included" if self.panel.counts.baselines else ""
-            return f"{night.experiments} experiments were asked for{included}"
-        if self.is_stopping():
-            return REASON
-        self.reserve = self.find_reserve()
-        if night.until and self.longest_run + self.reserve > night.seconds_left():
-            claimed = " and leave time to confirm the best" if self.reserve else ""
-            return f"another experiment would not end by {night.until:%H:%M}{claimed}"
-        return ""
-
-    def find_reserve(self) -> float:
-        """Return the seconds at the end of the night that are for the claim: enough for its first look.
-
-        None in a night that is too short for it, or while there is nothing to claim.
-        """
-        contest = self.contest() if self.night.confirms and self.night.until else None
-        if contest is None:
-            return 0.0
-        seconds = seconds_to_first_look(contest, self.longest_run)
-        return seconds if seconds <= LARGEST_RESERVE * self.total_seconds else 0.0
-
-    def seconds_to_train(self) -> float:
-        """Return the seconds that are left for experiments."""
-        return max(0.0, self.night.seconds_left() - self.reserve)
-
-    def has_time_to_train(self) -> bool:
-        """Return whether another run would end in time."""
-        return self.longest_run <= self.seconds_to_train() and not self.is_stopping()
-
-    def contest(self) -> Contest | None:
-        """Return the trainer that is believed best, and the baseline; None while they are the same."""
-        rows = ledger().rows()
-        board = self.setting.board
-        runs = board_runs(rows, board)
-        best = best_since_moved(rows, board, repo.committed_source(self.trainer.name))
-        if not best or best.source == runs[0].source:
-            return None
-        return Contest(runs[0], best)
+            except NightOver as over:
+                return str(over), 0
+            except Exception as error:
+                pause = self.record_failure(error)
+                if self.failures.are_too_many:
+                    count = self.failures.in_a_row
+                    reason = first_line(error)
+                    return f"gave up after {count} turns without an experiment in a row: {reason}", 1
+                self.wait(pause - self.use_pause(pause))
 
     def describe_outlook(self) -> str:
         """Return a line about what this night can find: the noise, and the changes that it can see."""
         night = self.night
         count = night.experiments or HUNDRED
         if night.until:
-            count = min(count, max(1, int(night.seconds_left() / self.longest_run)))
+            count = min(count, max(1, int(night.seconds_left() / self.hours.of_a_run())))
         believed = survey_board(ledger().rows(), self.setting.board)
         sigma = believed.sigma if believed else PRIOR.sigma
         visible = visible_change(sigma, count)
@@ -313,37 +265,37 @@ class Loop:
         )
         return (
             f"noise between seeds {sigma:.6f} ({whence}); a run shows a change of {visible.run:.6f}, "
-            f"{count} experiments one of {visible.night:.6f}; more seconds of training, averaged weights or "
-            "nothing else on the device would lower it"
+            f"{count} experiments one of {visible.night:.6f}; more seconds of training, averaged weights and "
+            "a device without other work lower the noise"
         )
 
     def end_on_best(self) -> None:
         """At the end: put the trainer that is believed best on the branch."""
-        head = repo.committed_source(self.trainer.name)
         try:
+            head = repo.committed_source(self.trainer.name)
             best = best_since_moved(ledger().rows(), self.setting.board, head)
             if best and best.source != head and put_on_branch(self.trainer.name, best.board, best.source):
                 # Data, so that the next night does not take it for a move of a person's.
                 ledger().append(replace(best, status=MOVED, build_on=best.source, time=now_utc()))
-        except (UserError, OSError) as error:
+        except Exception as error:
             self.panel.note(f"the branch stays where it is: {first_line(error)}")
 
     def claim(self) -> None:
         """At the end: test the best against the baseline, where there is time for it."""
         try:
             self.panel.claim = self.find_claim()
-        except (UserError, OSError) as error:
+        except Exception as error:
             self.panel.claim = f"none was tested: {first_line(error)}"
         record("claim", claim=self.panel.claim)
 
     def find_claim(self) -> str:
         """Return what a person may repeat of the night. Raises UserError, OSError, Stopped."""
         night = self.night
-        contest = self.contest()
+        contest = find_contest(self.setting)
         is_asked = night.confirms and night.until and not self.is_stopping()
         if contest is None or not is_asked or self.standing_claim(contest):
             return self.claim_on_record()
-        if seconds_to_first_look(contest, self.longest_run) > night.seconds_left():
+        if seconds_to_first_look(contest) > night.seconds_left():
             return "none was tested, the night was too short: autoresearch confirm"
         self.enter("confirm", f"confirming: {contest.best.description}")
         show = partial(RunDetail, self.setting.budget, self.panel)
@@ -355,7 +307,7 @@ class Loop:
 
     def claim_on_record(self) -> str:
         """Return what a person may repeat without a test. Raises UserError."""
-        contest = self.contest()
+        contest = find_contest(self.setting)
         if contest is None:
             return "none: nothing is believed better than the baseline"
         return self.standing_claim(contest) or "none was tested: autoresearch confirm"
@@ -367,13 +319,11 @@ class Loop:
 
     def record_experiment(self, row: Row) -> None:
         """Take an experiment down: for the person, the agent and the log."""
-        self.failures = 0
-        self.failed_alike = 0
         self.complaint = ""
         self.result = describe_result(row)
-        self.longest_run = max(self.longest_run, row.total_seconds)
-        self.panel.seconds_a_run = self.longest_run
         self.panel.count(row)
+        self.save_state()
+        self.panel.seconds_a_run = self.hours.of_a_run()
         self.show_best()
         record(
             "experiment",
@@ -410,34 +360,29 @@ class Loop:
     def record_failure(self, error: Exception) -> float:
         """Take a failed turn down. Returns the seconds to pause."""
         kind = kind_of(error)
-        self.failures += 1
-        self.failed_alike = self.failed_alike + 1 if kind == self.last_failure else 1
-        self.last_failure = kind
+        pause = self.failures.add(kind)
         self.panel.add("refused" if kind == "edit" else "turns_lost")
         self.complaint = str(error)
-        pause = 0.0
-        if kind != "edit" or self.failed_alike >= FREE_EDITS:
-            longest = LONGEST_PAUSE if kind in AGENTS_FAULT else LONGEST_PAUSE_ALIKE
-            pause = min(longest, self.night.pause * 2 ** (self.failures - 1))
         again = f"; again in {pause:.0f} s" if pause else ""
         self.panel.note(f"no experiment: {first_line(error)}{again}")
         said = {"traceback": traceback.format_exception(error)} if kind == "launcher" else {}
-        record("failed", kind=kind, reason=str(error), failures=self.failures, pause=pause, **said)
+        record("failed", kind=kind, reason=str(error), failures=self.failures.in_a_row, pause=pause, **said)
         return pause
 
-    def gives_up(self) -> bool:
-        """Return whether the turns fail in such a way that the night ends."""
-        if self.last_failure == "device":  # three runs were waited for already
-            return True
-        alike = self.last_failure not in AGENTS_FAULT and self.failed_alike >= GIVE_UP_ALIKE
-        return alike or self.failures >= GIVE_UP
+    def use_pause(self, seconds: float) -> float:
+        """Run the committed trainer once more in a pause for the agent that is long enough: it costs nothing.
+
+        Returns the seconds that it took.
+        """
+        is_agents = self.failures.kind in ("agent", "edit") and not self.is_stopping()
+        if is_agents and self.hours.of_a_run() < min(seconds, self.hours.to_train()):
+            return self.run_again("in a pause", MOST_NOISE_RUNS)
+        return 0.0
 
     def wait(self, seconds: float) -> None:
-        if self.longest_run < min(seconds, self.seconds_to_train()) and not self.is_stopping():
-            seconds -= self.run_again("in a pause")  # what it tells of the noise is free then
         if seconds > 0:
             self.enter("pause", f"pausing {seconds:.0f} s", seconds)
-            rest(min(seconds, self.seconds_to_train()), self.is_stopping)
+            rest(min(seconds, self.hours.to_train()), self.is_stopping)
 
     def learn_noise(self) -> None:
         """Run the committed trainer again while scores differ much and nothing says whether that is noise.
@@ -446,61 +391,95 @@ class Loop:
         """
         for _ in range(REPEATS - 1):
             believed = survey_board(ledger().rows(), self.setting.board)
-            if not (believed and believed.noise_is_open) or not self.has_time_to_train():
+            is_open = believed and believed.noise_is_open
+            if not is_open or self.is_stopping() or self.hours.of_a_run() > self.hours.to_train():
                 return
             if not self.run_again("is it noise?"):
                 return
 
-    def run_again(self, why: str) -> float:
+    def run_again(self, why: str, most: int | None = None) -> float:
         """Run the committed trainer with a fresh seed, as evidence alone.
+
+        most: runs as evidence that it may have in all
 
         Returns the seconds that it took, 0 where it could not be run.
         """
         began = time.monotonic()
-        source = repo.content("HEAD", self.trainer.name)
-        seed = fresh_seed(ledger().rows(), [source_hash(source)])
-        self.enter("noise", f"{why}: the committed trainer once more, seed {seed}")
-        request = Request(
-            self.setting,
-            f"the committed trainer once more: {why}",
-            seed,
-            flags=(Flag.NOISE,),
-            progress=RunDetail(self.setting.budget, self.panel),
-        )
         try:
+            source = repo.content("HEAD", self.trainer.name)
+            digest = source_hash(source)
+            rows = ledger().rows()
+            runs = [row for row in runs_of(rows, self.setting.board, digest) if Flag.NOISE in row.flags]
+            if most is not None and len(runs) >= most:
+                return 0.0
+            seed = fresh_seed(rows, [digest])
+            self.enter("noise", f"{why}: the committed trainer once more, seed {seed}")
+            request = Request(
+                self.setting,
+                f"the committed trainer once more: {why}",
+                seed,
+                flags=(Flag.NOISE,),
+                progress=RunDetail(self.setting.budget, self.panel),
+            )
             row = run_source(request, source, repo.head())
-        except (UserError, OSError):  # the pause is for what is wrong
+        except Exception as error:  # it decides nothing: the turns go on, and say what is wrong
+            self.panel.note(f"the committed trainer was not run once more: {first_line(error)}")
             return 0.0
         if Flag.INTERRUPTED in row.flags:
             raise Stopped("during a run")
         return time.monotonic() - began
 
-    def save_state(self, stamp: str = "") -> None:
-        """Write what the next loop needs, should this one be killed. stamp: of the turn under way."""
-        edit = self.edit or self.next_edit
-        if edit:
-            repo.set_ref("untried", edit.commit)  # git removes in time what nothing names
-        write_state(LoopState(self.night.experiments, self.panel.done, stamp, edit, self.panel.counts))
+    # --- The end --------------------------------------------------------------------------------------------
 
-    def leave_state(self) -> None:
-        """Leave an edit without a verdict to the next loop."""
-        edit = self.edit or self.next_edit
-        if edit:
-            write_state(LoopState(edit=edit))
+    def finish_interrupted(self) -> None:
+        """Finish what a signal interrupted: the agent is ended, and a run with a verdict is an experiment."""
+        self.end_agent()
+        try:
+            record_killed_runs()
+            row = self.finish_last_turn()
+            if row:
+                self.record_experiment(row)
+        except Exception as error:
+            self.panel.note(f"the next command finishes the trial: {first_line(error)}")
+
+    def state(self) -> LoopState:
+        """Return what the next loop needs, should this one be killed."""
+        board = self.setting.board
+        edits = tuple(self.waiting)
+        return LoopState(
+            self.night.experiments,
+            self.panel.done,
+            self.stamp,
+            self.trainer.name,
+            board,
+            edits,
+            self.panel.counts,
+        )
+
+    def save_state(self) -> None:
+        write_state(self.state())
+
+    def leave_state(self, is_interrupted: bool) -> None:
+        """Leave the edits without a verdict to the next loop, and after an interruption the count."""
+        for edit in self.waiting:
             say(f"no verdict yet on «{edit.answer.description}»: the next loop tries it first")
-        else:
-            state_path().unlink(missing_ok=True)
+        goes_on = is_interrupted and self.night.experiments is not None and self.panel.done > 0
+        state = self.state() if goes_on else replace(self.state(), done=0)
+        try:
+            if goes_on or state.edits:
+                write_state(state)
+            else:
+                state_path().unlink(missing_ok=True)
+        except (UserError, OSError) as error:
+            say(f"the state for the next loop could not be written: {first_line(error)}")
 
     # --- A turn ---------------------------------------------------------------------------------------------
 
     def finish_last_turn(self) -> Row | None:
-        """Finish a trial that an error left unfinished. Returns its verdict."""
-        self.turn = None
-        end_unfinished_turn()
+        """Finish a turn that an error cut off, its trial too. Returns the row with the verdict."""
+        self.end_agent()
         row = finish_trial()
-        if row and row.judged:
-            self.edit = None
-        self.save_state()
+        self.waiting.drop_judged(ledger().rows())
         return row if row and row.judged else None
 
     def take_turn(self) -> Row:
@@ -515,14 +494,25 @@ class Loop:
         """
         if self.needs_baseline():
             return self.run_baseline()
-        check_harness(self.trainer.name)  # before an agent is called in vain
-        self.edit = self.edit_of_tree() or self.edit_at_hand() or self.ask_agent()
-        self.save_state()
-        enough = self.find_end()  # the agent took its time, and a dry run takes some too
+        self.require_harness()  # before an agent is called in vain
+        self.waiting.take_from_tree()
+        self.waiting.put_on_branch()
+        if self.waiting.first is None:
+            self.ask_agent()
+        edit = self.waiting.first
+        assert edit
+        enough = self.why_over()  # the agent took its time, and a dry run takes some too
         if enough:
             raise NightOver(enough)
-        self.check(self.edit)
-        return self.train(self.edit)
+        self.check(edit)
+        return self.train(edit)
+
+    def require_harness(self) -> None:
+        """Raise TurnFailed where more than the trainer was changed."""
+        try:
+            check_harness(self.trainer.name)
+        except UserError as error:
+            raise TurnFailed("harness", str(error)) from None
 
     def needs_baseline(self) -> bool:
         """Return whether the committed trainer has no run on this board yet: nothing can be said without.
@@ -542,7 +532,9 @@ class Loop:
             NightOver, Stopped: as train.
         """
         source = repo.content("HEAD", self.trainer.name)
-        self.measure_step(source)
+        self.dry_run(
+            source, BASELINE
+        )  # the agent is told the shares of its step, and the run reuses its code
         request = Request(
             self.setting,
             BASELINE,
@@ -552,143 +544,68 @@ class Loop:
         )
         return self.run_to_verdict(BASELINE, lambda: run_source(request, source, repo.head()))
 
-    def measure_step(self, source: bytes) -> None:
-        """Do a dry run of a trainer: the agent is told the shares of its step. The run reuses its code."""
-        self.enter("dry run", f"dry run: {BASELINE}")
-        outcome, _ = dry_run(self.setting, source, self.night.seed)
-        remember_shares(source_hash(source), outcome.step_shares)
-
-    def edit_of_tree(self) -> Edit | None:
-        """Return the edit that lies in the working tree, None when there is none."""
-        name = self.trainer.name
-        if not repo.is_edited(name):
-            return None
-        edit = self.edit
-        if edit and (edit.base, repo.committed_blob(name, edit.commit)) == (repo.head(), repo.blob(name)):
-            return edit
-        if edit:
-            self.put_aside(edit, f"stray/{new_run_id()}")
-        return Edit(repo.commit_alone(name, UNCOMMITTED), repo.head(), Answer(UNCOMMITTED))
-
-    def edit_at_hand(self) -> Edit | None:
-        """Return the edit that has no verdict yet, on what the branch has now. None when there is none."""
-        edit = self.edit or self.next_edit
-        self.edit = self.next_edit = None
-        if edit is None:
-            return None
-        rebased = rebase(edit, self.trainer.name)
-        if rebased is None:
-            ref = repo.save_ref(f"stray/{new_run_id()}", edit.commit)
-            say(f"«{edit.answer.description}» does not go together with what is there now; it stays as {ref}")
-        return rebased
-
-    def ask_agent(self) -> Edit:
-        """Let the agent edit the trainer. Returns its edit.
-
-        Raises:
-            TurnFailed: it made none.
-        """
-        # What it thinks of must still be trained in the time that is left.
-        seconds = min(self.night.agent_seconds, max(1.0, self.seconds_to_train() - self.longest_run))
-        self.enter("agent", "the agent thinks", seconds)
-        turn = self.begin_turn(repo.head(), self.result, seconds)
-        self.panel.words = lambda: last_words(turn.files)
-        try:
-            return end_turn(turn, self.trainer.name)
-        finally:
-            self.record_turn(turn)
-            self.save_state()
-
-    def record_turn(self, turn: Turn) -> None:
-        """Take down what a turn took: seconds, and tokens and dollars where the agent prints them."""
-        said = read_said(turn.agent, turn.files)
-        self.panel.tokens += said.tokens
-        self.panel.cost += said.cost
-        seconds = round(time.monotonic() - turn.began, 1)
-        record(
-            "turn",
-            stamp=turn.files.stamp,
-            agent=turn.agent.name,
-            seconds=seconds,
-            tokens=said.tokens,
-            cost=said.cost,
-        )
-
-    def begin_turn(self, base: str, result: str, seconds: float) -> Turn:
-        """Start the agent on a commit. result: of the last experiment. Raises as turn.begin_turn."""
-        night = self.night
-        stamp = new_run_id()
-        self.save_state(stamp)
-        prompt = write_turn(self.setting, result, self.complaint, self.panel.left())
-        settings = self.setting.run_settings(night.seed).to_env()
-        if night.agent.is_builtin:
-            settings["PYTHONPATH"] = str(ROOT)
-        return begin_turn(night.agent, prompt, base, stamp, seconds, settings, night.boxed)
+    def dry_run(self, source: bytes, description: str) -> tuple[Outcome, str]:
+        """Do a dry run of a trainer. Returns (outcome, end of the log)."""
+        self.enter("dry run", f"dry run: {description}")
+        outcome, log_tail = dry_run(self.setting, source, self.night.seed)
+        self.hours.dry_seconds = outcome.total_seconds
+        if not outcome.status:
+            remember_shares(source_hash(source), outcome.step_shares)
+        return outcome, log_tail
 
     def check(self, edit: Edit) -> None:
         """Check an edit before minutes are spent on it: it compiles, is new, and survives a dry run.
 
         Raises:
-            TurnFailed: it does not. The edit is then put aside.
+            TurnFailed: it does not. The edit is then stashed.
         """
         description = edit.answer.description
         source = repo.content(edit.commit, self.trainer.name)
         try:
             check_source(self.trainer.name, source)
         except UserError as error:
-            self.put_aside(edit, f"stray/{new_run_id()}")
+            self.waiting.stash(edit)
             raise TurnFailed("edit", f"«{description}»: {error}") from None
         earlier = scored_before(source, self.setting)
         if earlier:
-            self.put_aside(edit, f"stray/{new_run_id()}")
+            self.waiting.stash(edit)
             raise TurnFailed(
                 "edit",
                 f"«{description}»: the same source was scored by run {earlier.run}: "
                 f"{earlier.val_bpb:.6f}, {earlier.status}",
             )
-        self.enter("dry run", f"dry run: {description}")
-        outcome, log_tail = dry_run(self.setting, source, self.night.seed)
+        outcome, log_tail = self.dry_run(source, description)
         if not outcome.status:
-            remember_shares(source_hash(source), outcome.step_shares)
             return
-        row = self.dry_row(description)
-        row.status = outcome.status
-        row.reason = f"dry run: {outcome.reason}"
-        row.total_seconds = outcome.total_seconds
-        row.commit = edit.commit[:7]
-        self.put_aside(edit, row.run)
+        row = self.dry_row(edit, outcome)
+        self.waiting.stash(edit, row.run)
         ledger().append(row)
         raise TurnFailed(
             "edit",
             f"«{description}» failed its dry run ({outcome.status}): {outcome.reason}\n{log_tail}",
         )
 
-    def put_aside(self, edit: Edit, name: str) -> None:
-        """Keep an edit under a ref, and say which. Where it lies in the working tree, that is reverted."""
-        trainer = self.trainer.name
-        ref = repo.save_ref(name, edit.commit)
-        repo.follow(trainer, {repo.committed_blob(trainer, edit.commit)})
-        self.edit = None
-        self.save_state()
-        self.panel.note(f"put aside «{edit.answer.description}»: it stays reachable as {ref}")
-
-    def dry_row(self, description: str) -> Row:
-        """Return the row of an edit that failed its dry run, without what went wrong."""
+    def dry_row(self, edit: Edit, outcome: Outcome) -> Row:
+        """Return the row of an edit that failed its dry run."""
         return Row(
-            description=description,
+            commit=edit.commit[:7],
+            status=outcome.status,
+            description=edit.answer.description,
             run=new_run_id(),
             time=now_utc(),
             platform=self.setting.platform.name,
             track=self.setting.track.name,
             seed=self.night.seed,
+            total_seconds=outcome.total_seconds,
             marks=Flag.DRY,
+            reason=f"dry run: {outcome.reason}",
         )
 
     def train(self, edit: Edit) -> Row:
         """Try an edit. Returns the row of the verdict.
 
         Raises:
-            TurnFailed: there was no verdict. The edit is then put aside.
+            TurnFailed: there was no verdict. The edit is then stashed.
             NightOver: there is no time left for it. The next loop tries it first.
             Stopped: the run was interrupted.
         """
@@ -705,9 +622,9 @@ class Loop:
         try:
             row = self.run_to_verdict(description, attempt)
         except TurnFailed:
-            self.put_aside(edit, f"stray/{new_run_id()}")
+            self.waiting.stash(edit)
             raise
-        self.edit = None
+        self.waiting.drop(edit)
         return row
 
     def run_to_verdict(self, description: str, attempt: Callable[[], Row]) -> Row:
@@ -718,7 +635,7 @@ class Loop:
             NightOver, Stopped: as train.
         """
         for number in range(1, NO_VERDICT_TRIES + 1):
-            enough = self.find_end()
+            enough = self.why_over()
             if enough:
                 raise NightOver(enough)
             self.enter("training", f"training: {description}")
@@ -730,7 +647,7 @@ class Loop:
             if number < NO_VERDICT_TRIES:
                 self.panel.note(f"no verdict ({row.reason}): again in {self.night.pause:.0f} s")
                 self.wait(self.night.pause)
-                patience = min(LONGEST_WAIT, self.seconds_to_train())
+                patience = min(LONGEST_WAIT, self.hours.to_train())
                 kind = self.setting.platform.device_kind
                 require_quiet(kind, "wait", patience=patience, is_over=self.is_stopping)
         raise TurnFailed(
@@ -738,57 +655,100 @@ class Loop:
             f"«{description}» was run {NO_VERDICT_TRIES} times without a verdict: {row.reason}",
         )
 
-    # --- The next edit, while an experiment runs ------------------------------------------------------------
+    # --- The agent ------------------------------------------------------------------------------------------
+
+    def ask_agent(self) -> None:
+        """Let the agent make an edit, which then waits to be tried.
+
+        Raises:
+            TurnFailed: it made none.
+            NightOver: there is no time left for a turn and its experiment.
+        """
+        seconds = self.hours.to_think()
+        if not seconds:
+            raise NightOver("too little time is left for another turn of the agent and its experiment")
+        self.enter("agent", "the agent thinks", seconds)
+        turn = self.begin_turn(self.write_prompt(self.result), repo.head(), seconds)
+        self.panel.words = lambda: last_words(turn.files)
+        self.waiting.add(self.end_turn())
 
     def think_ahead(self, running: Edit) -> None:
         """Let the agent begin with the next edit. What goes wrong with it does not touch the run."""
         night = self.night
         is_last = night.experiments is not None and self.panel.done + 1 >= night.experiments
-        seconds = min(night.agent_seconds, self.seconds_to_train() - 2 * self.longest_run)
-        if not night.ahead or self.turn or self.next_edit or is_last or seconds <= 0:
+        if not night.ahead or self.turn or len(self.waiting) > 1 or is_last:
             return
-        result = f"{self.result}\n\n{RUNNING.format(description=running.answer.description)}"
         try:
-            self.turn = self.begin_turn(running.commit, result, seconds)
-        except (TurnFailed, UserError, OSError) as error:
-            self.save_state()
+            seconds = self.hours.to_think(runs=2)
+            if seconds:
+                result = f"{self.result}\n\n{RUNNING.format(description=running.answer.description)}"
+                self.begin_turn(self.write_prompt(result), running.commit, seconds)
+        except Exception as error:
+            self.end_agent()
             self.panel.note(f"the agent does not think ahead: {first_line(error)}")
 
     def collect_next_edit(self, row: Row) -> None:
         """Wait for the agent that thinks ahead. Where the run was interrupted, it is ended instead."""
         if self.turn is None:
             return
-        turn, self.turn = self.turn, None
         self.enter("ahead", "the agent thinks ahead")
         interrupted = Flag.INTERRUPTED in row.flags
         try:
-            self.next_edit = end_turn(turn, self.trainer.name, at_once=interrupted)
-        except (TurnFailed, UserError, OSError) as error:
+            self.waiting.add(self.end_turn(at_once=interrupted))
+        except Exception as error:
             if not interrupted:
                 self.panel.note(f"no edit was thought of ahead: {first_line(error)}")
-        self.record_turn(turn)
+
+    def write_prompt(self, result: str) -> str:
+        """Return what the agent is told. result: of the last experiment. Raises UserError."""
+        return write_turn(self.setting, result, self.complaint, self.panel.left())
+
+    def begin_turn(self, prompt: str, base: str, seconds: float) -> Turn:
+        """Start the agent on a commit. Raises as turn.begin_turn."""
+        night = self.night
+        settings = self.setting.run_settings(night.seed).to_env()
+        if night.agent.is_builtin:
+            settings["PYTHONPATH"] = str(ROOT)
+        self.stamp = new_run_id()
         self.save_state()
+        with defer_signals():
+            turn = begin_turn(night.agent, prompt, base, self.stamp, seconds, settings, night.boxed)
+            self.turn = turn
+        return turn
 
+    def end_turn(self, at_once: bool = False) -> Edit:
+        """Wait for the agent at work, and return its edit. Raises TurnFailed."""
+        assert self.turn
+        try:
+            return end_turn(self.turn, self.trainer.name, at_once)
+        finally:
+            self.record_turn(self.turn)
+            self.end_agent()
 
-def has_verdict(edit: Edit) -> bool:
-    """Return whether the ledger has a verdict on an edit: then the loop was cut off right after it."""
-    return any(row.judged and row.commit and edit.commit.startswith(row.commit) for row in ledger().rows())
+    def end_agent(self) -> None:
+        """End the agent, where one is at work. What it made of its folder is lost."""
+        if self.turn:
+            with defer_signals():
+                self.turn.child.end()
+        self.turn = None
+        if self.stamp:
+            self.stamp = ""
+            self.save_state()
 
-
-def end_unfinished_turn() -> None:
-    """End the agent of a turn that was cut off. What it made of its folder is lost."""
-    state = read_state()
-    if state.stamp:
-        with ignore_signals():
-            end_leftovers(state.stamp)
-        write_state(replace(state, stamp=""))
-
-
-def kind_of(error: Exception) -> str:
-    """Return what a turn failed by: see TurnFailed.kind. Beside these, "launcher" is a fault of ours."""
-    if isinstance(error, TurnFailed):
-        return error.kind
-    return "repository" if isinstance(error, UserError | OSError) else "launcher"
+    def record_turn(self, turn: Turn) -> None:
+        """Take down what a turn took: seconds, and tokens and dollars where the agent prints them."""
+        said = read_said(turn.agent, turn.files)
+        self.panel.tokens += said.tokens
+        self.panel.cost += said.cost
+        seconds = round(time.monotonic() - turn.began, 1)
+        record(
+            "turn",
+            stamp=turn.files.stamp,
+            agent=turn.agent.name,
+            seconds=seconds,
+            tokens=said.tokens,
+            cost=said.cost,
+        )
 
 
 def describe_result(row: Row) -> str:

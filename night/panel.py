@@ -15,10 +15,10 @@ from backends.protocol import Event, Log, Start
 from launcher.belief import Standing
 from launcher.console import is_quiet, say
 from launcher.ledger import Row, single_line
-from launcher.progress import Progress, Scored
+from launcher.progress import STARTING, Progress, Scored
 from night.state import NightCounts
 
-OF_NO_EXPERIMENT = ("confirm",)  # phases of a night that are part of no experiment
+OF_NO_EXPERIMENT = ("check", "confirm")  # phases of a night that are part of no experiment
 REFRESHES_A_SECOND = 2.0
 LAST_RESULTS = 5
 BAR_WIDTH = 40  # columns
@@ -200,16 +200,18 @@ class Panel:
 class RunDetail(Progress):
     """The progress of a run as a line of the panel. Silent where there is no panel."""
 
-    def __init__(self, budget: float, panel: Panel, on_start: Callable[[], None] = lambda: None) -> None:
-        """on_start: called when the training begins, beside what is shown."""
+    def __init__(
+        self, budget: float, panel: Panel, training_began: Callable[[], None] = lambda: None
+    ) -> None:
+        """training_began: called then, beside what is shown."""
         super().__init__(budget)
         self.panel = panel
-        self.on_start = on_start
+        self.training_began = training_began
 
     def __call__(self, event: Event | Scored | None) -> None:
         super().__call__(event)
         if isinstance(event, Start):
-            self.on_start()
+            self.training_began()
         if isinstance(event, Log):
             self.panel.share = min(1.0, event.elapsed / self.budget)
 
@@ -217,6 +219,7 @@ class RunDetail(Progress):
         self.panel.detail = self.text
 
     def close(self) -> None:
+        self.text = STARTING
         self.panel.detail = ""
         self.panel.share = None
 

@@ -74,7 +74,7 @@ def write_program(setting: Setting) -> str:
     parts = opening(setting, tried, BY_HAND)
     parts["Now"] = "\n".join(now)
     parts["Notes"] = read_notes()
-    parts["This time"] = instruct(mode)
+    parts["This time"] = f"{mode.line}\n\n{instruct(mode)}"
     return assemble(setting, tried, mode, parts)
 
 
@@ -92,7 +92,7 @@ def write_turn(setting: Setting, result: str, complaint: str, left: str) -> str:
     mode = mode_of(tried)
     notes = read_notes()
     parts = opening(setting, tried, IN_LOOP)
-    now = [*facts(setting), f"command: autoresearch, or {our_command()}", f"left: {left}"]
+    now = [*facts(setting), f"command: autoresearch, or {our_command()}"]
     parts["Now"] = "\n".join([*now, *best_facts(setting, tried)])
     parts["Notes"] = notes
     parts["Last result"] = shorten(result, RESULT_CHARS)

@@ -23,8 +23,8 @@ from launcher.runs import scratch_folder
 from prepare import ROOT, UserError
 
 # REFS/<run>: a trial that was reverted, or an edit that was stashed before a run of it counted.
-# REFS/stray/<time>: an edit that no run was made of.
-# REFS/untried: the edit that waits for its run.
+# REFS/stash/<time>: an edit that no run was made of.
+# REFS/untried, REFS/untried-2, ...: the edits that wait for their run.
 REFS = "refs/autoresearch"
 LOCKED_SECONDS = 10.0  # that another git command may hold a lock
 LOCK_POLL_SECONDS = 0.2
@@ -49,7 +49,6 @@ def git_bytes(
     *arguments: str,
     index: Path | None = None,
     given: bytes = b"",
-    environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> bytes:
     """Return what a git command prints. While another command holds a lock, wait for it.
@@ -58,13 +57,12 @@ def git_bytes(
 
     index: the index file to use in place of the repository's own
     given: its standard input
-    environment: variables beside this process's own
     folder: where it runs, ROOT if left out
 
     Raises:
         UserError: the command failed.
     """
-    variables = {**git_environment(), **(environment or {})}
+    variables = git_environment()
     if index:
         variables["GIT_INDEX_FILE"] = str(index)
     command = ["git", "-C", str(folder or ROOT), *arguments]
@@ -196,6 +194,11 @@ def is_commit(commit: str) -> bool:
     return bool(commit) and git_output("cat-file", "-t", commit) == "commit"
 
 
+def parent(commit: str) -> str:
+    """Return the id of the commit that a commit was made on."""
+    return git_checked("rev-parse", "--verify", f"{commit}^")
+
+
 def branch() -> str:
     """Return the branch that HEAD names, "" when it is detached."""
     return git_output("symbolic-ref", "-q", "HEAD")
@@ -283,16 +286,12 @@ def commit_alone(trainer: str, message: str, source: bytes | None = None, parent
     return commit_tree(tree, parent, message)
 
 
-def commit_tree(tree: str, parent: str, message: str, dates: Mapping[str, str] | None = None) -> str:
-    """Make a commit of a tree and return its id. Where git knows no author, autoresearch is the author.
-
-    dates: git's variables for the dates of author and committer; now if left out
-    """
+def commit_tree(tree: str, parent: str, message: str) -> str:
+    """Make a commit of a tree and return its id. Where git knows no author, autoresearch is the author."""
     identity = []
     if not (git_output("config", "user.email") and git_output("config", "user.name")):
         identity = ["-c", "user.name=autoresearch", "-c", "user.email=autoresearch@localhost"]
-    command = (*identity, "commit-tree", tree, "-p", parent, "-m", message)
-    return os.fsdecode(git_bytes(*command, environment=dates)).strip("\n")
+    return git_checked(*identity, "commit-tree", tree, "-p", parent, "-m", message)
 
 
 def merge(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
@@ -305,22 +304,17 @@ def merge(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def reword(commit: str, message: str) -> str:
-    """Return a commit that is as this one, with another message. The same call makes the same commit."""
-    tree, parent, author, committer = git_checked("show", "-s", "--format=%T %P %at %ct", commit).split()
-    dates = {"GIT_AUTHOR_DATE": f"@{author} +0000", "GIT_COMMITTER_DATE": f"@{committer} +0000"}
-    return commit_tree(tree, parent, message, dates)
-
-
-def advance_branch(commit: str, base: str, trainer: str) -> bool:
-    """Move the branch from base to the commit. Index and working tree follow for the trainer alone.
+def advance_branch(commit: str, trainer: str) -> bool:
+    """Move the branch from a commit's parent to it. Index and working tree follow for the trainer alone.
 
     Returns whether the working tree followed: see follow.
+
+    Raises:
+        UserError: the branch is elsewhere.
     """
-    blobs = {committed_blob(trainer, base), committed_blob(trainer, commit)}
-    if head() != commit:
-        git_checked("update-ref", "-m", "autoresearch: keep", "HEAD", commit, base)
-    return follow(trainer, blobs)
+    base = parent(commit)
+    git_checked("update-ref", "-m", "autoresearch: keep", "HEAD", commit, base)
+    return follow(trainer, {committed_blob(trainer, base), committed_blob(trainer, commit)})
 
 
 def follow(trainer: str, blobs: Collection[str]) -> bool:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from backends.protocol import write_json
-from launcher.ledger import single_line
+from launcher.console import describe_os_error, say
+from launcher.ledger import BoardKey, single_line
 from launcher.runs import append_json_line, now_utc, runs_dir
 from night import repo
 from night.agent import Answer
@@ -41,12 +42,14 @@ class NightCounts:
 
 @dataclass(frozen=True)
 class LoopState:
-    """What a loop that did not come to its end leaves to the next one."""
+    """What a loop leaves to the next one."""
 
     experiments: int | None = None  # that it was asked for
-    done: int | None = None  # experiments; None: it ended in order, only `edit` is left
+    done: int = 0  # experiments
     stamp: str = ""  # of the turn in which an agent works, "" when none does
-    edit: Edit | None = None
+    trainer: str = ""  # file name, of all edits
+    board: BoardKey | None = None  # of its experiments
+    edits: tuple[Edit, ...] = ()  # without a verdict, in the order in which they are tried
     counts: NightCounts = NightCounts()
 
 
@@ -58,20 +61,18 @@ def read_state() -> LoopState:
     """Return the state that an earlier loop left, an empty one when there is none or it is damaged."""
     try:
         data = json.loads(state_path().read_text())
-        edit = data.get("edit")
+        experiments = data["experiments"]
         return LoopState(
-            experiments=optional_int(data.get("experiments")),
-            done=optional_int(data.get("done")),
-            stamp=str(data.get("stamp") or ""),
-            edit=read_edit(edit) if edit else None,
+            experiments=None if experiments is None else int(experiments),
+            done=int(data["done"]),
+            stamp=str(data["stamp"]),
+            trainer=str(data["trainer"]),
+            board=BoardKey(*data["board"]) if data["board"] else None,
+            edits=tuple(filter(None, map(read_edit, data["edits"]))),
             counts=read_counts(data.get("counts") or {}),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return LoopState()
-
-
-def optional_int(value: Any) -> int | None:
-    return None if value is None else int(value)
 
 
 def read_counts(data: dict[str, Any]) -> NightCounts:
@@ -88,6 +89,9 @@ def read_edit(data: dict[str, Any]) -> Edit | None:
 
 
 def write_state(state: LoopState) -> None:
+    """Write the state file. Git removes in time what nothing names: a ref names each waiting edit."""
+    for number, edit in enumerate(state.edits, 1):
+        repo.set_ref("untried" if number == 1 else f"untried-{number}", edit.commit)
     write_json(state_path(), asdict(state))
 
 
@@ -97,5 +101,8 @@ def loop_folder() -> Path:
 
 
 def record(event: str, **values: Any) -> None:
-    """Add a line to runs/loop/loop.jsonl."""
-    append_json_line(loop_folder() / "loop.jsonl", {"time": now_utc(), "event": event, **values})
+    """Add a line to runs/loop/loop.jsonl. A full disk ends no night: a line on the terminal says so."""
+    try:
+        append_json_line(loop_folder() / "loop.jsonl", {"time": now_utc(), "event": event, **values})
+    except OSError as error:
+        say(f"the log of the night lacks «{event}»: {describe_os_error(error)}")

@@ -41,7 +41,7 @@ def try_edit(request: Request, as_json: bool = False) -> int:
     """
     request.setting.require_device()
     with hold_repository():
-        return exit_code(run_trial(request, on_row=partial(print_result, as_json=as_json)))
+        return exit_code(run_trial(request, before_git=partial(print_result, as_json=as_json)))
 
 
 def repository_lock() -> FileLock:
@@ -82,7 +82,7 @@ def hold_repository() -> Iterator[None]:
 
 
 def run_trial(
-    request: Request, commit: str | None = None, on_row: Callable[[Row], None] = lambda row: None
+    request: Request, commit: str | None = None, before_git: Callable[[Row], None] = lambda row: None
 ) -> Row:
     """Run an edit of the trainer, and keep or revert it. Returns the row that decides.
 
@@ -90,8 +90,8 @@ def run_trial(
 
     Args:
         request: the experiment.
-        commit: of the edit, on top of the last commit. If left out, the trainer as it lies there is tried.
-        on_row: gets the row before git is touched.
+        commit: of the edit. If left out, the trainer as it lies there is tried.
+        before_git: gets the row before git is touched.
 
     Raises:
         UserError: there is nothing to try, or more than the trainer changed.
@@ -105,6 +105,8 @@ def run_trial(
         commit = base
         if repo.is_edited(trainer):
             commit = repo.commit_alone(trainer, request.description or "no description")
+    elif commit != base:
+        base = repo.parent(commit)  # a person may have committed since
     source = repo.content(commit, trainer)  # what is tried is the commit, whatever becomes of the file
     parent = repo.content(base, trainer) if repo.committed_blob(trainer, base) else None
     earlier = scored_before(source, setting)
@@ -121,7 +123,7 @@ def run_trial(
         except UserError:  # the run could not even begin: there is nothing to finish
             journal().unlink()
             raise
-    on_row(row)
+    before_git(row)
     finish_trial(row)
     return row
 
@@ -210,7 +212,7 @@ class Trial:
 
     trainer: str  # file name
     commit: str  # of the trial; equal to base when the trainer was not edited (a baseline)
-    base: str  # HEAD when it began
+    base: str  # that it was made on
     branch: str  # that HEAD named, "" when detached
     description: str
     began: str  # UTC, in the format of run ids
@@ -280,23 +282,31 @@ def keep_or_revert(trial: Trial, row: Row | None) -> None:
         lies = "the edit is still in the working tree; " if lies_there(trial) else ""
         say(f"no verdict: {lies}{where}")
         return
-    kept = (
-        repo.reword(trial.commit, lab_message(trial.description, row))
-        if row.status == "keep"
-        else trial.commit
-    )
-    branch_stayed = repo.head() in (trial.base, kept) and repo.branch() == trial.branch
-    if not branch_stayed:
+    if moved_by_a_person(trial, row):
         say(f"the branch moved meanwhile and was left alone; the trial ({row.status}): {where}")
         return
+    edited = repo.committed_blob(trainer, trial.commit)
     if row.status == "keep":
-        followed = repo.advance_branch(kept, trial.base, trainer)
-        say(f"kept: {kept[:7]} {trial.description}")
+        if repo.committed_blob(trainer) == edited:  # it was kept, and then cut off
+            followed = repo.follow(trainer, {edited, repo.committed_blob(trainer, trial.base)})
+        else:
+            source = repo.content(trial.commit, trainer)
+            kept = repo.commit_alone(trainer, lab_message(trial.description, row), source)
+            followed = repo.advance_branch(kept, trainer)
+        say(f"kept: {repo.head()[:7]} {trial.description}")
     else:
-        followed = repo.follow(trainer, {repo.committed_blob(trainer, trial.commit)})
+        followed = repo.follow(trainer, {edited})
         say(f"reverted ({row.status}): {trainer} is as in the last commit; {where}")
     if not followed:
         say(f"{trainer} was edited during the run and was left alone; the trial ({row.status}): {where}")
+
+
+def moved_by_a_person(trial: Trial, row: Row) -> bool:
+    """Return whether the branch is another one by now, or has another trainer. Other files do not count."""
+    known = {repo.committed_blob(trial.trainer, trial.base)}
+    if row.status == "keep":
+        known.add(repo.committed_blob(trial.trainer, trial.commit))  # it was kept, and then cut off
+    return repo.branch() != trial.branch or repo.committed_blob(trial.trainer) not in known
 
 
 def lies_there(trial: Trial) -> bool:
@@ -327,7 +337,7 @@ def lab_message(description: str, row: Row) -> str:
 
 def go_back(trial: Trial, row: Row) -> None:
     """Put the earlier trainer on the branch that the run made look better than the current one."""
-    if repo.head() != trial.base or repo.branch() != trial.branch:
+    if moved_by_a_person(trial, row):
         say("the branch moved meanwhile: it does not go back to the earlier trainer")
         return
     put_on_branch(trial.trainer, row.board, row.build_on)
@@ -355,9 +365,8 @@ def put_on_branch(trainer: str, board: BoardKey, source: str) -> bool:
     if text is None:
         say(f"no copy is left of {name}: it is not gone back to")
         return False
-    base = repo.head()
     message = f"Go back to run {runs[-1].run}\n\n{runs[-1].description}\n\nRun: {runs[-1].run}"
-    repo.advance_branch(repo.commit_alone(trainer, message, text), base, trainer)
+    repo.advance_branch(repo.commit_alone(trainer, message, text), trainer)
     say(f"back to {name}: {repo.head()[:7]}")
     return True
 

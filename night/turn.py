@@ -7,12 +7,10 @@ begun while an experiment runs; its edit is then put on what the verdict leaves.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launcher.console import say
 from launcher.processes import Guarded
-from launcher.runs import new_run_id
-from launcher.setting import Setting
 from night import repo
 from night.agent import TurnFailed, TurnFiles, last_words, read_answer, start_agent, wait_for_agent
 from night.agents import Agent
@@ -27,6 +25,7 @@ RUNNING = (
 )
 
 CHECK = (
+    "trainer: {trainer}\n\n"  # as in every prompt: a script looks for it
     "This is a check before a night of experiments: can you edit here? Add the line `# checked` to the end "
     "of {trainer}. Change nothing else, run nothing, and end."
 )
@@ -56,6 +55,8 @@ def begin_turn(
     boxed: bool = False,
 ) -> Turn:
     """Start an agent. The loop's state must hold the stamp by now.
+
+    Call it in defer_signals, as start_guarded.
 
     Args:
         agent: who is called.
@@ -118,36 +119,12 @@ def keep_unfinished(turn: Turn, trainer: str) -> None:
         edit = read_edit(turn, trainer)
     except (TurnFailed, UserError, OSError):
         return
-    say(f"the agent's unfinished edit stays as {repo.save_ref(f'stray/{turn.files.stamp}', edit.commit)}")
+    say(f"the agent's unfinished edit stays as {repo.save_ref(f'stash/{turn.files.stamp}', edit.commit)}")
 
 
-def check_agent(agent: Agent, setting: Setting, boxed: bool = False) -> None:
-    """Ask an agent for a trivial edit: is it installed, logged in, and allowed to edit?
-
-    Raises:
-        UserError: it is not. The message says what to do.
-    """
-    trainer = setting.trainer.name
-    prompt = CHECK.format(trainer=trainer)
-    settings = setting.run_settings(1).to_env()
-    turn = begin_turn(agent, prompt, repo.head(), new_run_id(), CHECK_SECONDS, settings, boxed)
-    try:
-        end_turn(turn, trainer)
-    except TurnFailed as error:
-        raise UserError(
-            f"--agent {agent.name} is not ready: {error}. Is it logged in ({agent.log_in}), and may it edit? "
-            f"What it printed: {turn.files.folder}/{turn.files.stamp}.*; a command of your own may stand in "
-            "place of its name"
-        ) from None
-
-
-def rebase(edit: Edit, trainer: str) -> Edit | None:
-    """Return an edit as one on the last commit, None where it conflicts with what changed there."""
-    head = repo.head()
-    if edit.base == head:
-        return edit
-    ours, base, theirs = (repo.content(commit, trainer) for commit in (head, edit.base, edit.commit))
-    merged = repo.merge(ours, base, theirs)
-    if merged is None or merged == ours:
-        return None
-    return replace(edit, commit=repo.commit_alone(trainer, edit.answer.description, merged), base=head)
+def not_ready(agent: Agent, error: TurnFailed) -> UserError:
+    """Return what to say of an agent that failed the check before the night."""
+    what = f"--agent {agent.name} is not ready: {error}. What it printed: {loop_folder()}/. "
+    if agent.is_known:
+        what += f"Is it logged in ({agent.log_in})? A command of your own may stand in place of its name. "
+    return UserError(f"{what}It must edit the file when it is asked to")

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -95,8 +96,29 @@ def test_what_a_program_needs_is_beside_it(tmp_path, monkeypatch):
     (modules / "agent" / "bin" / "agent.js").touch()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "agent").symlink_to("../lib/node_modules/agent/bin/agent.js")
-    assert list(installation(modules / "agent" / "bin" / "agent.js")) == [str(modules)]
+    assert list(installation(modules / "agent" / "bin" / "agent.js")) == [modules]
     monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "bin"), "/somewhere/else"]))
     named = list(programs(str(tmp_path / "bin" / "agent")))
     assert str(tmp_path / "lib") in named and "/somewhere/else" in named and str(modules) in named
     assert str(tmp_path) not in named
+
+
+def test_below_the_home_folder_keys_are_not_beside_the_programs(tmp_path, monkeypatch):
+    """~/.local/share has keyrings, and what other agents keep; uv puts its tools there too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tool = tmp_path / ".local" / "share" / "uv" / "tools" / "aider"
+    python = tmp_path / ".local" / "share" / "uv" / "python" / "cpython"
+    for folder in (tool, python):
+        (folder / "bin").mkdir(parents=True)
+    (tool / "pyvenv.cfg").touch()
+    (tool / "bin" / "aider").touch()
+    (python / "bin" / "python3").touch()
+    (tool / "bin" / "python").symlink_to(python / "bin" / "python3")
+    own = tmp_path / ".local" / "bin"
+    own.mkdir()
+    (own / "aider").symlink_to(tool / "bin" / "aider")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(own), str(tmp_path), str(tmp_path.parent), "/usr/bin"]))
+    named = {Path(name) for name in programs(str(own / "aider"))}
+    below = {path for path in named if tmp_path in (path, *path.parents)}
+    assert below == {own, tool, tool / "bin", python} and tmp_path.parent not in named
+    assert Path("/usr/lib") in named

@@ -13,9 +13,10 @@ from test_loop import PAUSE, leftover_refs, recorded, rows
 
 from launcher.box import missing_walls
 from launcher.setting import resolve
-from night import loop, repo
+from night import failures, loop, repo
 from night.agents import READERS, Agent, Said, load_agents, parse_agent, read_output
-from night.loop import Night, run_night
+from night.loop import run_night
+from night.plan import Night
 from night.workspace import workspace_path
 from prepare import ROOT, UserError
 
@@ -33,6 +34,7 @@ MODEL["qwen"] = ["--auth-type", "openai", "--model", "scripted"]
 MODEL["aider"] = ["--model", "openai/scripted", "--analytics-disable", "--no-show-model-warnings"]
 boxed = pytest.mark.skipif(bool(missing_walls()), reason="this machine has no walls")
 FOUR = ("codex", "gemini", "opencode", "pi")
+CHECK_AGENT = loop.Loop.check_agent  # before a fixture replaces it
 
 
 # --- The data -----------------------------------------------------------------------------------------------
@@ -114,6 +116,14 @@ def test_tokens_and_cost_are_read():
     assert read_output(Agent("claude", [], "claude"), json.dumps(claude), "").cost == 0
 
 
+def test_a_null_in_place_of_a_number_ends_no_night():
+    claude = {"result": "done", "total_cost_usd": None, "usage": {"input_tokens": 3}}
+    qwen = [{"type": "result", "result": "done", "usage": {"total_tokens": None}}]
+    for name, data in (("claude", claude), ("qwen", qwen)):
+        out = json.dumps(data)
+        assert read_output(Agent("x", [], name), out, "") == Said(out)
+
+
 # --- The real ones ------------------------------------------------------------------------------------------
 
 
@@ -149,8 +159,9 @@ def night(repository, installed, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("PATH", str(installed), prepend=os.pathsep)
     monkeypatch.setattr("launcher.belief.SURPRISING", 1e9)
-    monkeypatch.setattr(loop, "GIVE_UP", 2)
+    monkeypatch.setattr(failures, "MOST", 2)
     monkeypatch.setattr(loop.Loop, "wait", lambda self, seconds: None)
+    monkeypatch.setattr(loop.Loop, "check_agent", lambda self: None)
 
     def begin(name, mode="edit", experiments=2, seconds=60.0, **more):
         folder = workspace_path() / "inner"
@@ -288,7 +299,7 @@ def test_a_broken_edit_of_a_real_agent_comes_back_to_it(night, repository, name)
 @pytest.mark.parametrize("name", FOUR)
 def test_a_model_that_does_not_answer_fails_the_turn(night, repository, monkeypatch, name, mode):
     """An agent gives up by itself, or when its time is up."""
-    monkeypatch.setattr(loop, "GIVE_UP", 1)
+    monkeypatch.setattr(failures, "MOST", 1)
     code, _ = night(name, mode, seconds=4.0)
     assert code == 1 and [entry["kind"] for entry in recorded("failed")] == ["agent"]
     assert len(rows()) == 1 and is_clean()
@@ -310,6 +321,7 @@ def test_our_page_for_agents_reaches_them(night, repository, name):
 @pytest.mark.slow
 def test_before_a_night_a_known_agent_is_asked_whether_it_is_ready(night, repository, monkeypatch):
     monkeypatch.setattr("test_agents.replace_command", lambda agent, command: agent)
+    monkeypatch.setattr(loop.Loop, "check_agent", CHECK_AGENT)
     with pytest.raises(UserError, match="--agent codex is not ready: the agent ended with"):
         night("codex", "busy")
     assert not rows()

@@ -20,7 +20,8 @@ from launcher.setting import resolve
 from night import builtin, repo
 from night.agents import parse_agent
 from night.builtin import History, plain, propose, read_constants, read_history, searched_constants
-from night.loop import Night, run_night
+from night.loop import run_night
+from night.plan import Night
 from prepare import UserError
 
 TRAINERS = ("train_cuda.py", "train_mlx.py")
@@ -331,11 +332,11 @@ def test_a_night_without_a_language_model(project, monkeypatch, platform):
         return really_supervise(told, *more)
 
     monkeypatch.setattr("launcher.run.supervise", supervise)
-    monkeypatch.setattr("night.loop.GIVE_UP", 2)
+    monkeypatch.setattr("night.failures.MOST", 2)
     setting = resolve(platform)
     setting.trainer.write_text("WARMDOWN_RATIO = 0.8\n")
     name = setting.trainer.name
-    repo.advance_branch(repo.commit_alone(name, "a constant"), repo.head(), name)
+    repo.advance_branch(repo.commit_alone(name, "a constant"), name)
     assert run_night(Night(parse_agent("builtin"), setting, experiments=5, pause=0.1)) == 0
     everything = Ledger(home() / "results.tsv").rows()
     rows = [row for row in everything if row.status in STATUSES and Flag.NOISE not in row.flags]

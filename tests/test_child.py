@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import wait_for_line
 
-from backends.protocol import RunDir
+from backends.protocol import RunDir, Start
 from launcher import child, guard
 from launcher.child import supervise
 from launcher.device import Watch
@@ -237,6 +237,35 @@ def test_a_flood_of_events_does_not_hide_the_limits(house, monkeypatch):
     outcome = supervise(hostile(house, flood), RunDir(house), setting, 1, Watch("cpu"), lambda event: None)
     assert outcome.status == "timeout" and "the loop does not end" in outcome.reason
     assert outcome.total_seconds < 30
+
+
+@pytest.mark.parametrize("act", ["print('x' * 2**16)", "send(**start)"])
+def test_what_a_trainer_prints_and_sends_has_a_limit(house, monkeypatch, act):
+    monkeypatch.setattr(child, "LONGEST_LOG", 10**6)
+    trainer = hostile(house, f"while True: {act}; time.sleep(0.001)")
+    run = RunDir(house)
+    outcome = supervise(trainer, run, resolve("cpu"), 1, Watch("cpu"), lambda event: None)
+    assert (outcome.status, outcome.reason) == ("crash", "the trainer printed more than 1,000,000 bytes")
+
+
+def test_what_is_done_when_the_training_begins_gives_a_run_no_time(house):
+    """The loop starts an agent then. The longest step may be late, and this was taken for one."""
+    acts = """
+send(**start); launcher.recv(1)
+end = time.time() + 0.5 + 2.6
+while time.time() < end:
+    send(event='log', step=1, loss=1.0, smooth=1.0, tokens=1, elapsed=1.0, tokens_per_s=1.0, mfu=1.0)
+    time.sleep(0.05)
+open(os.environ['AUTORESEARCH_WEIGHTS'], 'w').write('nonsense')
+send(event='stop', num_steps=1, tokens=1, peak_memory_mb=1.0); time.sleep(60)
+"""
+
+    def slow(event):
+        time.sleep(1.8 * isinstance(event, Start))
+
+    setting = replace(resolve("cpu"), budget=0.5)
+    outcome = supervise(hostile(house, acts), RunDir(house), setting, 1, Watch("cpu"), slow)
+    assert outcome.status == "invalid" and "more than its budget" in outcome.reason
 
 
 # --- Limits that know the machine ---------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from launcher.processes import (
     Stopped,
     alive,
     defer_signals,
-    ignore_signals,
     processes_of,
     start_guarded,
     stop_on_signals,
@@ -324,7 +323,46 @@ def test_a_signal_at_the_start_of_a_command_does_not_lose_it(run_id):
                     child = start_guarded(python(SLEEPS), Path("/"), environment)
                 time.sleep(60)  # the signal comes now at the latest
             finally:
-                with ignore_signals():
+                with defer_signals():
                     alarm.join()
                     assert child and child.end()
         assert not processes_of(run_id)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_a_clean_up_ends_the_command_after_it(number):
+    cleaned = []
+    with pytest.raises(Stopped), stop_on_signals():
+        with defer_signals():
+            send(number)
+            cleaned.append(True)
+        cleaned.append(False)  # it is not forgotten
+    assert cleaned == [True]
+
+
+def test_after_a_signal_further_ones_do_not_disturb_the_clean_up():
+    before = signal.getsignal(signal.SIGTERM)
+    cleaned = []
+    with pytest.raises(Stopped, match="SIGINT"), stop_on_signals():
+        try:
+            with stop_on_signals():  # as that of a run in a night
+                send(signal.SIGINT)
+        finally:
+            send(signal.SIGINT)
+            send(signal.SIGTERM)
+            with defer_signals():
+                send(signal.SIGTERM)
+            cleaned.append(True)
+    assert cleaned and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_handles_failures_does_not_take_a_stop_for_one():
+    with pytest.raises(Stopped), stop_on_signals():
+        try:
+            send(signal.SIGTERM)
+        except Exception:
+            raise AssertionError("a night would go on") from None

@@ -99,10 +99,6 @@ def test_how_it_goes_is_counted(night):
     )
 
 
-def test_the_mode_stands_in_the_book(night):
-    assert "tried: nothing yet\nmode: ablate (why)" in book(night, Mode("ablate", "why"))
-
-
 # --- Experiments --------------------------------------------------------------------------------------------
 
 

@@ -328,6 +328,7 @@ def test_flags_are_added_once_and_in_order():
         ({"status": "invalid"}, False, False, True),
         ({"status": "crash", "marks": "interrupted"}, False, False, False),
         ({"status": "crash", "marks": "cut-off"}, False, False, False),
+        ({"status": "crash", "marks": "fault"}, False, False, False),
         ({"status": ""}, False, False, False),
         ({"val_bpb": 0.0}, False, False, True),
         ({"val_bpb": -1.0}, False, False, True),

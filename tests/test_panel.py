@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 
 from rich.console import Console
 
-from backends.protocol import Log
+from backends.protocol import Log, Stop
 from launcher import console
 from launcher.belief import Standing
 from launcher.ledger import Row
@@ -144,3 +144,12 @@ def test_a_runs_progress_is_a_line_of_the_panel(capsys):
     assert panel.share == 100 / 300 and "━" in shown(panel)
     detail.close()
     assert panel.detail == "" and panel.share is None and capsys.readouterr().err == ""
+
+
+def test_the_next_run_does_not_begin_where_the_last_one_ended():
+    panel = Panel(None, None)
+    detail = RunDetail(300.0, panel)
+    detail(Stop(10, 1000, 1.0, {}))
+    detail.close()
+    detail(None)
+    assert panel.detail.startswith("starting")

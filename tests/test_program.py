@@ -129,7 +129,8 @@ def test_the_examples_of_a_turn_are_no_answer(house):
 def test_a_mode_names_its_edits(house):
     mode = Mode("combine", "12 experiments in a row were not kept", (("r1", "wider"), ("r2", "deeper")))
     text = turn(resolve("cpu"), mode=mode)
-    assert text.count("mode: combine (12 experiments in a row were not kept)\n") == 2  # and in the lab book
+    assert text.count("mode: combine (12 experiments in a row were not kept)\n") == 1
+    assert text.count("left: ") == 1
     assert "- r1: wider\n- r2: deeper\n" in text and "Combine these near misses in one edit" in text
     assert "needs no gain to be kept. These are" in turn(resolve("cpu"), mode=Mode("ablate"))
 

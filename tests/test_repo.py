@@ -56,10 +56,9 @@ def test_what_git_says_need_not_be_utf8(repository):
 
 def test_what_follows_the_branch_is_what_is_not_the_persons_own(repository):
     trainer = repository / "train_cuda.py"
-    start = repo.head()
     edited = repo.commit_alone("train_cuda.py", "an edit", b"SCORE = 1.0\n")
     assert status() == "" and trainer.read_text() == "SCORE = 1.5\n"  # a commit alone touches neither
-    assert repo.advance_branch(edited, start, "train_cuda.py")
+    assert repo.advance_branch(edited, "train_cuda.py")
     assert repo.head() == edited and status() == "" and trainer.read_text() == "SCORE = 1.0\n"
 
     trainer.write_text("SCORE = 7\n")
@@ -69,7 +68,7 @@ def test_what_follows_the_branch_is_what_is_not_the_persons_own(repository):
     git_checked("add", "README.md")
     staged = git_checked("ls-files", "-s")
     again = repo.commit_alone("train_cuda.py", "another", b"SCORE = 0.9\n")
-    assert not repo.advance_branch(again, edited, "train_cuda.py")
+    assert not repo.advance_branch(again, "train_cuda.py")
     assert repo.head() == again and git_checked("ls-files", "-s") == staged
     assert trainer.read_text() == "SCORE = 8\n"
 
@@ -77,14 +76,13 @@ def test_what_follows_the_branch_is_what_is_not_the_persons_own(repository):
 @pytest.mark.parametrize("lies", ["nothing", "a folder", "a pipe"])
 def test_a_branch_advances_whatever_lies_in_the_trainers_place(repository, lies):
     trainer = repository / "train_cuda.py"
-    start = repo.head()
     edited = repo.commit_alone("train_cuda.py", "an edit", b"SCORE = 1.0\n")
     trainer.unlink()
     if lies == "a folder":
         trainer.mkdir()
     elif lies == "a pipe":
         os.mkfifo(trainer)
-    assert not repo.advance_branch(edited, start, "train_cuda.py")
+    assert not repo.advance_branch(edited, "train_cuda.py")
     assert repo.head() == edited
     with pytest.raises(UserError, match="there is no trainer" if lies == "nothing" else "is no plain file"):
         repo.is_edited("train_cuda.py")
@@ -94,7 +92,7 @@ def test_the_trainer_keeps_its_permissions_when_it_follows(repository):
     trainer = repository / "train_cuda.py"
     trainer.chmod(0o600)
     edited = repo.commit_alone("train_cuda.py", "an edit", b"SCORE = 1.0\n")
-    repo.advance_branch(edited, repo.head(), "train_cuda.py")
+    repo.advance_branch(edited, "train_cuda.py")
     assert trainer.stat().st_mode & 0o777 == 0o600 and sorted(os.listdir(repository)) == sorted(
         {name.partition("/")[0] for name in FILES} | {"program.md"}
     )
@@ -130,7 +128,7 @@ def test_an_old_lock_whose_owner_is_gone_is_removed(repository, monkeypatch, cap
         lock.touch()
         os.utime(lock, (time.time() - 60, time.time() - 60))
         edited = repo.commit_alone("train_cuda.py", name, f"NAME = {name!r}\n".encode())
-        assert repo.advance_branch(edited, repo.head(), "train_cuda.py")
+        assert repo.advance_branch(edited, "train_cuda.py")
         assert repo.head() == edited and not lock.exists()
         assert f"removed {lock}: a git command that was killed had left it" in capsys.readouterr().err
     assert status() == ""
@@ -144,7 +142,7 @@ def test_a_lock_of_a_git_that_works_is_waited_for_and_named(repository, monkeypa
     os.utime(lock, (time.time() - 60, time.time() - 60))
     edited = repo.commit_alone("train_cuda.py", "an edit", b"SCORE = 1.0\n")
     with pytest.raises(UserError, match="HEAD.lock.*remove that file"):
-        repo.advance_branch(edited, repo.head(), "train_cuda.py")
+        repo.advance_branch(edited, "train_cuda.py")
     assert lock.exists()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import asdict, replace
 
 import pytest
@@ -13,6 +15,7 @@ from launcher import setting as settings
 from launcher import verdict
 from launcher.child import Outcome
 from launcher.ledger import Flag, Ledger
+from launcher.processes import Stopped, stop_on_signals
 from launcher.run import Request, dry_run, exit_code, run_experiment
 from launcher.setting import resolve
 from prepare import ROOT, RULES, UserError
@@ -251,6 +254,23 @@ def test_a_run_is_recorded_even_when_the_launcher_fails(scores, house, monkeypat
         attempt(house, "whatever")
     [row] = rows(house)
     assert row.status == "crash" and row.reason == "the launcher failed: RuntimeError: a fault of ours"
+    assert row.marks == "fault" and not row.judged  # it says nothing of the trainer
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_score_leaves_the_run_its_verdict(scores, house, monkeypatch, number):
+    """The data are read once more, the belief is computed, and the row is written: that takes seconds."""
+    really = verdict.give_verdict
+
+    def give_verdict(*arguments):
+        os.kill(os.getpid(), number)
+        really(*arguments)
+
+    monkeypatch.setattr(verdict, "give_verdict", give_verdict)
+    scores.append(1.4)
+    with pytest.raises(Stopped), stop_on_signals():
+        attempt(house, "finished")
+    assert [(row.status, row.val_bpb, row.marks) for row in rows(house)] == [("keep", 1.4, "")]
 
 
 def test_a_finished_run_is_in_the_ledger_again_when_that_was_lost(scores, house):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from launcher.runs import home
+from launcher.setting import resolve
 from night import repo
 from night.agent import Answer
 from night.state import Edit, LoopState, NightCounts, read_state, record, state_path, write_state
@@ -17,18 +18,39 @@ from night.state import Edit, LoopState, NightCounts, read_state, record, state_
         LoopState(),
         LoopState(10, 3, "20260101-000000-abcd"),
         LoopState(None, 0, counts=NightCounts(3, 4, 1, 1, 2, 5)),
+        LoopState(None, 0, trainer="train_cuda.py"),
     ],
 )
 def test_a_state_is_read_as_it_was_written(repository, state):
     edit = Edit(repo.head(), repo.head(), Answer("an idea", learned="much"), "claude")
-    for written in (state, replace(state, edit=edit)):
+    other = replace(edit, agent="")
+    board = resolve().board
+    for written in (state, replace(state, edits=(edit, other), board=board)):
         write_state(written)
         assert read_state() == written
 
 
 def test_an_edit_whose_commit_is_gone_is_left_out(repository):
-    write_state(LoopState(10, 3, edit=Edit("1" * 40, repo.head(), Answer("an idea"))))
-    assert read_state() == LoopState(10, 3)
+    edit = Edit(repo.head(), repo.head(), Answer("an idea"))
+    write_state(LoopState(10, 3, edits=(edit, edit)))
+    text = state_path().read_text()
+    state_path().write_text(text.replace(repo.head(), "1" * 40, 1))
+    assert read_state() == LoopState(10, 3, edits=(edit,))
+
+
+def test_git_keeps_all_edits_that_wait(repository):
+    made = [repo.commit_alone("train_cuda.py", "", f"SCORE = 1.{n}\n".encode()) for n in range(2)]
+    write_state(LoopState(edits=tuple(Edit(commit, repo.head(), Answer("an idea")) for commit in made)))
+    assert repo.git_output("for-each-ref", "--format=%(objectname)", "refs/autoresearch").split() == made
+
+
+def test_a_full_disk_costs_a_line_of_the_log(house, monkeypatch, capsys):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("night.state.append_json_line", fail)
+    record("phase", text="the agent thinks")
+    assert "the log of the night lacks «phase»" in capsys.readouterr().err
 
 
 def test_a_damaged_state_is_no_state(repository):

@@ -18,7 +18,8 @@ from launcher.runs import home
 from launcher.setting import resolve
 from night import stop
 from night.agents import Agent
-from night.loop import Night, run_night
+from night.loop import Loop, run_night
+from night.plan import Night
 from night.stop import announced, ask_to_stop, rest, running_loop
 from night.trial import hold_repository
 from prepare import ROOT, UserError
@@ -102,6 +103,7 @@ def end_of_log():
 @pytest.fixture
 def fast(repository, monkeypatch):
     monkeypatch.setattr("launcher.belief.SURPRISING", 1e9)  # made-up scores differ much
+    monkeypatch.setattr(Loop, "check_agent", lambda self: None)
     return repository
 
 

@@ -16,6 +16,7 @@ from launcher.processes import Stopped
 from launcher.run import Request, run_experiment
 from launcher.runs import home
 from launcher.setting import resolve
+from launcher.verdict import tried_since_moved
 from night import repo, trial
 from night.repo import git_checked
 from prepare import UserError
@@ -262,15 +263,52 @@ def test_an_edit_during_the_run_is_left_alone(repository, meanwhile, capsys):
     assert calls[-1] == "SCORE = 1.8\n" and "was edited during the run" in capsys.readouterr().err
 
 
-def test_a_commit_during_the_run_is_left_alone(repository, meanwhile, capsys):
+def commit_as_a_person(*options):
+    git_checked("-c", "user.name=me", "-c", "user.email=me@here", "commit", "-q", "-m", "mine", *options)
+
+
+def test_a_gain_goes_on_top_of_a_commit_of_other_files(repository, meanwhile):
     try_as_it_is("baseline")
-    person = ("-c", "user.name=me", "-c", "user.email=me@here")
-    meanwhile(lambda: git_checked(*person, "commit", "-q", "--allow-empty", "-m", "mine"))
+
+    def commit_readme():
+        with open(repository / "README.md", "a") as f:
+            f.write("read me too\n")
+        commit_as_a_person("--", "README.md")
+
+    meanwhile(commit_readme)
+    assert attempt("SCORE = 1.2\n", repository) == 0
+    assert git_output("log", "--format=%s").splitlines() == ["an idea", "mine", "start"]
+    assert files_of("HEAD") == ["inner/train_cuda.py"] and trainer_text(repository) == "SCORE = 1.2\n"
+    assert git_checked("status", "--porcelain") == ""
+    assert tried_since_moved(rows(), rows()[0].board, rows()[-1].source) == {row.source for row in rows()}
+    assert attempt("SCORE = 1.4\n", repository) == 3
+    assert trainer_text(repository) == "SCORE = 1.2\n" and git_checked("status", "--porcelain") == ""
+
+
+def test_a_commit_of_another_trainer_during_the_run_is_left_alone(repository, meanwhile, capsys):
+    try_as_it_is("baseline")
+
+    def commit_trainer():
+        edit(repository, "SCORE = 1.3\n")
+        commit_as_a_person("--", "train_cuda.py")
+
+    meanwhile(commit_trainer)
     before = repo.head()
     assert attempt("SCORE = 1.2\n", repository) == 0
     assert git_output("rev-parse", "HEAD~1") == before
     assert git_output("log", "-1", "--format=%s") == "mine"
+    assert trainer_text(repository) == "SCORE = 1.3\n"
     assert "the branch moved" in capsys.readouterr().err
+
+
+def test_a_commit_between_an_edit_and_its_run_is_not_lost(repository, meanwhile):
+    """The loop makes a commit, and a dry run of it takes a while."""
+    try_as_it_is("baseline")
+    commit = repo.commit_alone("train_cuda.py", "an idea", b"SCORE = 1.2\n")
+    commit_as_a_person("--allow-empty")
+    with trial.hold_repository():
+        trial.run_trial(Request(resolve(), "an idea"), commit)
+    assert git_output("log", "--format=%s").splitlines() == ["an idea", "mine", "start"]
 
 
 # --- Back to an earlier trainer -----------------------------------------------------------------------------

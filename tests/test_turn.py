@@ -8,7 +8,8 @@ from test_loop import night, recorded, rows, trainer_text  # noqa: F401  a fixtu
 
 from launcher.harness import git_output
 from launcher.processes import Stopped
-from night import repo
+from launcher.runs import home
+from night import loop, repo
 from night.repo import git_checked
 from night.state import loop_folder, state_path
 
@@ -82,7 +83,7 @@ def test_what_conflicts_is_stashed_and_the_agent_is_asked_again(plan, repository
     assert plan([("SCORE", "1.9"), ("SCORE", "1.8"), ("SCORE", "1.4"), ("SCORE", "1.3")], 3) == 0
     assert [row.description for row in rows()][1:] == ["SCORE 1.9", "SCORE 1.4"]
     assert "«SCORE 1.8» does not go together with what is there now" in capsys.readouterr().err
-    [stray] = git_output("for-each-ref", "--format=%(refname)", "refs/autoresearch/stray/").splitlines()
+    [stray] = git_output("for-each-ref", "--format=%(refname)", "refs/autoresearch/stash/").splitlines()
     assert "SCORE = 1.8" in git_output("show", f"{stray}:inner/train_cuda.py")
     assert turns() == ["after", "ahead", "after"]
 
@@ -109,6 +110,46 @@ def test_an_interruption_ends_the_agent_and_leaves_the_tree_as_it_was(plan, repo
     assert plan([("SCORE", "1.4")], 3) == 130
     assert trainer_text(repository) == TRAINER and git_checked("status", "--porcelain") == ""
     assert not state_path().exists()
+
+
+def test_a_stop_while_the_agent_thinks_ahead_keeps_what_was_gained(plan, repository, monkeypatch, capsys):
+    """The run has its verdict by then."""
+    stops = """
+if number == 1:
+    while not (folder / "waits").exists():
+        time.sleep(0.05)
+    os.kill(int(os.environ["LOOP"]), 2)
+    time.sleep(60)
+"""
+    monkeypatch.setattr("test_turn.AGENT", AGENT + stops)
+    really = loop.Loop.enter
+
+    def enter(self, phase, *more, **options):
+        really(self, phase, *more, **options)
+        if phase == "ahead":
+            (home() / "waits").touch()
+
+    monkeypatch.setattr(loop.Loop, "enter", enter)
+    assert plan([("SCORE", "1.4"), ("SCORE", "1.3")], 9) == 130
+    assert [(row.description, row.status) for row in rows()][1:] == [("SCORE 1.4", "keep")]
+    assert trainer_text(repository) == TRAINER.replace("1.5", "1.4")
+    captured = capsys.readouterr()
+    assert "experiments: 1\nkept: 1\n" in captured.out and "no verdict yet" not in captured.err
+    assert [entry["description"] for entry in recorded("experiment")][1:] == ["SCORE 1.4"]
+
+
+def test_a_fault_of_ours_in_thinking_ahead_does_not_touch_the_run(plan, monkeypatch, capsys):
+    really = loop.write_turn
+
+    def write_turn(setting, result, *more):
+        if "It runs now" in result:
+            raise ZeroDivisionError("ours")
+        return really(setting, result, *more)
+
+    monkeypatch.setattr(loop, "write_turn", write_turn)
+    assert plan([("SCORE", "1.4"), ("SCORE", "1.3")], 3) == 0
+    assert [row.status for row in rows()] == ["keep"] * 3 and turns() == ["after", "after"]
+    assert "the agent does not think ahead: ours" in capsys.readouterr().err
 
 
 def test_without_the_option_the_agent_waits_for_the_result(night, repository, monkeypatch):  # noqa: F811

@@ -22,6 +22,7 @@ from typing import Literal
 TRAINER = Path("train_cuda.py")
 SCRIPTS = Path(__file__).with_name("acts.sh")
 MARKER = "throwaway"  # a file in HOUSE: what lies below may be destroyed
+CHECK = "This is a check before a night"  # what the agent is told then; it is no turn
 TURNS = "turns"  # a byte for each turn
 OVER = "over"  # from now on the agent is honest
 PROJECT = "project"  # holds the path of the folder in which the night was started
@@ -48,6 +49,9 @@ def main(house: Path, name: str) -> None:
     """Take a turn."""
     if not (house / MARKER).is_file() or house.resolve() not in Path.cwd().resolve().parents:
         sys.exit(f"{Path.cwd()} is not in a throwaway house: nothing is done here")
+    if CHECK in sys.stdin.read() + " ".join(sys.argv):
+        edit()
+        return
     with open(house / TURNS, "ab") as turns:
         turns.write(b".")
     is_first = (house / TURNS).stat().st_size == 1

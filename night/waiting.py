@@ -1,0 +1,114 @@
+"""
+The edits that wait for a verdict: a person's, that of a loop that was cut off, those of the agent.
+
+They stand in the state file from the moment they are made, so that a loop that is cut off loses none. A file
+in the working tree is a person's, and is never changed here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from launcher.console import say
+from launcher.ledger import Row
+from launcher.runs import new_run_id
+from night import repo
+from night.agent import Answer
+from night.state import Edit
+
+UNCOMMITTED = "what lay in the trainer, uncommitted"
+
+
+class WaitingEdits:
+    """The edits in the order in which they are tried.
+
+    trainer: file name. save: writes the state file; it is called after each change.
+    """
+
+    def __init__(self, trainer: str, save: Callable[[], None]) -> None:
+        self.trainer = trainer
+        self._edits: list[Edit] = []
+        self._save = save
+        self._left_alone: set[str] = set()  # texts in the working tree that are not tried again, by blob
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self._edits)
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    @property
+    def first(self) -> Edit | None:
+        """The edit that is tried next."""
+        return self._edits[0] if self._edits else None
+
+    def change(self, edits: list[Edit]) -> None:
+        """Let other edits wait in place of these."""
+        if edits != self._edits:
+            self._edits = edits
+            self._save()
+
+    def add(self, edit: Edit) -> None:
+        self.change([*self._edits, edit])
+
+    def drop(self, edit: Edit) -> None:
+        """Take an edit from the list that has its verdict."""
+        self.change([other for other in self._edits if other != edit])
+
+    def drop_judged(self, rows: list[Row]) -> None:
+        """Take the edits from the list on which the ledger has a verdict. rows: those of the ledger."""
+        judged = {row.commit for row in rows if row.judged and row.commit}
+        self.change([edit for edit in self._edits if not edit.commit.startswith(tuple(judged))])
+
+    def stash(self, edit: Edit, name: str = "") -> None:
+        """Take an edit from the list that is not tried, and keep it under a ref.
+
+        Where it lies in the working tree, it stays there, and is not tried again until the file changes.
+
+        name: of the ref, below refs/autoresearch/
+        """
+        ref = repo.save_ref(name or f"stash/{new_run_id()}", edit.commit)
+        blob = repo.committed_blob(self.trainer, edit.commit)
+        lies = blob == repo.lying_blob(self.trainer)
+        if lies:
+            self._left_alone.add(blob)
+        self.drop(edit)
+        where = f"in {self.trainer}, and as {ref}" if lies else f"as {ref}"
+        say(f"stashed «{edit.answer.description}»: it stays {where}")
+
+    def take_from_tree(self) -> None:
+        """Let the edit that lies in the working tree be the first, where there is one."""
+        head = repo.head()
+        blob = repo.lying_blob(self.trainer)
+        if blob in ("", repo.committed_blob(self.trainer), *self._left_alone):
+            return
+        known = [edit for edit in self._edits if repo.committed_blob(self.trainer, edit.commit) == blob]
+        others = [edit for edit in self._edits if edit not in known]
+        if known and known[0].base == head:
+            self.change([known[0], *others])
+            return
+        edit = Edit(repo.commit_alone(self.trainer, UNCOMMITTED), head, Answer(UNCOMMITTED))
+        if known:
+            edit = replace(known[0], commit=edit.commit, base=head)
+        self.change([edit, *others])
+
+    def put_on_branch(self) -> None:
+        """Put the first edit on the last commit. Those that conflict with what is there now are stashed."""
+        while self._edits:
+            rebased = rebase(self._edits[0], self.trainer)
+            if rebased is not None:
+                self.change([rebased, *self._edits[1:]])
+                return
+            say(f"«{self._edits[0].answer.description}» does not go together with what is there now")
+            self.stash(self._edits[0])
+
+
+def rebase(edit: Edit, trainer: str) -> Edit | None:
+    """Return an edit as one on the last commit, None where it conflicts with what changed there."""
+    head = repo.head()
+    if edit.base == head:
+        return edit
+    ours, base, theirs = (repo.content(commit, trainer) for commit in (head, edit.base, edit.commit))
+    merged = repo.merge(ours, base, theirs)
+    if merged is None or merged == ours:
+        return None
+    return replace(edit, commit=repo.commit_alone(trainer, edit.answer.description, merged), base=head)
