@@ -157,6 +157,7 @@ class Supervision:
         self._phase: Literal["start", "training", "scoring"] = "start"
         self._started = 0.0  # on the launcher's clock
         self._last_log = 0.0
+        self._has_log = False
         self._longest_step = 0.0  # seconds between two points of the loss curve, by the same clock
         self._longest_gap = 0.0  # the same, the time to the first point left out
         self._rows_given = 0.0  # the same moment by the wall clock
@@ -288,9 +289,10 @@ class Supervision:
             self._training_begins(event)
         elif isinstance(event, Log) and self._start is not None:
             self._longest_step = max(self._longest_step, now - self._last_log)
-            if self._last_log > self._started:
+            if self._has_log:
                 self._longest_gap = max(self._longest_gap, now - self._last_log)
             self._last_log = now
+            self._has_log = True
             grace = min(max(GRACE, GRACE_STEPS * self._longest_step), max(GRACE, self.setting.budget))
             self._deadline = self._started + self.setting.budget + grace
         elif isinstance(event, Stop) and self._start is not None:

@@ -248,7 +248,7 @@ def test_what_a_trainer_prints_and_sends_has_a_limit(house, monkeypatch, act):
     assert (outcome.status, outcome.reason) == ("crash", "the trainer printed more than 1,000,000 bytes")
 
 
-def test_what_is_done_when_the_training_begins_gives_a_run_no_time(house):
+def test_what_is_done_when_the_training_begins_gives_a_run_no_time(house, monkeypatch):
     """The loop starts an agent then. The longest step may be late, and this was taken for one."""
     acts = """
 send(**start); launcher.recv(1)
@@ -259,6 +259,8 @@ while time.time() < end:
 open(os.environ['AUTORESEARCH_WEIGHTS'], 'w').write('nonsense')
 send(event='stop', num_steps=1, tokens=1, peak_memory_mb=1.0); time.sleep(60)
 """
+
+    monkeypatch.setattr(child.Watch, "findings", lambda self: [])
 
     def slow(event):
         time.sleep(1.8 * isinstance(event, Start))
