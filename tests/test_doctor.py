@@ -83,7 +83,7 @@ def test_the_estimate_of_the_operations_is_that_of_the_trainer(monkeypatch):
         track = load_track(platform.track, ROOT / "platforms.yaml")
         config = train_cuda.Config(
             track.vocab_size, track.seq_len, start.n_layer, start.n_embd, start.head_dim,
-            start.window_pattern, start.short_window, 0, 0, torch.float32,
+            start.window_pattern, start.short_window, "T", 0, 0, torch.float32,
         )  # fmt: skip
         with torch.device("meta"):
             model = train_cuda.GPT(config)
@@ -214,7 +214,7 @@ def test_an_agent_is_asked_for_an_edit(repository, tmp_path):
     idle = tmp_path / "idle.py"
     idle.write_text("print('not logged in')\n")
     check = night(f"{sys.executable} {idle}")["agent"]
-    assert check.state == "fail" and "is not ready" in check.found and "Is it logged in" in check.found
+    assert check.state == "fail" and "is not ready" in check.found and "must edit the file" in check.found
     check = night("no-such-agent")["agent"]
     assert check.state == "fail" and "no program 'no-such-agent'" in check.found
 

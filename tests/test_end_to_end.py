@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from launcher.ledger import COLUMNS, Ledger
 
 
+@pytest.mark.slow
 def test_run_leaves_a_complete_ledger_line(autoresearch, house):
     done = autoresearch("run", "-m", "a\tfirst\ntry", "--budget", "3", "--platform", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr

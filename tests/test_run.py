@@ -231,6 +231,7 @@ def test_a_missing_framework_is_a_sentence(house, monkeypatch):
     assert not (house / "results.tsv").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_is_wrong_and_leaves_nothing(house):
     setting = resolve("cpu")
     bad = b"from train_cuda import *\nprint('so far so good')\nraise ValueError('my own mistake')"
