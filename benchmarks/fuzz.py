@@ -447,8 +447,8 @@ class Fuzzer:
                 arguments.append(self.pick(parameter.opts))
                 if not getattr(parameter, "is_flag", False):
                     arguments.append(self.odd_word())
-        if "--force" in arguments or name in ("restore", "doctor"):
-            return  # it would write, or measure
+        if name in ("restore", "doctor", "watch") or {"--force", "--follow", "-f", "--wait"} & set(arguments):
+            return  # it would write, measure, or wait for somebody
         self.call(*arguments)
 
     def odd_word(self) -> str:
