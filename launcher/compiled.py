@@ -58,15 +58,15 @@ def copy_kernels(place: Path) -> None:
         shutil.copytree(folder() / KERNELS, place / KERNELS, dirs_exist_ok=True)
 
 
-def link_from(temporary: Path) -> None:
-    """Let PyTorch's own place in a folder for temporary files be ours.
+def link_from(temporary: Path, place: Path | None = None) -> None:
+    """Let PyTorch's own place in a folder for temporary files be `place`, folder() if None.
 
     It keeps the precompiled header of its C++ kernels there, whatever VARIABLE says. A run's folder for
     temporary files goes with the run: each process would make it anew, which takes a core 13 to 20 s.
     """
-    place = temporary / f"torchinductor_{user_name()}"
+    link = temporary / f"torchinductor_{user_name()}"
     with suppress(OSError):  # without it all works, more slowly
-        place.symlink_to(folder(), target_is_directory=True)
+        link.symlink_to(place or folder(), target_is_directory=True)
 
 
 def user_name() -> str:

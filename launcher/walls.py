@@ -90,9 +90,9 @@ def start_boxed(
     """
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
-    for place in (compiled.folder(), compiled.bytecode_folder()):
+    for place in (code or compiled.folder(), compiled.bytecode_folder()):
         place.mkdir(parents=True, exist_ok=True)
-    compiled.link_from(temporary)
+    compiled.link_from(temporary, code)
     environment = {
         **os.environ,
         **compiled.environment(code),

@@ -66,6 +66,17 @@ def test_kernels_of_earlier_runs_are_copied_not_linked(house, monkeypatch, tmp_p
     assert copies[0].stat().st_nlink == 1 and copies[0].read_bytes() == b"x" * 1024
 
 
+def test_a_process_with_a_place_of_its_own_is_led_there(house, monkeypatch, tmp_path):
+    """The second process that scores may not write where all runs do."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    own = tmp_path / "own"
+    own.mkdir()
+    compiled.link_from(tmp_path, own)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert os.path.realpath(default_cache_dir()) == os.path.realpath(own)
+
+
 def test_without_kernels_there_is_nothing_to_copy(house, monkeypatch, tmp_path):
     fill(house, monkeypatch, [])
     compiled.copy_kernels(tmp_path / "own")
