@@ -172,7 +172,7 @@ def gather(
         if row.scored and not row.rules:
             foreign.setdefault(row.ledger, ForeignBoard(row.ledger, row)).rows.append(row)
             continue
-        if not (row.ranked or row.practice) or is_refuted(row, verifications):
+        if not row.on_a_board or is_refuted(row, verifications):
             unranked.append(row)
             continue
         key = row.board
@@ -356,7 +356,7 @@ def list_ranked(
             description=row.description,
             time=row.time,
             seed=row.seed if row.rules else None,
-            flags=flags_of(row),
+            flags=row.ordered_flags,
             reason=row.reason,
         )
         lines.append(line)
@@ -371,11 +371,6 @@ def sort_lines(lines: list[RankedRun], sort: str) -> list[RankedRun]:
     with_value = [line for line in lines if getattr(line, column) not in (None, "", [])]
     without = [line for line in lines if getattr(line, column) in (None, "", [])]
     return sorted(with_value, key=lambda line: getattr(line, column), reverse=sort[0] == "-") + without
-
-
-def flags_of(row: Row) -> list[str]:
-    """Return the flags of a row in their order."""
-    return [flag for flag in row.marks.split(",") if flag]
 
 
 def describe_result(board: Board, claims: dict[str, Row]) -> str:
@@ -410,7 +405,7 @@ def list_unranked(rows: Iterable[Row], verifications: dict[str, Row]) -> list[Un
             status=row.status,
             time=row.time,
             seed=row.seed if row.rules else None,
-            flags=flags_of(row),
+            flags=row.ordered_flags,
             reason=row.reason,
         )
         for row in rows

@@ -127,7 +127,7 @@ def doctor(platform: str, track: str, agent: str, as_json: bool) -> None:
     from night.doctor import check_night
 
     def echo(text: str, state: "State") -> None:
-        click.secho(text, fg=None if as_json else STYLES[state])
+        click.secho(text, fg=STYLES[state])
 
     checks = chain(check_machine(platform, track), check_night(agent, platform, track))
     sys.exit(EXIT_DONE if print_checks(checks, echo, as_json) else EXIT_FAILED)

@@ -1,6 +1,5 @@
 """`autoresearch diff`: how the trainers of two runs differ, or that of a run and the one that lies here."""
 
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +8,7 @@ import click
 
 from backends.platforms import choose_platform
 from backends.protocol import IN_LOOP_VARIABLE
-from launcher.console import say, without_controls
+from launcher.console import print_object, say, without_controls
 from launcher.ledger import Row
 from launcher.runs import find_run, runs_dir, trainer_of
 from launcher.show import read_text, unified_diff
@@ -44,7 +43,7 @@ def print_difference(old: str, new: str, as_json: bool) -> None:
     if as_json:
         sides = {"old": before.name, "new": after.name}
         values = {"old_val_bpb": value_of(before), "new_val_bpb": value_of(after)}
-        click.echo(json.dumps({**sides, **values, "diff": lines}, indent=1))
+        print_object({**sides, **values, "diff": lines})
         return
     if not lines:
         say(f"{before.title} and {after.title} have the same trainer")

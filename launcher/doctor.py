@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import psutil
 
 from backends.platforms import StartSizes, mac_state, output_of, visible_gpu
 from launcher.box import missing_walls
-from launcher.console import describe_os_error
+from launcher.console import describe_os_error, print_object
 from launcher.device import (
     LOOK_SECONDS,
     DeviceLock,
@@ -356,6 +356,5 @@ def print_checks(checks: Iterable[Check], echo: Callable[[str, State], None], as
                 echo(f"{'':4}  {'':8}  -> {check.remedy}", check.state)
     ready = not any(check.state == "fail" for check in done)
     if as_json:
-        data: dict[str, Any] = {"ready": ready, "checks": [asdict(check) for check in done]}
-        echo(json.dumps(data, indent=1), "ok")
+        print_object({"ready": ready, "checks": [asdict(check) for check in done]})
     return ready

@@ -141,12 +141,16 @@ class Row:
 
     @property
     def flags(self) -> set[str]:
-        return {flag for flag in self.marks.split(",") if flag} if self.marks else set()
+        return set(self.ordered_flags) if self.marks else set()
+
+    @property
+    def ordered_flags(self) -> list[str]:
+        """The flags in the order in which they were added."""
+        return [flag for flag in self.marks.split(",") if flag]
 
     def add_flags(self, *flags: str) -> None:
         """Add flags that the row does not have yet, in order."""
-        known = [flag for flag in self.marks.split(",") if flag]
-        self.marks = ",".join(dict.fromkeys([*known, *flags]))
+        self.marks = ",".join(dict.fromkeys([*self.ordered_flags, *flags]))
 
     @property
     def scored(self) -> bool:
@@ -167,6 +171,11 @@ class Row:
     def practice(self) -> bool:
         """The run stands on a practice board: only its budget keeps it from a leaderboard."""
         return self.comparable and self.flags & UNRANKED.keys() == {Flag.SHORT}
+
+    @property
+    def on_a_board(self) -> bool:
+        """The run stands on a leaderboard or on a practice board."""
+        return self.ranked or self.practice
 
     @property
     def judged(self) -> bool:
@@ -321,7 +330,7 @@ def row_from(values: Mapping[str, Any]) -> Row:
 def facts_of(row: Row) -> dict[str, Any]:
     """Return a row for a program: its columns, with its flags as a list, and no val_bpb where it has none."""
     facts = {name: getattr(row, name) for name in COLUMNS if name != "marks"}
-    facts["flags"] = [flag for flag in row.marks.split(",") if flag]
+    facts["flags"] = row.ordered_flags
     if not row.scored:
         facts["val_bpb"] = facts["val_stderr"] = None
     return facts

@@ -1,6 +1,5 @@
 """`autoresearch log`: what the trainer of a run printed, also while it runs."""
 
-import json
 import math
 import os
 import time
@@ -11,9 +10,9 @@ from pathlib import Path
 import click
 
 from backends.protocol import RunDir
-from launcher.console import without_controls
+from launcher.console import print_object, without_controls
 from launcher.exit_codes import EXIT_USAGE
-from launcher.runs import find_run, is_under_way, run_dir, runs_dir
+from launcher.runs import find_id, find_run, is_under_way, run_dir, runs_dir
 from prepare import UserError
 
 POLL_SECONDS = 0.5
@@ -30,17 +29,11 @@ def find_folder(name: str) -> RunDir:
     """
     if name in ("best", "baseline"):
         return run_dir(find_run(name).run)
-    folders = sorted(path.parent for path in runs_dir().glob("*/run.json"))
-    if name == "last":
-        found = folders[-1:]
-    else:
-        exact = [folder for folder in folders if folder.name == name]
-        found = exact or [folder for folder in folders if folder.name.startswith(name)]
-    if len(found) > 1:
-        raise UserError(f"{len(found)} runs begin with '{name}': give more of the id", EXIT_USAGE)
+    ids = sorted(path.parent.name for path in runs_dir().glob("*/run.json"))
+    found = ids[-1] if name == "last" and ids else find_id(name, ids)
     if not found:
         raise UserError(f"{runs_dir()} has no run '{name}' (autoresearch leaderboard lists them)", EXIT_USAGE)
-    return RunDir(found[0])
+    return run_dir(found)
 
 
 def print_log(name: str, most: int | None, follow: bool, of_scoring: bool, as_json: bool) -> None:
@@ -62,7 +55,7 @@ def print_log(name: str, most: int | None, follow: bool, of_scoring: bool, as_js
         raise UserError(f"run {run.run_id} has no {path.name}: it ended before, or its folder was cleaned")
     if as_json:
         lines = list(last_lines(path, most))
-        click.echo(json.dumps({"run": run.run_id, "path": str(path), "lines": lines}, indent=1))
+        print_object({"run": run.run_id, "path": str(path), "lines": lines})
         return
     end = end_of_lines(path) if follow else None
     for line in last_lines(path, most, end):

@@ -207,6 +207,18 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
+def is_alive_since(pid: int, moment: float) -> bool:
+    """Return whether the process of a number runs that began before a moment, in Unix seconds.
+
+    A later process may have got the same number.
+    """
+    try:
+        process = psutil.Process(pid)
+        return alive(process) and process.create_time() < moment
+    except (psutil.Error, ValueError, OverflowError):
+        return False
+
+
 def scoring_id(run_id: str, name: str) -> str:
     """Return the run id of a process that scores the run. name: "first" or "second"."""
     return f"{run_id}.{name}"

@@ -32,7 +32,7 @@ from launcher.ledger import (
     to_number,
     warn,
 )
-from launcher.processes import alive, end_leftovers, remove_tree, scoring_id
+from launcher.processes import end_leftovers, is_alive_since, remove_tree, scoring_id
 from launcher.verdict import give_verdict
 from prepare import ROOT, UserError
 
@@ -142,17 +142,22 @@ def find_run(name: str, complain: Callable[[str], None] = warn) -> Row:
             "why): autoresearch run makes one, with the budget of the rules on a quiet machine",
             EXIT_USAGE,
         )
-    exact = [row for row in rows if row.run == name]
-    found = exact or [row for row in rows if row.run.startswith(name)]
-    if len(found) == 1 or exact:
-        return found[0]
+    found = find_id(name, [row.run for row in rows])
     if found:
-        raise UserError(f"{len(found)} runs begin with '{name}': give more of the id", 2)
+        return next(row for row in rows if row.run == found)
     raise UserError(
         f"the ledger has no run '{name}' (autoresearch leaderboard shows them; 'best', 'last' and 'baseline' "
         "work too; autoresearch run makes one)",
         EXIT_USAGE,
     )
+
+
+def find_id(name: str, ids: Sequence[str]) -> str:
+    """Return the id that a name is or begins, "" when none is. Raises UserError when it begins several."""
+    found = [name] if name in ids else [known for known in ids if known.startswith(name)]
+    if len(found) > 1:
+        raise UserError(f"{len(found)} runs begin with '{name}': give more of the id", EXIT_USAGE)
+    return found[0] if found else ""
 
 
 @remembered
@@ -164,7 +169,7 @@ def lowest_runs(rows: Sequence[Row]) -> dict[BoardKey, Row]:
     refuted = refuted_runs(rows)
     lowest = {}
     for board, of_board in by_board(rows).items():
-        ranked = [row for row in of_board if (row.ranked or row.practice) and row.run not in refuted]
+        ranked = [row for row in of_board if row.on_a_board and row.run not in refuted]
         if ranked:
             lowest[board] = min(ranked, key=lambda row: row.val_bpb)
     return lowest
@@ -317,15 +322,13 @@ def killed_row(run: RunDir, rows: Sequence[Row]) -> Row | None:
 
 def is_under_way(run: RunDir, pid: object) -> bool:
     """Return whether the launcher `pid` of a run without a row still works on it."""
-    import psutil
-
     if not isinstance(pid, int) or pid == os.getpid():  # this launcher is done with its earlier runs
         return False
     try:
-        launcher = psutil.Process(pid)
-        return alive(launcher) and launcher.create_time() < run.record.stat().st_mtime
-    except (psutil.Error, ValueError, OverflowError, OSError):
+        recorded = run.record.stat().st_mtime
+    except OSError:
         return False
+    return is_alive_since(pid, recorded)
 
 
 def remove_leftovers(run: RunDir) -> None:
@@ -393,9 +396,7 @@ def prune_weights(row: Row, asked_for: bool) -> None:
     needless = run
     if row.run in kept:
         others = [
-            other
-            for other in by_board(rows).get(row.board, [])
-            if (other.ranked or other.practice) and other.run != row.run
+            other for other in by_board(rows).get(row.board, []) if other.on_a_board and other.run != row.run
         ]
         needless = run_dir(min(others, key=lambda other: other.val_bpb, default=row).run)
     if needless.run_id not in kept and not needless.keep_weights.exists():

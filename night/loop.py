@@ -155,7 +155,7 @@ class Loop:
             try:
                 branch = repo.branch().removeprefix("refs/heads/") or "no branch"
                 self.panel.branch = f"{branch} at {repo.head()[:7]}"
-                self.panel.claim = self.panel.claim or self.claim_on_record()
+                self.panel.claim = self.panel.claim or self.claim_on_record(find_contest(self.setting))
             except UserError as error:
                 self.panel.note(f"not all last lines are known: {first_line(error)}")
 
@@ -294,7 +294,7 @@ class Loop:
         contest = find_contest(self.setting)
         is_asked = night.confirms and night.until and not self.is_stopping()
         if contest is None or not is_asked or self.standing_claim(contest):
-            return self.claim_on_record()
+            return self.claim_on_record(contest)
         if seconds_to_first_look(contest) > night.seconds_left():
             return "none was tested, the night was too short: autoresearch confirm"
         self.enter("confirm", f"confirming: {contest.best.description}")
@@ -305,9 +305,8 @@ class Loop:
         """Return whether there is time for something that takes so many seconds."""
         return seconds < self.night.seconds_left() and not self.is_stopping()
 
-    def claim_on_record(self) -> str:
-        """Return what a person may repeat without a test. Raises UserError."""
-        contest = find_contest(self.setting)
+    def claim_on_record(self, contest: Contest | None) -> str:
+        """Return what a person may repeat without a test. contest: of find_contest."""
         if contest is None:
             return "none: nothing is believed better than the baseline"
         return self.standing_claim(contest) or "none was tested: autoresearch confirm"

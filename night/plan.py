@@ -1,11 +1,13 @@
 """What a night was asked for, and what its hours allow: another run, another turn, the claim at its end."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from launcher.confirm import Contest, seconds_to_first_look
 from launcher.device import WhenBusy
+from launcher.ledger import BoardKey, Row
 from launcher.runs import ledger
 from launcher.setting import Setting
 from launcher.verdict import best_since_moved, board_runs
@@ -67,10 +69,8 @@ class Hours:
 
         Of the last scored runs of the board few took longer. One that hung does not count.
         """
-        setting = self.night.setting
-        runs = board_runs(ledger().rows(), setting.board)[-RECENT_RUNS:]
-        seconds = sorted(row.total_seconds for row in runs)
-        return seconds[math.ceil(LONG_RUN * len(seconds)) - 1] if seconds else RUN_SECONDS * setting.budget
+        board = self.night.setting.board
+        return seconds_of_a_run(ledger().rows(), board) or RUN_SECONDS * board.budget
 
     def for_the_claim(self) -> float:
         """Return the seconds at the end of the night that are for the claim: enough for its first look.
@@ -111,6 +111,12 @@ class Hours:
             claimed = " and leave time to confirm the best" if self.for_the_claim() else ""
             return f"another experiment would not end by {night.until:%H:%M}{claimed}"
         return ""
+
+
+def seconds_of_a_run(rows: Sequence[Row], board: BoardKey) -> float:
+    """Return the seconds that few of the last scored runs of a board exceeded, 0 before there is one."""
+    seconds = sorted(row.total_seconds for row in board_runs(rows, board)[-RECENT_RUNS:])
+    return seconds[math.ceil(LONG_RUN * len(seconds)) - 1] if seconds else 0.0
 
 
 def find_contest(setting: Setting) -> Contest | None:

@@ -22,6 +22,7 @@ from launcher.runs import ledger, run_dir, runs_dir
 from launcher.verdict import best_since_moved, survey_board
 from night.agent import TurnFiles, last_words
 from night.panel import OF_NO_EXPERIMENT, REFRESHES_A_SECOND, Panel, RunDetail
+from night.plan import seconds_of_a_run
 from night.state import loop_folder, read_counts, read_state
 from night.stop import RunningLoop, read_token, request_path, running_loop
 from prepare import UserError
@@ -114,7 +115,6 @@ def take(panel: Panel, entry: Entry, rows: dict[str, Row]) -> None:
         row = rows.get(str(entry.data.get("run")))
         if row:
             panel.count(row)
-            panel.seconds_a_run = max(panel.seconds_a_run, row.total_seconds)
     elif entry.event == "failed":
         panel.add("refused" if entry.data.get("kind") == "edit" else "turns_lost")
     elif entry.event == "turn":
@@ -129,6 +129,7 @@ def show_best(panel: Panel, rows: Sequence[Row]) -> None:
     if panel.results:
         last = panel.results[-1]
         board = last.board
+        panel.seconds_a_run = seconds_of_a_run(rows, board)
         panel.best = best_since_moved(rows, board, last.build_on or last.parent)
         believed = survey_board(rows, board)
         panel.belief = believed.trainers[panel.best.source] if believed and panel.best else None

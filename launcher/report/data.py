@@ -77,7 +77,7 @@ class Run:
     @property
     def status(self) -> str:
         """Return the status, with what sets the run apart; of a run that decided nothing, that alone."""
-        flags = [flag for flag in self.row.marks.split(",") if flag and flag != Flag.SHORTER]
+        flags = [flag for flag in self.row.ordered_flags if flag != Flag.SHORTER]
         flags += ["refuted"] if self.is_refuted else []
         decided = self.kind != "evidence" or not self.has_value
         return ", ".join([self.row.status, *flags] if decided else flags)

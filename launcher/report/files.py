@@ -10,7 +10,7 @@ from typing import Any
 
 from backends.protocol import Event, EventError, Log, RunDir, Start, Stop, parse_event, read_json
 from launcher.ledger import Row
-from launcher.processes import alive
+from launcher.processes import is_alive_since
 from launcher.report.data import unix_time
 from launcher.runs import runs_dir
 from launcher.show import unified_diff
@@ -222,14 +222,7 @@ def loop_lives(begin: Entry) -> bool | None:
 
     None: it is not known, as the line is another machine's, or of an older version.
     """
-    import psutil
-
     pid = begin.data.get("pid")
     if not isinstance(pid, int) or begin.data.get("host") != platform.node():
         return None
-    try:
-        process = psutil.Process(pid)
-        # A later process may have got the same number. The time of a line is a whole second.
-        return alive(process) and process.create_time() < begin.time + 1
-    except (psutil.Error, ValueError, OverflowError):
-        return False
+    return is_alive_since(pid, begin.time + 1)  # the time of a line is a whole second
