@@ -76,9 +76,15 @@ class Apt:
             text=True,
             check=True,
         )
-        archives = {line.split()[1:] and tuple(line.split()) for line in targets.stdout.splitlines()}
-        # The first release is the one of the installation; updates and backports change from week to week.
-        sites = sorted(a[1:] for a in archives if a and a[0] in ("Debian", "Ubuntu") and "-" not in a[2])
+        archives = [line.rsplit(" ", 2) for line in targets.stdout.splitlines()]
+        # A release with a dash is one of updates or backports: they change from week to week.
+        sites = sorted(
+            {
+                (site, release)
+                for origin, site, release in archives
+                if origin in ("Debian", "Ubuntu") and "-" not in release
+            }
+        )
         if not sites:
             raise SystemExit("corpus: apt-get knows no archive of Debian or Ubuntu")
         lines = [f"deb-src [trusted=yes] {site} {release} main\n" for site, release in sites]

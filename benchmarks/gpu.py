@@ -59,10 +59,24 @@ TOY = {
     "device_batch_size": 8,
     "eval_batch_size": 8,
 }
-# The original's constants, beside the sizes of REFERENCE.
-ORIGINAL = {"ROPE_BASE": "10_000", "WARMUP_RATIO": "0.0", "WARMDOWN_RATIO": "0.5"}
-# What its agents found: half the tokens a step, a layer more, short windows, a long warmdown, some warmup.
+# Constants of the original's first trainer. The trainers here have those of its agents' whole night.
+FIRST = {
+    "EMBEDDING_LR": "0.6",
+    "UNEMBEDDING_LR": "0.004",
+    "EMBEDDING_DECAY": "0.0",
+    "VALUE_DECAY": "0.0",
+    "UNEMBEDDING_DECAY": "0.0",
+    "X0_START": "0.1",
+    "INIT_SCALE": "1.0",
+    "FINAL_LR_FRAC": "0.0",
+    "MOMENTUM_RATIO": "0.3",
+}
+# The original's others, beside the sizes of REFERENCE.
+ORIGINAL = {**FIRST, "ROPE_BASE": "10_000", "WARMUP_RATIO": "0.0", "WARMDOWN_RATIO": "0.5"}
+# What its agents found in half a night: half the tokens a step, a layer more, short windows, a long warmdown,
+# some warmup.
 FINDINGS = {
+    **FIRST,
     "N_LAYER": "9",
     "TOTAL_BATCH_SIZE": "262144",
     "DEVICE_BATCH_SIZE": "128",
@@ -70,7 +84,13 @@ FINDINGS = {
     "WARMDOWN_RATIO": "0.7",
     "WARMUP_RATIO": "0.05",
 }
-TOY_FINDINGS = {"N_LAYER": "3", "SHORT_WINDOW": "32", "WARMDOWN_RATIO": "0.7", "WARMUP_RATIO": "0.05"}
+TOY_FINDINGS = {
+    **FIRST,
+    "N_LAYER": "3",
+    "SHORT_WINDOW": "32",
+    "WARMDOWN_RATIO": "0.7",
+    "WARMUP_RATIO": "0.05",
+}
 FAMILIES = [  # kernel name -> family, the first that matches
     ("fused", r"GemmMod|norm_rotary|gated|row_sums"),
     ("attention", r"flash|fmha|flex|attention|sdpa|FlashAttn|cute_dsl|kernel_cutlass"),
