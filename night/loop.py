@@ -57,7 +57,7 @@ from prepare import ROOT, UserError, first_line
 
 LONGEST_WAIT = 1800.0  # seconds that a night waits for other processes after a run beside them
 NO_VERDICT_TRIES = 3  # runs of an edit without a verdict (another process on the device), then it is stashed
-HUNDRED = 100  # experiments of a night without a limit, for its first line
+USUAL_EXPERIMENTS = 100  # of a night without a limit: its first line says what so many can show
 MOST_NOISE_RUNS = 4  # of a trainer, in pauses
 BASELINE = "baseline: the trainer as committed"
 
@@ -254,7 +254,7 @@ class Loop:
     def describe_outlook(self) -> str:
         """Return a line about what this night can find: the noise, and the changes that it can see."""
         night = self.night
-        count = night.experiments or HUNDRED
+        count = night.experiments or USUAL_EXPERIMENTS
         if night.until:
             count = min(count, max(1, int(night.seconds_left() / self.hours.of_a_run())))
         believed = survey_board(ledger().rows(), self.setting.board)
@@ -317,7 +317,7 @@ class Loop:
         return f"{known.reason} (claimed on {known.time[:10]})" if known else ""
 
     def record_experiment(self, row: Row) -> None:
-        """Take an experiment down: for the person, the agent and the log."""
+        """Tell the person, the agent and the log of an experiment."""
         self.complaint = ""
         self.result = describe_result(row)
         self.panel.count(row)
@@ -357,7 +357,7 @@ class Loop:
         self.panel.belief = believed.trainers[best.source] if believed and best else None
 
     def record_failure(self, error: Exception) -> float:
-        """Take a failed turn down. Returns the seconds to pause."""
+        """Tell the person, the agent and the log of a failed turn. Returns the seconds to pause."""
         kind = kind_of(error)
         pause = self.failures.add(kind)
         self.panel.add("refused" if kind == "edit" else "turns_lost")
@@ -386,7 +386,8 @@ class Loop:
     def learn_noise(self) -> None:
         """Run the committed trainer again while scores differ much and nothing says whether that is noise.
 
-        Two more runs of it are enough, once on a board. Where scores differ as on most, there are none.
+        Two more runs are enough, once on a board. Where scores differ no more than on most boards, there are
+        none.
         """
         for _ in range(REPEATS - 1):
             believed = survey_board(ledger().rows(), self.setting.board)
@@ -397,9 +398,9 @@ class Loop:
                 return
 
     def run_again(self, why: str, most: int | None = None) -> float:
-        """Run the committed trainer with a fresh seed, as evidence alone.
+        """Run the committed trainer with a fresh seed. The run tells of the noise, and decides nothing.
 
-        most: runs as evidence that it may have in all
+        most: how many such runs it may have in all; None: no limit
 
         Returns the seconds that it took, 0 where it could not be run.
         """
@@ -531,9 +532,8 @@ class Loop:
             NightOver, Stopped: as train.
         """
         source = repo.content("HEAD", self.trainer.name)
-        self.dry_run(
-            source, BASELINE
-        )  # the agent is told the shares of its step, and the run reuses its code
+        # The agent is told the shares of its step, and the run finds its code compiled.
+        self.dry_run(source, BASELINE)
         request = Request(
             self.setting,
             BASELINE,
@@ -735,7 +735,7 @@ class Loop:
             self.save_state()
 
     def record_turn(self, turn: Turn) -> None:
-        """Take down what a turn took: seconds, and tokens and dollars where the agent prints them."""
+        """Add up and log what a turn took: seconds, and tokens and dollars where the agent prints them."""
         said = read_said(turn.agent, turn.files)
         self.panel.tokens += said.tokens
         self.panel.cost += said.cost
