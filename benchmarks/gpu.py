@@ -478,7 +478,7 @@ def print_kernels(events: Any, device: str, most: int = 22) -> None:
 
 
 def run_command(platform: str, label: str, budget: float, seed: int = 1) -> list[str]:
-    command = [sys.executable, "-m", "launcher.cli", "run", "--platform", platform, "-m", label]
+    command = [sys.executable, "-m", "launcher.entry", "run", "--platform", platform, "-m", label]
     return [*command, "--budget", f"{budget:g}", "--seed", str(seed)]
 
 

@@ -4,7 +4,7 @@ Nothing ends a night: real nights in throwaway repositories, under hostile agent
     uv run python benchmarks/hostile.py [--part acts ...] [--count N] [--seed S] [--only WORDS] [--jobs 2]
 
 A case copies a house: a repository of this project with a person's files in it, prepared data, a home, a
-folder for temporary files. It runs the real command there (python -m launcher.cli loop --experiments 2), ends
+folder for temporary files. It runs the real command there (python -m launcher.entry loop --experiments 2), ends
 it or lets it end, looks at what is left, starts the command again, and looks once more. All is real but the
 training: trainer, scorer and agent are stand-ins that take a second (stand_ins/). The parts:
 

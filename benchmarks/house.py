@@ -150,7 +150,7 @@ class House:
         self.launcher.write_text("")
         with open(self.folder / "out", "ab") as out, open(self.folder / "err", "ab") as err:
             process = subprocess.Popen(
-                [sys.executable, "-m", "launcher.cli", *arguments],
+                [sys.executable, "-m", "launcher.entry", *arguments],
                 cwd=self.project,
                 env=self.environment(**more),
                 stdin=subprocess.DEVNULL if terminal is None else terminal,

@@ -182,7 +182,7 @@ def compare(trainers: dict[str, bytes], asked: argparse.Namespace) -> None:
         for name, source in trainers.items():
             path = home / f"{name}.py"
             path.write_bytes(source)
-            command = [sys.executable, "-m", "launcher.cli", "run", "--platform", "small"]
+            command = [sys.executable, "-m", "launcher.entry", "run", "--platform", "small"]
             command += ["--budget", str(asked.budget), "--seed", str(seed), "--trainer", str(path)]
             more = {"AUTORESEARCH_HOME": str(home / "fresh"), "PYTHONPATH": str(ROOT)}
             variables = {**environment(home, "fresh"), **more}

@@ -79,7 +79,7 @@ def measure_leaderboard(count: int, home: Path) -> None:
             f.write(to_line(row) + "\n")
     began = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "launcher.cli", "leaderboard", str(path)]
+    command = [sys.executable, "-m", "launcher.entry", "leaderboard", str(path)]
     subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     seconds = time.monotonic() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

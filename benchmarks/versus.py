@@ -54,7 +54,7 @@ def command_of(who: str, seed: int, asked: argparse.Namespace, copy: Path) -> li
     """Return what runs one of the two."""
     if who == THEIRS:
         return [sys.executable, str(copy)]
-    run = [sys.executable, "-m", "launcher.cli", "run", "-m", f"versus seed {seed}", "--seed", str(seed)]
+    run = [sys.executable, "-m", "launcher.entry", "run", "-m", f"versus seed {seed}", "--seed", str(seed)]
     run += ["--budget", f"{asked.budget:g}", "--track", asked.track]
     run += ["--platform", asked.platform] if asked.platform else []
     return run + (["--trainer", str(asked.trainer)] if asked.trainer else [])

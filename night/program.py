@@ -180,7 +180,7 @@ def facts(setting: Setting) -> list[str]:
 def our_command() -> str:
     """Return how our command is called where a shell has another PATH than we gave it."""
     script = Path(sys.executable).with_name("autoresearch")
-    return str(script) if script.exists() else f"{sys.executable} -m launcher.cli"
+    return str(script) if script.exists() else f"{sys.executable} -m launcher.entry"
 
 
 def try_command(setting: Setting) -> str:

@@ -78,7 +78,7 @@ def autoresearch(house):
 
     def call(*arguments, timeout=240, **more):
         return subprocess.run(
-            [sys.executable, "-m", "launcher.cli", *map(str, arguments)],
+            [sys.executable, "-m", "launcher.entry", *map(str, arguments)],
             cwd=ROOT,
             capture_output=True,
             text=True,

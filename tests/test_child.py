@@ -46,7 +46,7 @@ def start(house, autoresearch):
 
     def start(*arguments):
         process = subprocess.Popen(
-            [sys.executable, "-m", "launcher.cli", *map(str, arguments)],
+            [sys.executable, "-m", "launcher.entry", *map(str, arguments)],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

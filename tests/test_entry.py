@@ -23,9 +23,25 @@ main()
 """
 
 
-def interrupted_at(module):
+# A signal comes while Python takes down its modules, after it has put its own handlers away.
+INTERRUPTED_LATE = """
+import os, signal, sys
+class Last:
+    def __init__(self):
+        self.kill = os.kill
+        self.arguments = os.getpid(), int(sys.argv[1])
+    def __del__(self):
+        self.kill(*self.arguments)
+last = Last()
+from launcher.entry import main
+sys.argv[1:] = ["help", "exit-codes"]
+main()
+"""
+
+
+def run_script(script, argument):
     return subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, module],
+        [sys.executable, "-c", script, str(argument)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -35,8 +51,14 @@ def interrupted_at(module):
 
 def test_ctrl_c_during_an_import_is_a_line(house):
     for module in ("click", "launcher.cli", "launcher.ledger", "launcher.board"):
-        done = interrupted_at(module)
+        done = run_script(INTERRUPTED, module)
         assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n"), module
+
+
+def test_a_signal_after_the_end_does_not_change_the_exit_code(house):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        done = run_script(INTERRUPTED_LATE, signal.Signals[name].value)
+        assert (done.returncode, done.stderr) == (0, ""), name
 
 
 def test_a_command_in_the_background_that_ignores_ctrl_c_goes_on_to_ignore_it(monkeypatch):

@@ -70,7 +70,7 @@ def test_a_run_under_way_is_followed_to_its_end(house, how):
     time.sleep(0.2)
     run = add("20260101-000000-aaaa", b"start\nhalf ", launcher.pid, row=False)
     follower = subprocess.Popen(
-        [sys.executable, "-m", "launcher.cli", "log", "-f"],
+        [sys.executable, "-m", "launcher.entry", "log", "-f"],
         cwd=ROOT,
         env=os.environ,
         stdout=subprocess.PIPE,

@@ -848,7 +848,7 @@ def command(root, tiny_cache, *arguments):
     environment["TORCHDYNAMO_DISABLE"] = "1"
     environment["CUDA_VISIBLE_DEVICES"] = ""
     return {
-        "args": [sys.executable, "-m", "launcher.cli", *map(str, arguments)],
+        "args": [sys.executable, "-m", "launcher.entry", *map(str, arguments)],
         "cwd": root,
         "env": environment,
         "text": True,

@@ -42,6 +42,11 @@ def test_runs_without_times_have_no_lane():
     )
 
 
+def test_a_run_that_trained_for_less_than_nothing_has_a_lane_of_its_length():
+    [lane] = lanes_of([run_of(trained=-1e308)])
+    assert [(span.kind, span.start, span.end) for span in lane.spans] == [("start-up", 0.0, 400.0)]
+
+
 def test_the_log_adds_the_agent_dry_runs_and_pauses_to_the_lane_of_its_device():
     log = [
         Entry(10.0, "phase", {"phase": "agent"}),

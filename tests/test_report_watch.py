@@ -172,7 +172,7 @@ def test_a_busy_port_is_one_line(house, autoresearch):
 
 
 def test_ctrl_c_ends_it_with_130(house):
-    command = [sys.executable, "-m", "launcher.cli", "watch", "--port", "0"]
+    command = [sys.executable, "-m", "launcher.entry", "watch", "--port", "0"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     )

@@ -229,6 +229,6 @@ def test_the_agent_of_a_loop_may_not_stop_it(fast):
     assert exit_code_of(child) == 0 and len(rows()) == 2
     assert "may not stop it" in (home() / "said").read_text()
     variables = {**os.environ, "AUTORESEARCH_LOOP": str(fast)}
-    command = [sys.executable, "-m", "launcher.cli", "stop"]
+    command = [sys.executable, "-m", "launcher.entry", "stop"]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 1 and "an agent of the loop may call" in done.stderr

@@ -82,7 +82,7 @@ def spans_of_run(run: Run, folder: Folder) -> list[Span]:
     total = finite(run.row.total_seconds)
     if run.start is None or not 0 < total <= LONGEST:
         return []
-    trained = min(finite(run.row.training_seconds), total)
+    trained = min(max(0.0, finite(run.row.training_seconds)), total)
     began = folder.trace.started
     if began is None or not 0 <= began <= total:
         began = total - trained
