@@ -24,11 +24,12 @@ def remove_new(before: set[Path]) -> int:
     new = sorted(files() - before, key=lambda path: len(path.parts), reverse=True)
     if not new:
         return 0
-    used = set(paths_in_use())
+    used = set(inodes_in_use())
     removed = 0
     for path in new:
         with suppress(OSError):
-            if path.lstat().st_uid == os.getuid() and str(path) not in used:
+            found = path.lstat()
+            if found.st_uid == os.getuid() and found.st_ino not in used:
                 remove_unless_filled(path)
                 removed += 1
     return removed
@@ -43,14 +44,18 @@ def remove_unless_filled(path: Path) -> None:
         path.unlink()
 
 
-def paths_in_use() -> Iterator[str]:
-    """Yield the files in shared memory that a process has open or mapped."""
+def inodes_in_use() -> Iterator[int]:
+    """Yield the inodes of the files in shared memory that a process has open or mapped.
+
+    Their names would not do: the C library makes a semaphore under another name than the one that it gets.
+    """
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             for link in (process / "fd").iterdir():
                 with suppress(OSError):
-                    yield os.readlink(link)
+                    if os.readlink(link).startswith(SHARED_MEMORY):
+                        yield link.stat().st_ino
         with suppress(OSError):
             for line in (process / "maps").read_text(errors="replace").splitlines():
                 if SHARED_MEMORY in line:
-                    yield line[line.index(SHARED_MEMORY) :]
+                    yield int(line.split()[4])  # address, permissions, offset, device, inode, path

@@ -1,5 +1,7 @@
 """Shared memory after a run: what it left goes, what others use stays."""
 
+import gc
+import multiprocessing
 import secrets
 from pathlib import Path
 
@@ -30,3 +32,14 @@ def test_what_a_run_left_goes_and_what_others_have_open_stays():
     finally:
         for path in (old, left, used):
             path.unlink(missing_ok=True)
+
+
+def test_a_lock_of_another_program_stays():
+    """Its name is not the one under which the C library made and mapped it."""
+    before = shared_memory.files()
+    lock = multiprocessing.get_context("spawn").Lock()
+    [path] = shared_memory.files() - before
+    assert shared_memory.remove_new(before) == 0 and path.exists()
+    del lock
+    gc.collect()
+    assert not path.exists()
