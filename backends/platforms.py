@@ -331,8 +331,11 @@ def apple_facts(sysctl: str, ioreg: str) -> Facts | None:
 
 
 @functools.lru_cache
-def cpu_facts() -> Facts:
-    """Return the CPU's model and the cores that this process may use."""
+def cpu_facts(cores: int | None = None) -> Facts:
+    """Return the CPU's model and its cores.
+
+    cores: that are used; all that this process may use if left out
+    """
     import psutil
 
     model = python_platform.processor() or python_platform.machine()
@@ -343,7 +346,8 @@ def cpu_facts() -> Facts:
     found = re.search(r"model name\s*:\s*(.+)", info)
     if found:
         model = found[1].strip()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bf16 = bool(re.search(r"avx512_bf16|amx_bf16|\bbf16\b", info))
     memory_gb = round(psutil.virtual_memory().total / 2**30, 1)
     return Facts("torch", "cpu", f"{model}, {cores} cores", memory_gb, bf16=bf16, cores=cores)

@@ -4,9 +4,9 @@ Nothing ends a night: real nights in throwaway repositories, under hostile agent
     uv run python benchmarks/hostile.py [--part acts ...] [--count N] [--seed S] [--only WORDS] [--jobs 2]
 
 A case copies a house: a repository of this project with a person's files in it, prepared data, a home, a
-folder for temporary files. It runs the real command there (python -m launcher.entry loop --experiments 2), ends
-it or lets it end, looks at what is left, starts the command again, and looks once more. All is real but the
-training: trainer, scorer and agent are stand-ins that take a second (stand_ins/). The parts:
+folder for temporary files. It runs the real command there (python -m launcher.entry loop --experiments 2),
+ends it or lets it end, looks at what is left, starts the command again, and looks once more. All is real but
+the training: trainer, scorer and agent are stand-ins that take a second (stand_ins/). The parts:
 
     acts      an agent does one of the things of stand_ins/agent.py and acts.sh, and the night goes on
     states    an honest night, started in the middle of a person's work
@@ -14,6 +14,7 @@ training: trainer, scorer and agent are stand-ins that take a second (stand_ins/
     signal    SIGINT, SIGTERM or SIGHUP at any moment
     git       the same and kill -9, aimed at a call of git or at the start of a trainer
     twice     four launchers started together after a killed one
+    fleet     kill -9 or a signal for a part of a night over two halves of the CPU
     absolute  acts of an agent that goes into the person's repository by its path; counted by itself
 
 A case fails where
@@ -85,6 +86,9 @@ PHASES = ("agent", "git", "training")
 LONG = "40"  # seconds that an agent thinks and a trainer starts, where they are killed meanwhile
 PHASE_SECONDS = 60.0  # until a phase is reached
 DELAY_SECONDS = 0.7  # at most, from the beginning of a phase to a kill
+PARTS_OF_A_FLEET = {"worker": "spawn_main", "job": "night.job", "trainer": TRAINER, "agent": "agent.py"}
+FLEET_EXPERIMENTS = 5  # of a night over two devices
+FLEET_SECONDS = 25.0  # in which it is struck
 TRIES = 0.25  # share of the nights that are `try` instead, where that is the same
 SHARED_MEMORY = Path("/dev/shm/hostile-agent")  # acts.sh leaves it
 SHOWN = 4  # differences in a row of the table
@@ -382,6 +386,47 @@ def run_twice(task: Task, house: House, rng: random.Random) -> Result:
     return result
 
 
+def run_fleet(task: Task, house: House, rng: random.Random) -> Result:
+    """Strike a part of a night over two devices: the loop, a worker, a job, a trainer or an agent."""
+    victim = rng.choice(("loop", *PARTS_OF_A_FLEET))
+    name = rng.choice(("KILL", *SIGNALS)) if victim == "loop" else "KILL"
+    moment = rng.uniform(0, FLEET_SECONDS)
+    night = [*loop(house, experiments=FLEET_EXPERIMENTS), "--devices", "cpu:2", "--agents", "2"]
+    result = Result(task.part, f"{task.name}: SIG{name} for the {victim} after {moment:.1f} s")
+    before = look(house)
+    process = house.start(*night)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(moment)
+    if victim == "loop":
+        send(process, name, False)
+    else:
+        kill_one(PARTS_OF_A_FLEET[victim], rng)
+    ended = house.wait(process)
+    result.ended = str(ended)
+    cut = fault_of_signal(ended, name) if victim == "loop" else ended.fault((0,))
+    result.add_end("ended", cut)
+    check(result, house, before, task.patience)
+    result.faults = [fault for fault in result.faults if not fault.endswith("is missing")]
+    restart(result, house, before, task.patience, night)
+    return result
+
+
+def kill_one(text: str, rng: random.Random) -> None:
+    """Kill one of the processes of a night that have `text` in their command, once there is one."""
+    deadline = time.monotonic() + PHASE_SECONDS
+    while time.monotonic() < deadline:
+        found = []
+        for pid in descendants(os.getpid()):
+            with suppress(psutil.Error):
+                if any(text in part for part in psutil.Process(pid).cmdline()):
+                    found.append(pid)
+        if found:
+            with suppress(ProcessLookupError):
+                os.kill(rng.choice(found), signal.SIGKILL)
+            return
+        time.sleep(0.01)
+
+
 # ---------------------------------------------------------------------------
 # The parts
 # ---------------------------------------------------------------------------
@@ -406,6 +451,7 @@ PARTS = {
     "signal": Part(run_signal, numbered(150)),
     "git": Part(run_git, numbered(100)),
     "twice": Part(run_twice, numbered(100)),
+    "fleet": Part(run_fleet, numbered(100)),
     "absolute": Part(run_act, [name for name in ACTS if name.startswith(THERE)]),
 }
 APART = "absolute"  # is asked for by name

@@ -556,17 +556,23 @@ def _edits(forest: Forest, parents: Sequence[int]) -> list[Edit]:
 
 
 def judge(
-    observations: Sequence[Observation], prior: Prior = PRIOR, candidates: Collection[str] | None = None
+    observations: Sequence[Observation],
+    prior: Prior = PRIOR,
+    candidates: Collection[str] | None = None,
+    built_on: str = "",
 ) -> Decision:
     """Return what to do after the last of a board's runs.
 
     observations: all scored runs of the board that compare, oldest first; the last is the one to judge
     candidates: sources that may be gone back to; None: all of them
+    built_on: source that the search builds on, where it is not the one that the last was made from
     Raises ValueError without a run, or where a val_bpb is no finite number.
     """
     if not observations or not all(math.isfinite(one.val_bpb) for one in observations):
         raise ValueError("a decision needs at least one run, and of each a val_bpb that is a number")
     tree = history(observations)
+    if built_on in tree.sources:
+        tree = tree._replace(current=tree.sources.index(built_on))
     belief = _grow(observations, tree, prior)
     forest, mean, var = belief.forest, belief.mean, belief.var
     node, current = tree.node[-1], tree.current

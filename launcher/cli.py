@@ -16,6 +16,7 @@ from launcher.options import (
     RUN,
     Name,
     Seconds,
+    budget_option,
     experiment_options,
     filter_options,
     json_option,
@@ -23,6 +24,7 @@ from launcher.options import (
     message_option,
     platform_option,
     run_argument,
+    seed_option,
     setting_options,
     track_option,
 )
@@ -306,6 +308,17 @@ def try_(
     help="The agent reads and writes nothing of yours but what it needs (docs/agents.md).",
 )
 @click.option("--no-confirm", is_flag=True, help="Leave no time at the end of --until for the claim.")
+@click.option(
+    "--devices",
+    metavar="LIST",
+    help="Run experiments on several devices at once: all, or GPUs by number (0,1), or cpu:2 for the halves "
+    "of a CPU (docs/fleet.md).",
+)
+@click.option(
+    "--agents",
+    type=click.IntRange(1, 64),
+    help="Agents that may work at once, with --devices; as many as there are devices if left out.",
+)
 def loop(
     agent: str,
     experiments: int | None,
@@ -320,10 +333,13 @@ def loop(
     ahead: bool,
     boxed: bool,
     no_confirm: bool,
+    devices: str | None,
+    agents: int | None,
 ) -> None:
     """Let an agent edit, run and keep what is better, all night.
 
-    A night on one device. An edit that fails its dry run is refused; what was not kept stays under a ref.
+    A night is on one device, or on those of --devices. An edit that fails its dry run is refused; what was
+    not kept stays under a ref.
 
     \b
     autoresearch loop --experiments 20
@@ -333,6 +349,8 @@ def loop(
     from night.loop import run_night
     from night.plan import Night, parse_until
 
+    if agents and not devices:
+        raise click.UsageError("--agents goes with --devices: on one device, one agent is enough.")
     setting = setting_of(platform, track, budget)
     night = Night(
         agent=parse_agent(agent).for_trainer(setting.trainer.name),
@@ -347,6 +365,10 @@ def loop(
         boxed=boxed,
         ahead=ahead,
     )
+    if devices:
+        from night.fleet import run_fleet
+
+        sys.exit(run_fleet(night, devices, agents))
     sys.exit(run_night(night))
 
 
@@ -389,6 +411,32 @@ def noise(repeats: int, platform: str, track: str, budget: float | None, as_json
     from launcher.noise import measure_noise
 
     sys.exit(measure_noise(setting_of(platform, track, budget), repeats, as_json))
+
+
+@main.command(section=RESEARCH)
+@click.argument("trainer", default="", metavar="[FILE|RUN]")
+@click.option(
+    "--devices",
+    metavar="LIST",
+    default="all",
+    show_default=True,
+    help="GPUs by number (0,1), cpu, or cpu:2 for the halves of a CPU; separated by commas.",
+)
+@track_option
+@budget_option
+@seed_option
+@json_option
+def compare(trainer: str, devices: str, track: str, budget: float | None, seed: int, as_json: bool) -> None:
+    """Run one trainer on several devices at once, and compare them.
+
+    The trainer is a file or that of a run, or each platform's own. It needs the extra fleet.
+
+    \b
+    uv run --extra fleet autoresearch compare --devices 0,1,cpu
+    """
+    from night.compare import compare as compare_devices
+
+    sys.exit(compare_devices(trainer, devices, track, budget, seed, as_json))
 
 
 @main.command(section=RESEARCH)

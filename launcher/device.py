@@ -62,7 +62,7 @@ class DeviceLock:
     def __init__(self, device_kind: DeviceKind) -> None:
         folder = cache_dir() / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        device = "cpu" if device_kind == "cpu" else gpu_name()
+        device = cpu_name() if device_kind == "cpu" else gpu_name()
         self._lock = FileLock(folder / f"{device}.lock")
         self._holder = folder / f"{device}.json"
 
@@ -97,6 +97,19 @@ def gpu_name() -> str:
     """Return a name of the GPU that a run computes on: its UUID, however CUDA_VISIBLE_DEVICES names it."""
     uuid = output_of("nvidia-smi", f"--id={visible_gpu()}", "--query-gpu=uuid", "--format=csv,noheader")
     return uuid.strip().partition("\n")[0] or "gpu"
+
+
+def cpu_name() -> str:
+    """Return a name of the cores that a run computes on: "cpu" where they are all of the machine's."""
+    cores = usable_cores()
+    return "cpu" if len(cores) == os.cpu_count() else f"cpu-{'-'.join(map(str, cores))}"
+
+
+def usable_cores() -> list[int]:
+    """Return the numbers of the cores that this process and what it starts may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 @contextmanager
@@ -205,7 +218,7 @@ def busiest(
     own: Collection[int],
 ) -> list[Other]:
     """Return who computed between two looks, but for the processes `own`, the busiest first."""
-    cores = os.cpu_count() or 1
+    cores = len(usable_cores())
     shares = {
         key: (used - before.get(key, 0.0)) / (seconds * cores)
         for key, used in after.items()
@@ -312,7 +325,7 @@ class Watch:
         self.slept_seconds = time.time() - self._wall - elapsed
         others = busy_seconds() - self._own_seconds() - self._others_cpu
         if others > OTHERS_SECONDS:
-            self.others_share = others / max(elapsed * (os.cpu_count() or 1), 1e-9)
+            self.others_share = others / max(elapsed * len(usable_cores()), 1e-9)
             own = own_tree(os.getpid())
             self._others = busiest(self._before, cpu_seconds(), max(elapsed, 1e-9), own)
         self._processes = []
@@ -347,9 +360,10 @@ class Watch:
 
 
 def busy_seconds() -> float:
-    """Return the CPU seconds spent by all processes since boot."""
-    times = psutil.cpu_times()
-    return times.user + times.system + getattr(times, "nice", 0.0)
+    """Return the CPU seconds spent by all processes since boot, on the cores that this one may use."""
+    cores = set(usable_cores())
+    each = [times for core, times in enumerate(psutil.cpu_times(percpu=True)) if core in cores]
+    return sum(times.user + times.system + getattr(times, "nice", 0.0) for times in each)
 
 
 def gpu_processes() -> set[str]:

@@ -54,6 +54,7 @@ class Flag(StrEnum):
     REPEAT = "repeat"  # undecided: a run with another seed decides
     NOISE = "noise"  # another run of the current trainer: evidence, no decision
     CONFIRM = "confirm"  # one of the runs of `autoresearch confirm`: evidence, no decision
+    PARALLEL = "parallel"  # one of several edits at once: what it was made on may not be the best any more
     SHORTER = "shorter"  # the edit removes code, and so needs no gain
     DRY = "dry"  # a dry run of a few seconds
     HARNESS_MODIFIED = "harness-modified"
@@ -202,8 +203,12 @@ class Row:
 
     @property
     def goes_back(self) -> bool:
-        """The run made an earlier trainer look better than the one that it was made from."""
-        return self.parent != "" and self.build_on not in ("", self.source, self.parent)
+        """The run made an earlier trainer look better than the one that it was made from.
+
+        What was run beside others says nothing of that: another one may have been kept meanwhile.
+        """
+        is_alone = self.parent != "" and Flag.PARALLEL not in self.flags
+        return is_alone and self.build_on not in ("", self.source, self.parent)
 
     @property
     def board(self) -> BoardKey:

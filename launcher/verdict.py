@@ -63,8 +63,14 @@ def observation_of(row: Row) -> Observation:
 def decide(rows: Sequence[Row], row: Row) -> Decision:
     """Return what to do after a run. `row` is the newest, and not in `rows` yet."""
     runs = believed_runs([*board_runs(rows, row.board), row])
-    candidates = tried_since_moved(rows, row.board, row.parent)
-    return judge([*observe(runs[:-1]), observation_of(row)], candidates=candidates)
+    built_on = build_on_now(rows, row.board) if Flag.PARALLEL in row.flags else ""
+    candidates = tried_since_moved(rows, row.board, built_on or row.parent)
+    return judge([*observe(runs[:-1]), observation_of(row)], candidates=candidates, built_on=built_on)
+
+
+def build_on_now(rows: Sequence[Row], board: BoardKey) -> str:
+    """Return the source that the rows of a board say to build on, "" before there is one."""
+    return next((row.build_on for row in reversed(by_board(rows).get(board, [])) if row.build_on), "")
 
 
 def believed_runs(runs: Sequence[Row]) -> list[Row]:
@@ -124,7 +130,8 @@ def tried_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> set[st
 
     They are those that were run since a person last moved the branch: a person's choice of a trainer is not
     undone. A person moved it where a run was made on another trainer than the row before it said to build on.
-    Runs outside git (`autoresearch run`) have no parent, and say nothing of the branch.
+    An edit that was run beside others was made on what was the best then, and runs outside git
+    (`autoresearch run`) have no parent: they say nothing of the branch.
     """
     refuted = refuted_runs(rows)
     sources: set[str] = set()
@@ -136,7 +143,7 @@ def tried_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> set[st
             build_on = row.build_on
         if not row.comparable or not row.parent or row.flags & EVIDENCE:
             continue
-        if row.parent != build_on:
+        if row.parent != build_on and not (Flag.PARALLEL in row.flags and row.parent in sources):
             sources = {row.parent}
         sources.add(row.source)
         build_on = row.build_on

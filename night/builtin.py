@@ -42,6 +42,7 @@ CHANGED = (1, 2, 3)  # constants that an edit changes,
 SHARES = (0.5, 0.3, 0.2)  # and the share of the edits that change so many
 LARGEST = 1e15  # number that is read as a constant
 TRIES = 100  # proposals, until one is new
+SEEDS = 1_000_000  # agents at work at once have other seeds, and must not draw the same
 
 
 # ---------------------------------------------------------------------------
@@ -420,7 +421,8 @@ def main() -> None:
         trainer = Path(setting.trainer.name)
         rows = ledger().rows()
         history = read_history(rows, setting)
-        proposal = propose(trainer.read_bytes(), history, setting, seed=len(rows))
+        seed = len(rows) + SEEDS * told.seed
+        proposal = propose(trainer.read_bytes(), history, setting, seed)
         trainer.write_bytes(proposal.source)
     except (UserError, OSError) as error:
         sys.exit(f"builtin: {error}")

@@ -62,8 +62,10 @@ MOST_NOISE_RUNS = 4  # of a trainer, in pauses
 BASELINE = "baseline: the trainer as committed"
 
 
-def run_night(night: Night) -> int:
+def run_night(night: Night, make_loop: Callable[[Night, Panel], "Loop"] | None = None) -> int:
     """Run the night and print what came of it.
+
+    make_loop: makes the loop that takes the turns; Loop if left out
 
     Returns the exit code: 0 at its end, 1 when it gave up, 130 when it was interrupted.
 
@@ -80,7 +82,7 @@ def run_night(night: Night) -> int:
             panel.is_stopping = is_stopping
             look_around(night.setting.platform.device_kind, night.when_busy)
             check_harness(night.setting.trainer.name)
-            loop = Loop(night, panel)
+            loop = (make_loop or Loop)(night, panel)
             loop.resume()
             loop.check_agent()
             ended, code = loop.run()
@@ -162,9 +164,9 @@ class Loop:
     def resume(self) -> None:
         """Go on where an earlier loop was cut off."""
         state = read_state()
-        if state.stamp:
+        for stamp in state.stamp.split():
             with defer_signals():
-                end_leftovers(state.stamp)  # an agent that outlived it: what it made of its folder is lost
+                end_leftovers(stamp)  # an agent that outlived it: what it made of its folder is lost
         asked = (self.night.experiments, self.setting.board)
         if state.done and state.experiments and (state.experiments, state.board) == asked:
             self.panel.done = state.done
@@ -172,7 +174,7 @@ class Loop:
             self.panel.note(f"going on with a loop that was cut off after {state.done} experiments")
         if state.trainer in ("", self.trainer.name):
             self.waiting.change(list(state.edits))
-            self.waiting.drop_judged(ledger().rows())
+            self.drop_judged()
         else:
             for edit in state.edits:
                 ref = repo.save_ref(f"stash/{new_run_id()}", edit.commit)
@@ -184,6 +186,10 @@ class Loop:
         runs = [row for row in ledger().rows() if row.status in STATUSES and not row.flags & EVIDENCE]
         runs = [row for row in runs if row.board == self.setting.board]
         self.result = describe_result(runs[-1]) if runs else "none: nothing was run here yet"
+
+    def drop_judged(self) -> None:
+        """Take the edits from the list on which the ledger has a verdict."""
+        self.waiting.drop_judged(ledger().rows())
 
     def check_agent(self) -> None:
         """Ask the agent for a trivial edit: is it installed, logged in, and allowed to edit?
@@ -479,7 +485,7 @@ class Loop:
         """Finish a turn that an error cut off, its trial too. Returns the row with the verdict."""
         self.end_agent()
         row = finish_trial()
-        self.waiting.drop_judged(ledger().rows())
+        self.drop_judged()
         return row if row and row.judged else None
 
     def take_turn(self) -> Row:
@@ -576,7 +582,7 @@ class Loop:
         outcome, log_tail = self.dry_run(source, description)
         if not outcome.status:
             return
-        row = self.dry_row(edit, outcome)
+        row = self.refused_row(edit, outcome.status, outcome.reason, outcome.total_seconds)
         self.waiting.stash(edit, row.run)
         ledger().append(row)
         raise TurnFailed(
@@ -584,20 +590,20 @@ class Loop:
             f"«{description}» failed its dry run ({outcome.status}): {outcome.reason}\n{log_tail}",
         )
 
-    def dry_row(self, edit: Edit, outcome: Outcome) -> Row:
-        """Return the row of an edit that failed its dry run."""
+    def refused_row(self, edit: Edit, status: str, reason: str, seconds: float) -> Row:
+        """Return the row of an edit that failed its dry run, which took so many seconds."""
         return Row(
             commit=edit.commit[:7],
-            status=outcome.status,
+            status=status,
             description=edit.answer.description,
             run=new_run_id(),
             time=now_utc(),
             platform=self.setting.platform.name,
             track=self.setting.track.name,
             seed=self.night.seed,
-            total_seconds=outcome.total_seconds,
+            total_seconds=seconds,
             marks=Flag.DRY,
-            reason=f"dry run: {outcome.reason}",
+            reason=f"dry run: {reason}",
         )
 
     def train(self, edit: Edit) -> Row:

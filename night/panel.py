@@ -18,6 +18,7 @@ from launcher.ledger import Row, single_line
 from launcher.progress import STARTING, Progress, Scored
 from night.state import NightCounts
 
+DeviceLine = tuple[str, str, float]  # its name, what it does, since how many seconds
 OF_NO_EXPERIMENT = ("check", "confirm")  # phases of a night that are part of no experiment
 REFRESHES_A_SECOND = 2.0
 LAST_RESULTS = 5
@@ -49,6 +50,7 @@ class Panel:
         self.detail = ""  # the progress of the phase
         self.share: float | None = None  # of the training that is over
         self.words: Callable[[], str] = str  # what the agent printed last
+        self.devices: Callable[[], list[DeviceLine]] = list  # what the devices of a fleet do
         self.is_stopping: Callable[[], bool] = bool  # somebody called `autoresearch stop`
         self._entered = time.monotonic()
         self._console = Console(stderr=True)
@@ -131,6 +133,8 @@ class Panel:
         table.add_row("", Text(f"{self.clock()}  {self.detail or single_line(self.words())}"))
         if self.share is not None:
             table.add_row("", ProgressBar(total=1.0, completed=self.share, width=BAR_WIDTH))
+        for device, doing, seconds in self.devices():
+            table.add_row(device, Text(f"{minutes(seconds)}  {doing}"))
         for number, row in enumerate(reversed(self.results)):
             table.add_row("" if number else "results", Text(self.told(row), STYLES.get(row.status, "red")))
         table.add_row("best", Text(best))

@@ -294,13 +294,17 @@ def commit_tree(tree: str, parent: str, message: str) -> str:
     return git_checked(*identity, "commit-tree", tree, "-p", parent, "-m", message)
 
 
-def merge(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
-    """Return a text with two changes of its base, None where they conflict."""
+def merge(ours: bytes, base: bytes, theirs: bytes, both: bool = False) -> bytes | None:
+    """Return a text with two changes of its base, None where they conflict.
+
+    both: where they conflict, take the lines of both
+    """
     with scratch_folder() as scratch:
         paths = [scratch / name for name in ("ours", "base", "theirs")]
         for path, text in zip(paths, (ours, base, theirs), strict=True):
             path.write_bytes(text)
-        done = run_whole(["git", "merge-file", "-p", "-q", *map(str, paths)], b"", git_environment())
+        options = ["-p", "-q", *(["--union"] if both else [])]
+        done = run_whole(["git", "merge-file", *options, *map(str, paths)], b"", git_environment())
     return done.stdout if done.returncode == 0 else None
 
 

@@ -46,7 +46,7 @@ class LoopState:
 
     experiments: int | None = None  # that it was asked for
     done: int = 0  # experiments
-    stamp: str = ""  # of the turn in which an agent works, "" when none does
+    stamp: str = ""  # of the turns in which agents work, separated by spaces; "" when none does
     trainer: str = ""  # file name, of all edits
     board: BoardKey | None = None  # of its experiments
     edits: tuple[Edit, ...] = ()  # without a verdict, in the order in which they are tried

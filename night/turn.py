@@ -53,6 +53,7 @@ def begin_turn(
     seconds: float,
     settings: Mapping[str, str],
     boxed: bool = False,
+    place: int = 0,
 ) -> Turn:
     """Start an agent. The loop's state must hold the stamp by now.
 
@@ -66,12 +67,13 @@ def begin_turn(
         seconds: that it has.
         settings: variables of its environment (RunSettings.to_env).
         boxed: it works in a box.
+        place: which of the folders it gets, where several agents work at once.
 
     Raises:
         TurnFailed: it cannot be started.
         UserError, OSError: its folder cannot be made.
     """
-    workspace = make_workspace(base, prompt)
+    workspace = make_workspace(base, prompt, place)
     files = TurnFiles(loop_folder(), stamp)
     child = start_agent(agent, prompt, files, workspace, settings, boxed)
     now = time.monotonic()

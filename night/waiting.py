@@ -91,12 +91,17 @@ class WaitingEdits:
             edit = replace(known[0], commit=edit.commit, base=head)
         self.change([edit, *others])
 
+    def rebase(self, edit: Edit) -> Edit | None:
+        """Put an edit on the last commit, and return it so; None where it conflicts with what is there."""
+        rebased = rebase(edit, self.trainer)
+        if rebased is not None:
+            self.change([rebased if other == edit else other for other in self._edits])
+        return rebased
+
     def put_on_branch(self) -> None:
         """Put the first edit on the last commit. Those that conflict with what is there now are stashed."""
         while self._edits:
-            rebased = rebase(self._edits[0], self.trainer)
-            if rebased is not None:
-                self.change([rebased, *self._edits[1:]])
+            if self.rebase(self._edits[0]) is not None:
                 return
             say(f"«{self._edits[0].answer.description}» does not go together with what is there now")
             self.stash(self._edits[0])

@@ -150,7 +150,7 @@ def show_phase(panel: Panel, entry: Entry) -> None:
         kind not in OF_NO_EXPERIMENT,
     )
     if kind == "agent":
-        files = TurnFiles(loop_folder(), read_state().stamp)
+        files = TurnFiles(loop_folder(), read_state().stamp.partition(" ")[0])
         panel.words = lambda: last_words(files)
     elif kind in TRAINING:
         run = run_under_way()

@@ -34,6 +34,7 @@ class Workspace:
 
     top: Path  # of its repository
     folder: Path  # that it starts in: what ROOT is in the person's repository
+    notes: bytes = b""  # as it got them
 
     @property
     def temporary(self) -> Path:
@@ -62,27 +63,34 @@ class Workspace:
         return read_trainer(self.folder / name, follow=False)
 
     def save_notes(self) -> None:
-        """Keep the notes as the agent left them. Those that it removed stay as they were."""
+        """Keep the notes as the agent left them. Those that it removed stay as they were.
+
+        Where another agent has written some meanwhile, the lines of both are kept.
+        """
         with suppress(UserError, OSError):
             notes = read_trainer(self.folder / NOTES, follow=False)
+            there = read_notes()
+            if there != self.notes:
+                notes = repo.merge(there, self.notes, notes, both=True) or there
             notes_path().parent.mkdir(parents=True, exist_ok=True)
             scratch = notes_path().with_suffix(".tmp")
             scratch.write_bytes(notes[-LONGEST_COPY:])
             os.replace(scratch, notes_path())
 
 
-def make_workspace(commit: str, prompt: str) -> Workspace:
+def make_workspace(commit: str, prompt: str, place: int = 0) -> Workspace:
     """Make the agent's folder anew.
 
     Args:
         commit: whose files it gets.
         prompt: what the agent is told; trainer and log of the runs that it names are copied to runs/<id>/.
+        place: which of the folders it is, where several agents work at once.
 
     Raises:
         UserError: it cannot be made.
     """
-    top = workspace_path()
-    workspace = Workspace(top, top / repo.path_prefix())
+    top = workspace_path(place)
+    workspace = Workspace(top, top / repo.path_prefix(), read_notes())
     for folder in (workspace.temporary, top):
         remove_tree(folder)
         if os.path.lexists(folder):
@@ -99,10 +107,18 @@ def make_workspace(commit: str, prompt: str) -> Workspace:
     return workspace
 
 
-def workspace_path() -> Path:
-    """Return where the agent's folder of this repository lies."""
+def workspace_path(place: int = 0) -> Path:
+    """Return where an agent's folder of this repository lies."""
     digest = hashlib.sha256(os.fsencode(ROOT)).hexdigest()[:8]
-    return cache_dir() / "workspaces" / f"{ROOT.name}-{digest}"
+    return cache_dir() / "workspaces" / f"{ROOT.name}-{digest}{f'-{place + 1}' if place else ''}"
+
+
+def read_notes() -> bytes:
+    """Return the notes of the agents, as much of their end as an agent gets; b"" when there are none."""
+    try:
+        return notes_path().read_bytes()[-LONGEST_COPY:]
+    except OSError:
+        return b""
 
 
 def copy_runs(folder: Path, prompt: str) -> None:

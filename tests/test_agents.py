@@ -32,6 +32,7 @@ PACKAGES = {
 MODEL = {"pi": ["--offline", "--provider", "local", "--model", "scripted"]}
 MODEL["qwen"] = ["--auth-type", "openai", "--model", "scripted"]
 MODEL["aider"] = ["--model", "openai/scripted", "--analytics-disable", "--no-show-model-warnings"]
+pytestmark = pytest.mark.xdist_group("agents")  # one worker installs the real ones
 boxed = pytest.mark.skipif(bool(missing_walls()), reason="this machine has no walls")
 FOUR = ("codex", "gemini", "opencode", "pi")
 CHECK_AGENT = loop.Loop.check_agent  # before a fixture replaces it

@@ -1,0 +1,154 @@
+"""
+`autoresearch compare`: one trainer on every device of this machine, for somebody who chooses hardware.
+
+The runs are at the same time, each on its own device, and stand in the ledger as any others.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+from launcher.console import print_object, say
+from launcher.device import awake
+from launcher.exit_codes import EXIT_DONE, EXIT_FAILED
+from launcher.harness import read_trainer
+from launcher.ledger import STATUSES, Row
+from launcher.processes import stop_on_signals
+from launcher.runs import find_run, ledger, trainer_of
+from launcher.setting import resolve
+from night.crew import Crew, Doing
+from night.devices import Device, parse_list
+from night.job import Job, JobAnswer
+from night.state import loop_folder
+from night.stop import rest
+from prepare import TIME_BUDGET, UserError
+
+POLL_SECONDS = 0.5
+COLUMNS = (
+    "device",
+    "name",
+    "val_bpb",
+    "tokens_per_second",
+    "share",
+    "mfu_percent",
+    "kilojoules",
+    "status",
+    "run",
+)
+
+
+class DeviceScore(NamedTuple):
+    """A device and its run. Numbers are 0 where there is none."""
+
+    device: str  # gpu0
+    name: str  # NVIDIA H100 80GB HBM3
+    val_bpb: float
+    tokens_per_second: float
+    share: float  # of the fastest device's tokens a second
+    mfu_percent: float
+    kilojoules: float  # that the run took, where the device reports its power
+    status: str
+    run: str
+    reason: str
+
+
+def compare(trainer: str, devices: str, track: str, budget: float | None, seed: int, as_json: bool) -> int:
+    """Run a trainer on devices at once, and print how they compare. Returns the exit code.
+
+    Args:
+        trainer: a file, or a run; "" for each platform's own.
+        devices: as parse_list takes it.
+        track: "" for each platform's own.
+        budget: seconds of training, that of the rules if left out.
+        seed: of every run.
+        as_json: print one object.
+
+    Raises:
+        UserError: there is no such trainer or device, or dask is missing.
+    """
+    chosen = parse_list(devices)
+    source = find_source(trainer)
+    jobs = [make_job(device, source, track, budget or float(TIME_BUDGET), seed) for device in chosen]
+    with stop_on_signals(), awake(), Crew(chosen, loop_folder()) as crew:
+        doing = [crew.submit(job, device.name) for job, device in zip(jobs, chosen, strict=True)]
+        say(f"{len(doing)} runs at once: " + ", ".join(device.name for device in chosen))
+        answers = [wait_for(one) for one in doing]
+    scores = make_scores(chosen, answers, ledger().rows())
+    if as_json:
+        print_object({"devices": [score._asdict() for score in scores]})
+    else:
+        print_scores(scores)
+    return EXIT_DONE if all(score.val_bpb for score in scores) else EXIT_FAILED
+
+
+def find_source(trainer: str) -> bytes | None:
+    """Return the source of a file or of a run, None where none is named. Raises UserError."""
+    if not trainer:
+        return None
+    if Path(trainer).is_file():
+        return read_trainer(Path(trainer))
+    copy = trainer_of(find_run(trainer))
+    if copy is None:
+        raise UserError(f"no copy of the trainer of run {trainer} is left")
+    return copy.read_bytes()
+
+
+def make_job(device: Device, source: bytes | None, track: str, budget: float, seed: int) -> Job:
+    """Return the run of a trainer, the platform's own if left out, on a device."""
+    setting = resolve("cpu" if device.kind == "cpu" else "", track, budget)
+    return Job(
+        setting.platform.name,
+        setting.track.name,
+        budget,
+        seed,
+        f"compare: {device.name}",
+        source if source is not None else read_trainer(setting.trainer),
+        commit="",
+    )
+
+
+def wait_for(doing: Doing) -> JobAnswer:
+    """Return the answer of a job when it is done."""
+    while not doing.done():
+        rest(POLL_SECONDS, lambda: False)
+    try:
+        return doing.result()
+    except Exception as error:  # dask's: worker after worker died over it
+        return JobAnswer(status="error", reason=str(error))
+
+
+def make_scores(
+    devices: Sequence[Device], answers: Sequence[JobAnswer], rows: Sequence[Row]
+) -> list[DeviceScore]:
+    """Return a line for each device. rows: of the ledger"""
+    by_run = {row.run: row for row in rows if row.status in STATUSES}
+    made = [by_run.get(answer.run, Row(status=answer.status, reason=answer.reason)) for answer in answers]
+    fastest = max((row.tokens_per_second for row in made), default=0.0) or 1.0
+    return [
+        DeviceScore(
+            device.name,
+            row.device,
+            row.val_bpb if row.scored else 0.0,
+            row.tokens_per_second,
+            row.tokens_per_second / fastest,
+            row.mfu_percent,
+            row.energy_kj,
+            row.status,
+            row.run,
+            row.reason,
+        )
+        for device, row in zip(devices, made, strict=True)
+    ]
+
+
+def print_scores(scores: Sequence[DeviceScore]) -> None:
+    """Print the lines as tab-separated values, and why a device has no score."""
+    click.echo("\t".join(COLUMNS))
+    for score in scores:
+        cells = {**score._asdict(), "val_bpb": f"{score.val_bpb:.6f}", "share": f"{score.share:.3f}"}
+        click.echo("\t".join(str(cells[name]) for name in COLUMNS))
+    for score in scores:
+        if not score.val_bpb:
+            click.echo(f"autoresearch: {score.device}: {score.status}: {score.reason}", err=True)

@@ -1,0 +1,389 @@
+"""A night over several devices: what is judged late is judged right, and nothing of it is lost."""
+
+import os
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import RESULT, ROOT, row
+
+from launcher.child import Outcome
+from launcher.ledger import Flag, Ledger
+from launcher.runs import home
+from launcher.setting import resolve
+from launcher.verdict import build_on_now, give_verdict, tried_since_moved
+from night import devices, fleet, loop, repo
+from night.agents import Agent
+from night.devices import Device, parse_devices
+from night.fleet import Fleet
+from night.job import Job, JobAnswer, work
+from night.loop import run_night
+from night.plan import Night
+from night.state import read_state, state_path
+from night.workspace import make_workspace
+from prepare import UserError
+
+H100S = "0, GPU-aa, NVIDIA H100 80GB HBM3\n1, GPU-bb, NVIDIA H100 80GB HBM3\n"
+MIXED = "0, GPU-aa, NVIDIA H100 80GB HBM3\n1, GPU-bb, NVIDIA A100-SXM4-40GB\n"
+TWO = (Device("one", "cpu"), Device("two", "cpu"))
+# Far apart, so that two edits do not touch.
+TRAINER = "A = 0.0\n#\n#\n#\n#\nB = 0.0\n#\n#\n#\n#\nC = 0.0\n"
+
+
+# --- Devices ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def have(csv):
+        monkeypatch.setattr(devices, "output_of", lambda *command: csv)
+
+    return have
+
+
+def test_devices_are_named_by_number_and_bound_by_uuid(gpus):
+    gpus(H100S)
+    assert [(one.name, one.environment()) for one in parse_devices("all")] == [
+        ("gpu0", {"CUDA_VISIBLE_DEVICES": "GPU-aa"}),
+        ("gpu1", {"CUDA_VISIBLE_DEVICES": "GPU-bb"}),
+    ]
+    assert [one.name for one in parse_devices("1,1")] == ["gpu1"]
+    with pytest.raises(UserError, match="there is no GPU '2'; this machine has: 0, 1"):
+        parse_devices("0,2")
+
+
+def test_a_night_is_on_one_kind_of_gpu(gpus):
+    gpus(MIXED)
+    with pytest.raises(UserError, match="one kind of device.*A100-SXM4-40GB, NVIDIA H100"):
+        parse_devices("all")
+    assert [one.name for one in parse_devices("1")] == ["gpu1"]
+
+
+def test_a_machine_without_a_gpu_has_a_cpu(gpus):
+    gpus("")
+    [device] = parse_devices("all")
+    assert device.environment() == {} and device.kind in ("cpu", "gpu")
+    with pytest.raises(UserError, match="there is no GPU '0'; this machine has: none"):
+        parse_devices("0")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a core")
+def test_parts_of_a_cpu_share_its_cores(monkeypatch):
+    monkeypatch.setattr(devices, "usable_cores", lambda: [0, 1, 4, 5, 7])
+    first, second = parse_devices("cpu:2")
+    assert (first.cores, second.cores) == ((0, 1), (4, 5))
+    assert first.environment() == {"AUTORESEARCH_CORES": "0,1"}
+    with pytest.raises(UserError, match="6 parts of a CPU with 5 cores"):
+        parse_devices("cpu:6")
+
+
+# --- Jobs ---------------------------------------------------------------------------------------------------
+
+
+def test_a_job_travels_as_it_is():
+    job = Job("cpu", "tiny", 5.0, 3, "«é»", b"# \xff\x00\n", "abc", None, "me", (Flag.PARALLEL,), True)
+    assert Job.from_json(job.to_json()) == replace(job, flags=["parallel"])
+    assert Job.from_json(replace(job, parent=b"\xfe").to_json()).parent == b"\xfe"
+
+
+# --- Verdicts -----------------------------------------------------------------------------------------------
+
+
+def judged(rows, source, parent, val_bpb, **more):
+    new = row(source=source, parent=parent, val_bpb=val_bpb, status="", run=f"r{len(rows)}", **more)
+    give_verdict(rows, new, [])
+    rows.append(new)
+    return new
+
+
+def test_what_was_made_on_an_older_trainer_is_judged_against_the_best():
+    rows = []
+    judged(rows, "a", "a", 1.5)
+    late = {"marks": "parallel"}
+    assert judged(rows, "b", "a", 1.3, **late).build_on == "b"
+    worse = judged(rows, "c", "a", 1.4, **late)  # better than a, which it was made on; not than b
+    assert (worse.status, worse.build_on, worse.goes_back) == ("discard", "b", False)
+    assert worse.effect < 0 and "back to" not in worse.reason
+    better = judged(rows, "d", "a", 1.1, **late)
+    assert (better.status, better.build_on, build_on_now(rows, rows[0].board)) == ("keep", "d", "d")
+    # No person moved the branch: all of them may be gone back to.
+    assert tried_since_moved(rows, rows[0].board, "d") == {"a", "b", "c", "d"}
+
+
+def test_a_trainer_of_which_nothing_is_known_was_put_there_by_a_person():
+    rows = []
+    judged(rows, "a", "a", 1.5)
+    judged(rows, "b", "a", 1.3)
+    judged(rows, "y", "x", 1.4, marks="parallel")
+    assert "a" not in tried_since_moved(rows, rows[0].board, build_on_now(rows, rows[0].board))
+
+
+# --- Nights -------------------------------------------------------------------------------------------------
+
+
+class Given:
+    """A job that was given to a device. It is done when the test says so."""
+
+    def __init__(self, key, job):
+        self.key = key
+        self.job = job
+        self.is_done = False
+        self.error = None
+
+    def done(self):
+        return self.is_done
+
+    def result(self):
+        if self.error:
+            raise self.error
+        return self.answer
+
+
+class HereCrew:
+    """Does jobs in this process. order: takes the jobs under way, and returns the one to do next."""
+
+    def __init__(self, devices, order=lambda jobs: jobs[0]):
+        self.devices = devices
+        self.order = order
+        self.jobs = []
+        self.given = 0
+        self.most = 0  # at once
+        self.broken = 0  # jobs that fail with their worker
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.jobs.clear()
+
+    def places(self):
+        return {}
+
+    def submit(self, job):
+        self.given += 1
+        self.jobs.append(Given(str(self.given), job))
+        self.most = max(self.most, len(self.jobs))
+        return self.jobs[-1]
+
+    def step(self):
+        """Do a job, where as many are under way as there can be."""
+        if self.jobs:
+            job = self.order(self.jobs)
+            self.jobs.remove(job)
+            if self.broken:
+                self.broken -= 1
+                job.error = RuntimeError("the worker died")
+            else:
+                job.answer = replace(work(job.job), device=f"device {job.key}")
+            job.is_done = True
+
+
+def supervise(trainer, run_dir, setting, seed, watch, on_event):
+    """Stand in for launcher.child.supervise: the score is 1.5 less what the trainer's constants say."""
+    values = [float(value) for value in re.findall(r"^[A-C] = ([\d.]+)", trainer.read_text(), re.M)]
+    outcome = Outcome(training_seconds=300.0, total_seconds=310.0, exit_code=0)
+    outcome.result = replace(
+        RESULT,
+        val_bpb=1.5 - sum(values),
+        val_tokens=setting.val_tokens,
+        platform=setting.platform.name,
+        track=setting.track.name,
+        seed=seed,
+    )
+    return outcome
+
+
+@pytest.fixture
+def night(repository, monkeypatch):
+    """night(agent's Python, crew, experiments) -> exit code. The agents end before the next job is done."""
+    (repository / "train_cuda.py").write_text(TRAINER)
+    repo.advance_branch(repo.commit_alone("train_cuda.py", "constants"), "train_cuda.py")
+    monkeypatch.setattr("launcher.run.supervise", supervise)
+    monkeypatch.setattr("launcher.run.dry_run", lambda *asked: (Outcome(), "the tail"))
+    monkeypatch.setattr("launcher.belief.SURPRISING", 1e9)
+    monkeypatch.setattr(loop.Loop, "check_agent", lambda self: None)
+    monkeypatch.setattr(fleet, "LOOK_SECONDS", 0.2)
+
+    def night(agent, crew, experiments, agents=2, seed=1):
+        script = home() / "agent.py"
+        script.write_text(
+            "import re, sys\nfrom pathlib import Path\n"
+            "trainer = Path('train_cuda.py')\nprompt = sys.stdin.read()\n" + agent
+        )
+
+        class Stepping(Fleet):
+            def collect(self):
+                is_busy = len(self.tasks) == len(crew.devices) or not self.idle_edits() or self.is_full()
+                if is_busy and not self.turns:
+                    crew.step()
+                return super().collect()
+
+        what = Night(Agent("script", [sys.executable, str(script)]), resolve(), seed=seed, pause=0.0)
+        what.experiments = experiments
+        return run_night(what, lambda night, panel: Stepping(night, panel, crew, agents))
+
+    return night
+
+
+def rows():
+    return Ledger(home() / "results.tsv").rows()
+
+
+def decided():
+    return [
+        (one.description, one.status, round(one.val_bpb, 3)) for one in rows() if "noise" not in one.flags
+    ]
+
+
+def committed():
+    return repo.content("HEAD", "train_cuda.py").decode()
+
+
+# Each agent improves the first constant that is 0 and that nobody is working on.
+IMPROVE = """
+taken = [name for name in "ABC" if f"- improve {name}" in prompt or f"improve {name}»: it failed" in prompt]
+free = [name for name in "ABC" if f"{name} = 0.0" in trainer.read_text() and name not in taken]
+name = free[0] if free else "C"
+old = re.search(rf"^{name} = (.*)$", trainer.read_text(), re.M)[1]
+trainer.write_text(trainer.read_text().replace(f"{name} = {old}", f"{name} = {float(old) + 0.1:.1f}"))
+print(f"experiment: improve {name}")
+"""
+
+
+def test_two_edits_at_once_are_merged_and_tried_together(night):
+    crew = HereCrew(TWO)
+    assert night(IMPROVE, crew, 3) == 0
+    assert night("sys.exit(1)", crew, 1, agents=1) == 0  # no other idea comes before it
+    assert crew.most == 2
+    assert [(what, score) for what, _, score in decided()] == [
+        ("baseline: the trainer as committed", 1.5),
+        ("improve A", 1.4),
+        ("improve B", 1.4),
+        ("merged: improve B", 1.3),
+    ]
+    assert "A = 0.1" in committed() and "B = 0.1" in committed()
+    assert not state_path().exists()
+
+
+def test_every_device_begins_with_the_committed_trainer(night, capsys):
+    assert night(IMPROVE, HereCrew(TWO), 1) == 0
+    assert [(one.seed, "noise" in one.flags) for one in rows()] == [(1, False), (2, True)]
+    assert (
+        "device 2 against device 1, the same trainer: +0.000000 bpb, 1.00 of its speed"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_verdict_may_come_after_a_later_one(night):
+    assert night(IMPROVE, HereCrew(TWO), 1) == 0
+    assert night(IMPROVE, HereCrew(TWO, order=lambda jobs: jobs[-1]), 2, agents=1) == 0
+    assert night("sys.exit(1)", HereCrew(TWO), 1, agents=1) == 0
+    assert [name for name, *_ in decided()][1:] == ["improve B", "improve A", "merged: improve A"]
+    assert "A = 0.1" in committed() and "B = 0.1" in committed()
+
+
+SAME = """
+old = re.search(r"^A = (.*)$", trainer.read_text(), re.M)[1]
+step = 0.2 if "- improve A by 0.1" in prompt else 0.1
+told = "conflicts with what was kept" in prompt
+trainer.write_text(trainer.read_text().replace(f"A = {old}", f"A = {float(old) + step:.1f}"))
+print(f"experiment: {'told, ' if told else ''}improve A by {step}")
+"""
+
+
+def test_edits_that_conflict_go_to_an_agent(night):
+    assert night(SAME, HereCrew(TWO), 4) == 0
+    assert decided()[1:3] == [("improve A by 0.1", "keep", 1.4), ("improve A by 0.2", "keep", 1.3)]
+    assert decided()[3][0].startswith("told, ")
+
+
+def test_a_night_makes_as_many_experiments_as_were_asked_for(night):
+    for crew in (HereCrew(TWO), HereCrew([Device(str(n), "cpu") for n in range(5)])):
+        before = len(decided())
+        assert night(IMPROVE, crew, 3, agents=4) == 0
+        assert len(decided()) - before == 3
+
+
+def test_a_job_whose_worker_died_is_done_again(night):
+    crew = HereCrew(TWO)
+    crew.broken = 1
+    assert night(IMPROVE, crew, 3) == 0
+    assert len(decided()) == 3
+
+
+def test_a_job_that_never_ends_well_ends_no_night_at_once(night, capsys):
+    assert night(IMPROVE, HereCrew(TWO), 1) == 0  # the baselines
+    crew = HereCrew(TWO)
+    crew.broken = 100
+    assert night(IMPROVE, crew, 3) == 1
+    assert "times without a verdict: the worker died" in capsys.readouterr().out
+
+
+def test_a_verdict_that_a_killed_loop_did_not_follow_is_followed_by_the_next(night, monkeypatch):
+    assert night(IMPROVE, HereCrew(TWO), 1) == 0
+    settle = Fleet.settle
+
+    def killed(self, edit, row):
+        raise SystemExit(9)
+
+    monkeypatch.setattr(Fleet, "settle", killed)
+    with pytest.raises(SystemExit):
+        night(IMPROVE, HereCrew(TWO), 4)
+    assert rows()[-1].status == "keep" and "A = 0.1" not in committed()
+    assert len(read_state().edits) >= 2
+    monkeypatch.setattr(Fleet, "settle", settle)
+    assert night(IMPROVE, HereCrew(TWO), 2) == 0
+    assert "A = 0.1" in committed()
+    assert ("improve B", "keep", 1.3) in decided()  # it waited, and was put on the best
+
+
+def test_an_edit_that_fails_its_dry_run_is_refused(night, monkeypatch):
+    def dry_run(setting, source, seed):
+        outcome = Outcome()
+        if b"B = 0.1" in source:
+            outcome.fail("crash", "bad")
+        return outcome, "the tail"
+
+    monkeypatch.setattr("launcher.run.dry_run", dry_run)
+    assert night(IMPROVE, HereCrew(TWO), 3) == 0
+    refused = [one for one in rows() if Flag.DRY in one.flags]
+    assert refused and {one.reason for one in refused} == {"dry run: bad"}
+
+
+# --- Several agents -----------------------------------------------------------------------------------------
+
+
+def test_agents_at_work_at_once_keep_each_others_notes(repository):
+    first, second = (make_workspace(repo.head(), "", place) for place in (0, 1))
+    assert first.top != second.top
+    for workspace, text in ((first, "one\n"), (second, "two\n")):
+        notes = workspace.folder / "runs" / "notes.md"
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        notes.write_text(text)
+        workspace.save_notes()
+    third = make_workspace(repo.head(), "", 2)
+    assert set((third.folder / "runs" / "notes.md").read_text().split()) == {"one", "two"}
+
+
+# --- The command --------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_is_said_at_once(autoresearch):
+    for options, says in (
+        (("--agents", "2"), "--agents goes with --devices"),
+        (("--devices", "7"), "there is no GPU '7'"),
+        (("--devices", "cpu:4096"), "parts of a CPU with"),
+    ):
+        done = autoresearch("loop", *options, "--experiments", "1")
+        assert (done.returncode, says in done.stderr) == (2, True), done.stderr
+
+
+def test_a_job_without_an_answer_is_an_error(tmp_path, monkeypatch):
+    from night import crew
+
+    monkeypatch.setattr(crew, "ROOT", ROOT)
+    answer = crew.do_job({"no": "job"}, str(tmp_path))
+    assert isinstance(answer, JobAnswer) and answer.status == "error" and "exit code 1" in answer.reason
