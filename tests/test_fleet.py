@@ -207,7 +207,7 @@ def night(repository, monkeypatch):
     monkeypatch.setattr(loop.Loop, "check_agent", lambda self: None)
     monkeypatch.setattr(fleet, "LOOK_SECONDS", 0.2)
 
-    def night(agent, crew, experiments, agents=2, seed=1):
+    def night(agent, crew, experiments, agents=1, seed=1):
         script = home() / "agent.py"
         script.write_text(
             "import re, sys\nfrom pathlib import Path\n"
@@ -256,7 +256,7 @@ print(f"experiment: improve {name}")
 def test_two_edits_at_once_are_merged_and_tried_together(night):
     crew = HereCrew(TWO)
     assert night(IMPROVE, crew, 3) == 0
-    assert night("sys.exit(1)", crew, 1, agents=1) == 0  # no other idea comes before it
+    assert night("sys.exit(1)", crew, 1) == 0  # no other idea comes before it
     assert crew.most == 2
     assert [(what, score) for what, _, score in decided()] == [
         ("baseline: the trainer as committed", 1.5),
@@ -279,8 +279,8 @@ def test_every_device_begins_with_the_committed_trainer(night, capsys):
 
 def test_a_verdict_may_come_after_a_later_one(night):
     assert night(IMPROVE, HereCrew(TWO), 1) == 0
-    assert night(IMPROVE, HereCrew(TWO, order=lambda jobs: jobs[-1]), 2, agents=1) == 0
-    assert night("sys.exit(1)", HereCrew(TWO), 1, agents=1) == 0
+    assert night(IMPROVE, HereCrew(TWO, order=lambda jobs: jobs[-1]), 2) == 0
+    assert night("sys.exit(1)", HereCrew(TWO), 1) == 0
     assert [name for name, *_ in decided()][1:] == ["improve B", "improve A", "merged: improve A"]
     assert "A = 0.1" in committed() and "B = 0.1" in committed()
 
