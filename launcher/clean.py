@@ -66,7 +66,8 @@ def compiled_code() -> Iterator[Item]:
     A run under way needs them.
     """
     needed = bool(runs_under_way()) or device_is_held()
-    for folder in (compiled.folder(), compiled.bytecode_folder()):
+    of_devices = sorted(cache_dir().glob(f"{compiled.NAME}*"))
+    for folder in dict.fromkeys([compiled.folder(), *of_devices, compiled.bytecode_folder()]):
         if folder.is_dir():
             yield Item(folder, needed, folder_size(folder))
 

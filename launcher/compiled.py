@@ -1,9 +1,10 @@
 """
-The compiled code of earlier runs: one folder of this machine, which every run reuses, and which is bounded.
+The compiled code of earlier runs: a folder for each device, which its next run reuses, and which is bounded.
 
 A dry run compiles an edit, and the run that follows finds its code here. The system's folder for temporary
 files, where PyTorch would put it, is emptied by a reboot and grows without a bound. What a run writes here
-after it has seen training rows is forgotten: nothing that was learned reaches the next run.
+after it has seen training rows is forgotten: nothing that was learned reaches the next run. Runs at the same
+time, on other devices, have other folders: what one forgets would be what another has just compiled.
 """
 
 import getpass
@@ -15,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from stat import S_ISDIR
 
+from launcher.device import usable_cores
 from launcher.processes import remove_tree
 from prepare import cache_dir
 
@@ -22,12 +24,24 @@ MOST_BYTES = 8 * 2**30  # that the folder may hold: some hundred models, each of
 TRIMMED_BYTES = 6 * 2**30  # that are left when it held more
 CLOCK_TICK = 0.02  # seconds by which the time of a change may lie behind the clock
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # what torch.compile makes, its Triton kernels too
+NAME = "compiled"  # of the folder, with the part of the machine behind it
+LONGEST_NAME = 60  # of a part, in characters
 KERNELS = "kernels"  # below that folder: what the trainer's own kernels are compiled to
 
 
 def folder() -> Path:
     """Return where compiled code is kept: the user's own place, or ours."""
-    return Path(os.environ.get(VARIABLE) or cache_dir() / "compiled")
+    return Path(os.environ.get(VARIABLE) or cache_dir() / f"{NAME}{part_of_machine()}")
+
+
+def part_of_machine() -> str:
+    """Return a name of the devices that a run may use, "" where they are all of the machine's."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    cores = usable_cores()
+    parts = [gpus] if gpus else []
+    if len(cores) < (os.cpu_count() or 1):
+        parts.append("cpu" + "-".join(map(str, cores)))
+    return "".join(f"-{re.sub(r'[^A-Za-z0-9-]', '-', part)}"[:LONGEST_NAME] for part in parts)
 
 
 def bytecode_folder() -> Path:

@@ -117,3 +117,17 @@ def test_what_was_written_after_a_moment_is_forgotten(house, monkeypatch):
     assert remove_since(moment) > 0
     rest = sorted(str(path.relative_to(folder())) for path in folder().rglob("*"))
     assert rest == ["fy", "fy/b", "triton", "triton/0", "triton/0/cubin"]
+
+
+def test_runs_on_two_devices_have_two_folders(house, monkeypatch):
+    both = compiled.folder()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa/b")
+    one = compiled.folder()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    other = compiled.folder()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(compiled, "usable_cores", lambda: [0, 2])
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    part = compiled.folder()
+    assert len({both, one, other, part}) == 4
+    assert one.name.endswith("-GPU-aa-b") and part.name == "compiled-cpu0-2"
