@@ -229,10 +229,22 @@ def cut_off(task: Task, house: House, what: str, command: str, strike: Strike) -
     result.ended = str(ended)
     result.add_end("ended", fault)
     check(result, house, before, task.patience)
-    # A killed launcher has written no row: the next one does.
-    result.faults = [fault for fault in result.faults if not fault.endswith("is missing")]
+    result.faults = [fault for fault in result.faults if not mends_itself(fault, house)]
     restart(result, house, before, task.patience, loop(house))
     return result
+
+
+def mends_itself(fault: str, house: House) -> bool:
+    """Return whether the next command mends what a killed one left. After that, it is looked at once more.
+
+    A killed launcher has written no row. One that was killed while it moved the branch has left a journal,
+    and the trainer, or its entry in the index, where it was.
+    """
+    journal = house.project / ".git" / "autoresearch-trial.json"
+    state = house.project / ".git" / "autoresearch-loop.json"
+    return fault.endswith("is missing") or (
+        fault.startswith("trainer:") and (journal.exists() or state.exists())
+    )
 
 
 def send(process: subprocess.Popen[bytes], name: str, to_group: bool) -> None:
@@ -406,7 +418,7 @@ def run_fleet(task: Task, house: House, rng: random.Random) -> Result:
     cut = fault_of_signal(ended, name) if victim == "loop" else ended.fault((0,))
     result.add_end("ended", cut)
     check(result, house, before, task.patience)
-    result.faults = [fault for fault in result.faults if not fault.endswith("is missing")]
+    result.faults = [fault for fault in result.faults if not mends_itself(fault, house)]
     restart(result, house, before, task.patience, night)
     return result
 

@@ -351,6 +351,12 @@ def loop(
 
     if agents and not devices:
         raise click.UsageError("--agents goes with --devices: on one device, one agent is enough.")
+    chosen = []
+    if devices:
+        from night.devices import parse_devices, see_only
+
+        chosen = parse_devices(devices)
+        see_only(chosen[0])
     setting = setting_of(platform, track, budget)
     night = Night(
         agent=parse_agent(agent).for_trainer(setting.trainer.name),
@@ -365,10 +371,10 @@ def loop(
         boxed=boxed,
         ahead=ahead,
     )
-    if devices:
+    if chosen:
         from night.fleet import run_fleet
 
-        sys.exit(run_fleet(night, devices, agents))
+        sys.exit(run_fleet(night, chosen, agents))
     sys.exit(run_night(night))
 
 
@@ -427,14 +433,14 @@ def noise(repeats: int, platform: str, track: str, budget: float | None, as_json
 @seed_option
 @json_option
 def compare(trainer: str, devices: str, track: str, budget: float | None, seed: int, as_json: bool) -> None:
-    """Run one trainer on several devices at once, and compare them.
+    """Run one trainer on several devices, and compare them.
 
     The trainer is a file or that of a run, or each platform's own. It needs the extra fleet.
 
     \b
     uv run --extra fleet autoresearch compare --devices 0,1,cpu
     """
-    from night.compare import compare as compare_devices
+    from night.compare import compare_devices
 
     sys.exit(compare_devices(trainer, devices, track, budget, seed, as_json))
 

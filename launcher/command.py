@@ -25,6 +25,7 @@ from launcher.exit_codes import (
     in_a_line,
 )
 from launcher.ledger import single_line
+from launcher.processes import is_interruption
 
 # The groups of the help, in the order of use.
 START = "Start"
@@ -141,7 +142,9 @@ class Group(click.Group):
         try:
             with interruptible(), reader_may_leave():
                 return super().invoke(context)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RuntimeError) as error:
+            if not is_interruption(error):
+                raise
             click.echo("interrupted", err=True)
             sys.exit(EXIT_INTERRUPTED)
 

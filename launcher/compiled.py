@@ -92,13 +92,15 @@ def user_name() -> str:
     return re.sub(r'[\\/:*?"<>|]', "_", name)
 
 
-def changed_since(moment: float) -> dict[Path, bool]:
+def changed_since(moment: float, place: Path | None = None) -> dict[Path, bool]:
     """Return what was written here after `moment`, seconds of the wall clock: {path: whether it is a folder}.
+
+    place: of the compiled code, folder() if None
 
     A file's time of its last change is the kernel's: unlike the others, a process cannot set it.
     """
     changed = {}
-    for path in (*paths_below(folder()), *paths_below(bytecode_folder())):
+    for path in (*paths_below(place or folder()), *paths_below(bytecode_folder())):
         with suppress(OSError):  # another run removed it
             status = path.lstat()
             if status.st_ctime > moment - CLOCK_TICK:
@@ -118,25 +120,27 @@ def write_back(moment: float) -> None:
                     os.fsync(file.fileno())
 
 
-def remove_since(moment: float) -> int:
+def remove_since(moment: float, place: Path | None = None) -> int:
     """Remove what was written here after `moment`, seconds of the wall clock. Returns how much went.
+
+    place: of the compiled code, folder() if None
 
     The files beside one that changed go with it, as in trim. A folder that changed although nothing in it did
     was renamed, and its name may say something: it goes whole.
     """
-    changed = changed_since(moment)
+    changed = changed_since(moment, place)
     with_changes = {path.parent for path in changed}
     renamed = [path for path, is_folder in changed.items() if is_folder and path not in with_changes]
     for path in renamed:
         remove_tree(path)
     removed = len(renamed)
-    places = {path.parent for path, is_folder in changed.items() if not is_folder}
-    for place in places:
-        for path in files_in(place):
+    holders = {path.parent for path, is_folder in changed.items() if not is_folder}
+    for holder in holders:
+        for path in files_in(holder):
             remove_tree(path)
             removed += 1
-    folders = places | {path for path, is_folder in changed.items() if is_folder}
-    folders -= {folder(), bytecode_folder()}
+    folders = holders | {path for path, is_folder in changed.items() if is_folder}
+    folders -= {place or folder(), bytecode_folder()}
     for path in sorted(folders, key=lambda path: len(path.parts), reverse=True):
         with suppress(OSError):  # not empty
             path.rmdir()

@@ -55,6 +55,7 @@ class Flag(StrEnum):
     NOISE = "noise"  # another run of the current trainer: evidence, no decision
     CONFIRM = "confirm"  # one of the runs of `autoresearch confirm`: evidence, no decision
     PARALLEL = "parallel"  # one of several edits at once: what it was made on may not be the best any more
+    BY_HAND = "by-hand"  # of a row that says that the branch moved: a person moved it, not the search
     SHORTER = "shorter"  # the edit removes code, and so needs no gain
     DRY = "dry"  # a dry run of a few seconds
     HARNESS_MODIFIED = "harness-modified"

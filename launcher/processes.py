@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from launcher import guard
 from launcher.guard import KILL_SECONDS, LEFTOVER_SECONDS, TERM_SECONDS
 
 GUARD_SECONDS = TERM_SECONDS + KILL_SECONDS + 10.0  # that a guard has at most to end everything
+IMPORT_SECONDS = 0.1  # after which a signal that came during an import comes again
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -28,6 +30,17 @@ class Stopped(KeyboardInterrupt):
 
     It is no Exception: what handles failures does not take it for one.
     """
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Return whether an exception is one of a signal, or came of one.
+
+    Python before 3.12 raises RuntimeError in place of what comes while a class is made, as in an import.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__
+    return cause is not None
 
 
 @contextmanager
@@ -49,9 +62,21 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    if _imports(frame):  # what is cut off there may come out as another exception, and leaves half a module
+        threading.Timer(IMPORT_SECONDS, os.kill, (os.getpid(), number)).start()
+        return
     for other in STOP_SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise Stopped(signal.Signals(number).name)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from launcher.progress import Progress
 from launcher.runs import (
     add_result,
     append_row,
+    judging,
     ledger,
     new_run_id,
     now_utc,
@@ -147,8 +148,9 @@ def record_outcome(request: Request, row: Row, outcome: Outcome, watch: Watch) -
     fill(row, outcome, request.setting)
     if row.disturbed_timeout:
         row.reason = f"no verdict: {'; '.join(text for _, text in findings)}; {row.reason}"
-    judge(row, [text for _, text in findings])
-    append_row(row)
+    with judging():
+        judge(row, [text for _, text in findings])
+        append_row(row)
     prune_weights(row, request.keep_weights)
 
 

@@ -226,6 +226,16 @@ def recording() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def judging() -> Iterator[None]:
+    """Hold the lock from a verdict to its row: of runs that end together, the later one sees the earlier."""
+    from filelock import FileLock
+
+    runs_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(runs_dir() / "judging.lock"):
+        yield
+
+
 def append_row(row: Row) -> None:
     """Write the row of a run, once: into its folder first, so that a lost ledger can be written again.
 
@@ -336,7 +346,9 @@ def remove_leftovers(run: RunDir) -> None:
     end_leftovers(run.run_id)
     if not run.result.exists():
         run.weights.unlink(missing_ok=True)
-    compiled.remove_since(run.record.stat().st_mtime)
+    with_code = run.read_record().get("compiled")
+    place = Path(with_code) if isinstance(with_code, str) else None
+    compiled.remove_since(run.record.stat().st_mtime, place)
     remove_tree(run.box)
     for name in ("first", "second"):
         end_leftovers(scoring_id(run.run_id, name))
@@ -371,6 +383,7 @@ def record_of(row: Row, trainer: str, why: str, facts: dict, laptop: dict) -> di
         "python": sys.version.split()[0],
         "packages": package_versions(),
         "trainer": trainer,
+        "compiled": str(compiled.folder()),
     }
 
 

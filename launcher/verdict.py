@@ -111,6 +111,9 @@ def give_verdict(rows: Sequence[Row], row: Row, findings: Sequence[str]) -> None
     row.reason = decision.reason
     if row.flags & EVIDENCE:
         return  # it decides nothing
+    if is_left_behind(rows, row):
+        row.reason += "; the branch was moved by hand meanwhile"
+        return
     if decision.build_on == row.source:
         row.status = "keep"
     row.build_on = decision.build_on
@@ -124,14 +127,22 @@ def give_verdict(rows: Sequence[Row], row: Row, findings: Sequence[str]) -> None
         row.reason += f"; practice: a budget of {row.budget:g} s never ranks"
 
 
+def is_left_behind(rows: Sequence[Row], row: Row) -> bool:
+    """Return whether a person has moved the branch since the edit of a run was begun."""
+    if Flag.PARALLEL not in row.flags:
+        return False
+    return row.parent not in tried_since_moved(rows, row.board, build_on_now(rows, row.board))
+
+
 @remembered
 def tried_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> set[str]:
     """Return the sources that the search may go back to from the committed trainer `head`.
 
     They are those that were run since a person last moved the branch: a person's choice of a trainer is not
     undone. A person moved it where a run was made on another trainer than the row before it said to build on.
-    An edit that was run beside others was made on what was the best then, and runs outside git
-    (`autoresearch run`) have no parent: they say nothing of the branch.
+    Runs outside git (`autoresearch run`) have no parent, and say nothing of the branch. An edit that was run
+    beside others may have been made on what was the best earlier: of a night of such, a row says where a
+    person moved the branch. An edit that was made on what lies before such a move counts for nothing.
     """
     refuted = refuted_runs(rows)
     sources: set[str] = set()
@@ -141,9 +152,14 @@ def tried_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> set[st
             continue
         if row.status == MOVED:
             build_on = row.build_on
+            if Flag.BY_HAND in row.flags:
+                sources = {build_on}
         if not row.comparable or not row.parent or row.flags & EVIDENCE:
             continue
-        if row.parent != build_on and not (Flag.PARALLEL in row.flags and row.parent in sources):
+        if Flag.PARALLEL in row.flags:
+            if row.parent not in sources:
+                continue
+        elif row.parent != build_on:
             sources = {row.parent}
         sources.add(row.source)
         build_on = row.build_on

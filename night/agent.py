@@ -138,25 +138,31 @@ def fit_argument(text: str) -> str:
     return data.decode("utf-8", "replace")
 
 
-def wait_for_agent(child: Guarded, seconds: float, files: TurnFiles) -> int:
+def wait_for_agent(child: Guarded, deadline: float, limit: float, files: TurnFiles) -> int:
     """Wait for an agent, and end what it leaves running. Returns its exit code.
 
+    deadline: of time.monotonic(). limit: the seconds that it had in all, for the message
+
     Raises:
-        TurnFailed: it took longer than `seconds`, or printed without end. It was ended.
+        TurnFailed: it did not end by the deadline, or printed without end. It was ended.
     """
-    deadline = time.monotonic() + seconds
     try:
         while True:
             left = deadline - time.monotonic()
             with suppress(subprocess.TimeoutExpired):
                 return child.wait(timeout=max(0.0, min(left, POLL_SECONDS)))
             if left <= 0:
-                raise TurnFailed("agent", f"the agent did not end within {seconds:.0f} s")
-            if files.out.stat().st_size + files.log.stat().st_size > LONGEST_LOG:
+                raise TurnFailed("agent", f"the agent did not end within {limit:.0f} s")
+            if prints_without_end(files):
                 raise TurnFailed("agent", f"the agent printed more than {LONGEST_LOG:,} bytes")
     finally:
         with defer_signals():
             child.end(ask=True)
+
+
+def prints_without_end(files: TurnFiles) -> bool:
+    """Return whether an agent has printed more than is kept."""
+    return files.out.stat().st_size + files.log.stat().st_size > LONGEST_LOG
 
 
 # ---------------------------------------------------------------------------

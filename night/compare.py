@@ -1,7 +1,7 @@
 """
-`autoresearch compare`: one trainer on every device of this machine, for somebody who chooses hardware.
+`autoresearch compare`: one trainer on every device of this machine, for the choice of hardware.
 
-The runs are at the same time, each on its own device, and stand in the ledger as any others.
+The runs stand in the ledger as any others.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from launcher.ledger import STATUSES, Row
 from launcher.processes import stop_on_signals
 from launcher.runs import find_run, ledger, trainer_of
 from launcher.setting import resolve
-from night.crew import Crew, Doing
 from night.devices import Device, parse_list
 from night.job import Job, JobAnswer
 from night.state import loop_folder
 from night.stop import rest
+from night.workers import Future, Workers, result_of
 from prepare import TIME_BUDGET, UserError
 
 POLL_SECONDS = 0.5
@@ -35,6 +35,7 @@ COLUMNS = (
     "mfu_percent",
     "kilojoules",
     "status",
+    "marks",
     "run",
 )
 
@@ -50,12 +51,17 @@ class DeviceScore(NamedTuple):
     mfu_percent: float
     kilojoules: float  # that the run took, where the device reports its power
     status: str
+    marks: str  # what happened to the run: its flags
     run: str
     reason: str
 
 
-def compare(trainer: str, devices: str, track: str, budget: float | None, seed: int, as_json: bool) -> int:
-    """Run a trainer on devices at once, and print how they compare. Returns the exit code.
+def compare_devices(
+    trainer: str, devices: str, track: str, budget: float | None, seed: int, as_json: bool
+) -> int:
+    """Run a trainer on devices, and print how they compare. Returns the exit code.
+
+    GPUs train at once; a CPU, which they all need a little of, after them.
 
     Args:
         trainer: a file, or a run; "" for each platform's own.
@@ -70,12 +76,19 @@ def compare(trainer: str, devices: str, track: str, budget: float | None, seed: 
     """
     chosen = parse_list(devices)
     source = find_source(trainer)
-    jobs = [make_job(device, source, track, budget or float(TIME_BUDGET), seed) for device in chosen]
-    with stop_on_signals(), awake(), Crew(chosen, loop_folder()) as crew:
-        doing = [crew.submit(job, device.name) for job, device in zip(jobs, chosen, strict=True)]
-        say(f"{len(doing)} runs at once: " + ", ".join(device.name for device in chosen))
-        answers = [wait_for(one) for one in doing]
-    scores = make_scores(chosen, answers, ledger().rows())
+    jobs = {device: make_job(device, source, track, budget or float(TIME_BUDGET), seed) for device in chosen}
+    answers: dict[Device, JobAnswer] = {}
+    with stop_on_signals(), awake(), Workers(chosen, loop_folder()) as workers:
+        for kind in ("gpu", "cpu"):
+            futures = {
+                device: workers.submit(job, device.name)
+                for device, job in jobs.items()
+                if device.kind == kind
+            }
+            if futures:
+                say("training on " + ", ".join(device.name for device in futures))
+            answers |= {device: wait_for(future) for device, future in futures.items()}
+    scores = make_scores(chosen, [answers[device] for device in chosen], ledger().rows())
     if as_json:
         print_object({"devices": [score._asdict() for score in scores]})
     else:
@@ -97,26 +110,17 @@ def find_source(trainer: str) -> bytes | None:
 
 def make_job(device: Device, source: bytes | None, track: str, budget: float, seed: int) -> Job:
     """Return the run of a trainer, the platform's own if left out, on a device."""
-    setting = resolve("cpu" if device.kind == "cpu" else "", track, budget)
-    return Job(
-        setting.platform.name,
-        setting.track.name,
-        budget,
-        seed,
-        f"compare: {device.name}",
-        source if source is not None else read_trainer(setting.trainer),
-        commit="",
-    )
+    platform = "cpu" if device.kind == "cpu" else ""  # a GPU has its own platform, which its job finds
+    setting = resolve(platform, track, budget)
+    trainer = source if source is not None else read_trainer(setting.trainer)
+    return Job(platform, track, budget, seed, f"compare: {device.name}", trainer, commit="")
 
 
-def wait_for(doing: Doing) -> JobAnswer:
+def wait_for(future: Future) -> JobAnswer:
     """Return the answer of a job when it is done."""
-    while not doing.done():
+    while not future.done():
         rest(POLL_SECONDS, lambda: False)
-    try:
-        return doing.result()
-    except Exception as error:  # dask's: worker after worker died over it
-        return JobAnswer(status="error", reason=str(error))
+    return result_of(future)
 
 
 def make_scores(
@@ -136,6 +140,7 @@ def make_scores(
             row.mfu_percent,
             row.energy_kj,
             row.status,
+            row.marks,
             row.run,
             row.reason,
         )

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,9 +30,15 @@ class Device:
         return {CORES_VARIABLE: ",".join(map(str, self.cores))} if self.cores else {}
 
 
-def keep_to_device() -> None:
-    """Bind this process, and what it starts, to the cores that its environment names."""
-    cores = os.environ.get(CORES_VARIABLE, "")
+def see_only(device: Device) -> None:
+    """Let this process, and what it starts, see one GPU alone. It must come before the machine's facts."""
+    if device.kind == "gpu":
+        os.environ.update(device.environment())
+
+
+def keep_to_cores(environment: Mapping[str, str] = os.environ) -> None:
+    """Bind this process, and what it starts, to the cores that an environment names (Device.environment)."""
+    cores = environment.get(CORES_VARIABLE, "")
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, map(int, cores.split(",")))
 

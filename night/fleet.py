@@ -10,33 +10,38 @@ One process decides: it alone moves the branch, from one verdict to the next. A 
 """
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from backends.platforms import cpu_facts
 from launcher.belief import PRIOR
 from launcher.harness import source_hash
-from launcher.ledger import STATUSES, Flag, Row
+from launcher.ledger import MOVED, STATUSES, Flag, Row
 from launcher.processes import defer_signals
-from launcher.runs import ledger, new_run_id, record_killed_runs
-from launcher.verdict import fresh_seed, survey_board
+from launcher.runs import ledger, new_run_id, now_utc, record_killed_runs
+from launcher.verdict import build_on_now, fresh_seed, survey_board
 from night import repo
-from night.agent import Answer, TurnFailed, save_answer
-from night.crew import Crew, Doing
-from night.devices import parse_devices
+from night.agent import Answer, TurnFailed, prints_without_end, save_answer
+from night.devices import Device, keep_to_cores
+from night.failures import kind_of
 from night.job import Job, JobAnswer
 from night.loop import BASELINE, NO_VERDICT_TRIES, Loop, run_night
 from night.panel import DeviceLine, Panel
 from night.plan import Night
-from night.state import Edit, LoopState, loop_folder, record
+from night.state import Edit, LoopState, loop_folder, read_state, record
 from night.stop import rest
 from night.trial import check_source, lab_message, put_on_branch, scored_before
 from night.turn import Turn, begin_turn, end_turn
+from night.workers import WORKER_SECONDS, Future, Workers, result_of
 from prepare import ROOT, UserError, first_line
 
 POLL_SECONDS = 0.2  # between looks whether a device or an agent has ended
 LOOK_SECONDS = 5.0  # between looks at all else: the clock, `autoresearch stop`, what a person edits
-FAR = 3.0  # errors by which a device must differ from the others, to be told of
+MOST_FAILURES = 3  # of a device in a row, while others give scores
+FAR_ERRORS = 3.0  # standard errors that a device must be off by, to be told of
+MOST_MESSAGES = 3  # about failed turns, that the next agent gets
 UNDER_WAY = "These edits are run now or wait for it, and there is no result yet. Do something else:"
 OTHERS = "Other agents think of an edit at this moment ({count}). What comes to mind first, they try too."
 
@@ -45,59 +50,70 @@ OTHERS = "Other agents think of an edit at this moment ({count}). What comes to 
 class Task:
     """What a device does."""
 
-    doing: Doing
+    device: str  # its name
+    future: Future
     text: str
     began: float  # of time.monotonic()
+    source: str  # content hash of the trainer
     edit: Edit | None = None  # None: the committed trainer is run
-    source: str = ""  # content hash of the trainer
+
+    @property
+    def key(self) -> str:
+        """What it is known by when it is done again."""
+        return self.edit.commit if self.edit else self.text
 
 
-class AtWork(NamedTuple):
-    """An agent at work."""
+@dataclass(frozen=True)
+class AgentAtWork:
+    """A turn, and which of the agents' folders it has."""
 
     turn: Turn
-    place: int  # of its folder
+    place: int
 
 
-def run_fleet(night: Night, devices: str, agents: int | None = None) -> int:
+def run_fleet(night: Night, devices: Sequence[Device], agents: int | None = None) -> int:
     """Run a night over several devices. Returns the exit code: see run_night.
 
-    devices: as parse_devices takes it
-    agents: that may work at once, as many as there are devices if left out
+    Args:
+        night: its setting is that of the first device (devices.see_only).
+        devices: of one kind.
+        agents: that may work at once, as many as there are devices if left out.
 
     Raises:
-        UserError: there are no such devices, dask is missing, or as run_night.
+        UserError: the platform is for other devices, dask is missing, or as run_night.
     """
-    chosen = parse_devices(devices)
-    if chosen[0].kind != night.setting.platform.device_kind:
-        raise UserError(
-            f"--devices {devices}: platform {night.setting.platform.name} runs on a "
-            f"{night.setting.platform.device_kind} (--platform)",
-            2,
-        )
-    if chosen[0].cores:  # a run sees so many cores, and is ranked with such runs
-        night.setting = replace(night.setting, facts=cpu_facts(len(chosen[0].cores)))
-    crew = Crew(chosen, loop_folder())
-    return run_night(night, lambda night, panel: Fleet(night, panel, crew, agents or len(chosen)))
+    kind = night.setting.platform.device_kind
+    if devices[0].kind != kind:
+        raise UserError(f"--devices: platform {night.setting.platform.name} runs on a {kind} (--platform)", 2)
+    if devices[0].cores:  # a run sees so many cores, and is ranked with such runs
+        night.setting = replace(night.setting, facts=cpu_facts(len(devices[0].cores)))
+    workers = Workers(devices, loop_folder())
+    return run_night(night, lambda night, panel: Fleet(night, panel, workers, agents or len(devices)))
 
 
 class Fleet(Loop):
     """A loop whose experiments run on several devices at once. The repository must be held."""
 
-    def __init__(self, night: Night, panel: Panel, crew: Crew, agents: int) -> None:
+    def __init__(self, night: Night, panel: Panel, workers: Workers, agents: int) -> None:
         """agents: that may work at once"""
         super().__init__(night, panel)
-        self.crew = crew
+        self.workers = workers
+        self.devices = [device.name for device in workers.devices]  # that get work
+        self.at_once = len(self.devices)
         self.agents = agents
         self.tasks: list[Task] = []
-        self.turns: list[AtWork] = []
-        self.tries: dict[
-            str, int
-        ] = {}  # runs without a verdict, by commit; of the committed trainer, by source
-        self.asked = 0  # turns so far
-        self.rested = 0.0  # of time.monotonic(): before it, nothing is begun
-        self.conflict = ""  # of two edits, for the next agent
-        self.began_with: dict[str, Row] = {}  # the first run of the committed trainer on each device
+        self.turns: list[AgentAtWork] = []
+        self.turns_begun = 0
+        self.head = read_state().head  # the commit that this loop left the branch on
+        self.branch = repo.branch()
+        self.baselines: dict[str, Row] = {}  # a scored run of the committed trainer, by device
+        self.tries: Counter[str] = Counter()  # runs without a verdict, by the key of the task
+        self.failed: Counter[str] = Counter()  # jobs in a row without a score, by device
+        self.not_before: dict[str, float] = {}  # when a task may be done again, by its key
+        self.no_agents_before = 0.0  # of time.monotonic()
+        self.missing_since: dict[str, float] = {}  # devices without a worker
+        self.messages: list[str] = []  # about failed turns, for the next agent
+        self.gave_up = ""  # why
         panel.devices = self.describe_devices
 
     # --- The turns ------------------------------------------------------------------------------------------
@@ -105,34 +121,62 @@ class Fleet(Loop):
     def take_turns(self) -> tuple[str, int]:
         """Keep devices and agents at work until there is a reason to end. Returns (the reason, exit code)."""
         try:
-            with self.crew:
-                return self.work_on()
+            with self.workers:
+                return self.work()
         except UserError as error:  # no workers
             return str(error), 1
         finally:
             self.tasks.clear()
             self.end_turns()
+            keep_to_cores(self.workers.devices[0].environment())  # a claim is tested on the first device
 
-    def work_on(self) -> tuple[str, int]:
-        """Do what take_turns does, while the crew is there."""
+    def work(self) -> tuple[str, int]:
+        """Do what take_turns does, while there are workers."""
         looked = -LOOK_SECONDS
         while True:
             try:
                 if self.collect() or time.monotonic() > looked + LOOK_SECONDS:
                     looked = time.monotonic()
-                    enough = self.why_over()
+                    enough = self.gave_up or self.why_over()
                     if enough and not self.tasks:
-                        return enough, 0
-                    if not enough and looked >= self.rested:
+                        return enough, 1 if self.gave_up else 0
+                    self.drop_judged()
+                    self.look_for_workers()
+                    if not enough:
                         self.give_work()
                         self.ask_agents()
             except Exception as error:
-                self.rested = time.monotonic() + self.record_failure(error)
-                if self.failures.are_too_many:
-                    count = self.failures.in_a_row
-                    reason = first_line(error)
-                    return f"gave up after {count} turns without an experiment in a row: {reason}", 1
+                self.take_failure(error)
             rest(POLL_SECONDS, lambda: False)
+
+    def collect(self) -> bool:
+        """Take what has ended: an agent's edit, or a device's verdict. Returns whether anything has."""
+        for at_work in self.turns:
+            if self.has_ended(at_work.turn):
+                self.take_edit(at_work)
+                return True
+        for task in self.tasks:
+            if task.future.done():
+                self.tasks.remove(task)
+                self.take_answer(task, result_of(task.future))
+                return True
+        return False
+
+    def take_failure(self, error: Exception) -> None:
+        """Tell of a failed turn. Agents rest for a while, devices do not; too many failures end the night.
+
+        Several agents that fail at once, as they do where their model refuses, count once.
+        """
+        if kind_of(error) in ("agent", "edit") and time.monotonic() < self.no_agents_before:
+            self.panel.add("turns_lost")
+            self.panel.note(f"no experiment: {first_line(error)}")
+            self.messages.append(str(error))
+            return
+        self.no_agents_before = time.monotonic() + self.record_failure(error)
+        self.messages.append(self.complaint)
+        if self.failures.are_too_many:
+            count = self.failures.in_a_row
+            self.gave_up = f"gave up after {count} turns without an experiment in a row: {first_line(error)}"
 
     def is_full(self) -> bool:
         """Return whether as many experiments are under way as were asked for."""
@@ -143,218 +187,266 @@ class Fleet(Loop):
         """Return the tasks that end in an experiment: a further run of the committed trainer does not."""
         return [task for task in self.tasks if task.edit or task.text == BASELINE]
 
-    def collect(self) -> bool:
-        """Take what has ended: an agent's edit, or a device's verdict. Returns whether anything has."""
-        for at_work in self.turns:
-            if self.has_ended(at_work.turn):
-                self.take_edit(at_work)
-                return True
-        for task in self.tasks:
-            if task.doing.done():
-                self.tasks.remove(task)
-                self.take_answer(task)
-                return True
-        return False
-
     # --- The devices ----------------------------------------------------------------------------------------
+
+    def free_devices(self) -> list[str]:
+        """Return the devices that do nothing."""
+        busy = {task.device for task in self.tasks}
+        return [device for device in self.devices if device not in busy]
 
     def give_work(self) -> None:
         """Give each free device something to do."""
+        self.notice_move()
         if self.needs_baseline():
             self.run_baselines()
         self.require_harness()
-        if not self.tasks:
-            self.waiting.take_from_tree()
-        while len(self.tasks) < len(self.crew.devices) and not self.is_full():
+        self.take_from_tree()
+        if super().needs_baseline():  # nothing can be said of an edit before
+            return
+        for device in self.free_devices():
             edit = next(iter(self.idle_edits()), None)
-            if edit is None:
+            if edit is None or self.is_full():
                 return
-            self.run_edit(edit)
+            self.run_edit(edit, device)
+
+    def take_from_tree(self) -> None:
+        """Let the edit that lies in the working tree wait, unless it is run now."""
+        lying = repo.lying_blob(self.trainer.name)
+        running = [
+            repo.committed_blob(self.trainer.name, task.edit.commit) for task in self.tasks if task.edit
+        ]
+        if lying not in running:
+            self.waiting.take_from_tree()
 
     def needs_baseline(self) -> bool:
         """Return whether the committed trainer has no run on this board yet, and gets none now."""
         is_under_way = any(task.text == BASELINE for task in self.tasks)
-        return not is_under_way and super().needs_baseline()
+        waits = self.not_before.get(BASELINE, 0.0) > time.monotonic()
+        return not is_under_way and not waits and super().needs_baseline()
 
     def run_baselines(self) -> None:
-        """Run the committed trainer on every device at once: do they give the same?"""
+        """Run the committed trainer on every free device at once: do they give the same?"""
         source = repo.content("HEAD", self.trainer.name)
         seed = max(self.night.seed, fresh_seed(ledger().rows(), [source_hash(source)]))
-        for number in range(len(self.crew.devices) - len(self.tasks)):
-            text = f"the committed trainer on another device, seed {seed + number}" if number else BASELINE
+        for number, device in enumerate(self.free_devices()):
+            text = f"the committed trainer on {device}" if number else BASELINE
             flags = (Flag.NOISE,) if number else ()
-            self.submit(
-                self.job(
-                    seed=seed + number,
-                    description=text,
-                    trainer=source,
-                    commit=repo.head(),
-                    parent=source,
-                    flags=flags,
-                ),
-                text,
+            job = self.make_job(
+                seed=seed + number,
+                description=text,
+                trainer=source,
+                commit=repo.head(),
+                parent=source,
+                flags=flags,
             )
+            self.submit(job, device, text)
 
-    def job(self, **more: Any) -> Job:
+    def make_job(self, **more: Any) -> Job:
         """Return a job of this night."""
         setting = self.setting
         return Job(setting.platform.name, setting.track.name, setting.budget, **more)
 
     def idle_edits(self) -> list[Edit]:
-        """Return the edits that wait and are not run now."""
+        """Return the edits that wait, and are neither run now nor to be left alone for a while."""
+        now = time.monotonic()
         running = {task.edit.commit for task in self.tasks if task.edit}
-        return [edit for edit in self.waiting if edit.commit not in running]
+        return [
+            edit
+            for edit in self.waiting
+            if edit.commit not in running and self.not_before.get(edit.commit, 0.0) <= now
+        ]
 
-    def run_edit(self, edit: Edit) -> None:
+    def run_edit(self, edit: Edit, device: str) -> None:
         """Have an edit run, put on the trainer that is the best by now.
 
         Raises:
             TurnFailed: it cannot be tried. It is then stashed.
         """
-        edit = self.put_on_best(edit)
-        description = edit.answer.description
-        source = repo.content(edit.commit, self.trainer.name)
-        digest = source_hash(source)
+        rebased = self.waiting.rebase(edit)
+        if rebased is None:
+            raise self.refuse(edit, "it does not go together with what was kept meanwhile")
+        edit = rebased
+        name = self.trainer.name
+        source = repo.content(edit.commit, name)
         try:
-            check_source(self.trainer.name, source)
+            check_source(name, source)
         except UserError as error:
             raise self.refuse(edit, str(error)) from None
         earlier = scored_before(source, self.setting)
         if earlier:
-            raise self.refuse(
-                edit, f"run {earlier.run} scored the same source: {earlier.val_bpb:.6f}, {earlier.status}"
-            )
-        if any(task.source == digest for task in self.tasks):
+            found = f"{earlier.val_bpb:.6f}, {earlier.status}"
+            raise self.refuse(edit, f"the same source was scored by run {earlier.run}: {found}")
+        if any(task.source == source_hash(source) for task in self.tasks):
             raise self.refuse(edit, "the same source is run now")
-        parent = repo.content(edit.base, self.trainer.name) if edit.base else None
-        job = self.job(
+        job = self.make_job(
             seed=self.night.seed,
-            description=description,
+            description=edit.answer.description,
             trainer=source,
             commit=edit.commit,
-            parent=parent,
+            parent=repo.content(edit.base, name),
             agent=edit.agent,
             flags=(Flag.PARALLEL,),
             has_dry_run=True,
         )
-        self.submit(job, description, edit)
+        self.submit(job, device, edit.answer.description, edit)
 
-    def put_on_best(self, edit: Edit) -> Edit:
-        """Return an edit as one on the last commit. Raises TurnFailed where it conflicts with that."""
-        rebased = self.waiting.rebase(edit)
-        if rebased is None:
-            raise self.refuse(edit, "it does not go together with what was kept meanwhile")
-        return rebased
-
-    def refuse(self, edit: Edit, why: str) -> TurnFailed:
-        """Stash an edit that cannot be tried, and return what to raise."""
-        self.waiting.stash(edit)
+    def refuse(self, edit: Edit, why: str, ref: str = "") -> TurnFailed:
+        """Stash an edit that cannot be tried, and return what to raise. ref: its name, if it has one"""
+        self.waiting.stash(edit, ref)
         return TurnFailed("edit", f"«{edit.answer.description}»: {why}")
 
-    def submit(self, job: Job, text: str, edit: Edit | None = None) -> None:
-        """Have a job done by the next free device."""
-        record("phase", phase="fleet", text=text)
-        doing = self.crew.submit(job)
-        self.tasks.append(Task(doing, text, time.monotonic(), edit, source_hash(job.trainer)))
-        self.enter_phase()
+    def submit(self, job: Job, device: str, text: str, edit: Edit | None = None) -> None:
+        """Have a job done by a device."""
+        record("phase", phase="fleet", text=f"{device}: {text}")
+        future = self.workers.submit(job, device)
+        self.tasks.append(Task(device, future, text, time.monotonic(), source_hash(job.trainer), edit))
+        self.show_phase()
 
-    def take_answer(self, task: Task) -> None:
+    def look_for_workers(self) -> None:
+        """Take the devices out of the night whose workers do not come back."""
+        now = time.monotonic()
+        missing = self.workers.missing()
+        self.missing_since = {device: self.missing_since.get(device, now) for device in missing}
+        for device, since in self.missing_since.items():
+            if device in self.devices and now - since > WORKER_SECONDS:
+                self.take_out(device, f"its worker was not started again within {WORKER_SECONDS:.0f} s")
+                for task in self.tasks:
+                    if task.device == device:
+                        task.future.cancel()
+
+    def take_out(self, device: str, why: str) -> None:
+        """Give a device no more work. Without any, the night ends."""
+        self.devices.remove(device)
+        self.at_once = max(1, len(self.devices))
+        self.panel.note(f"{device} gets no more work: {why}")
+        if not self.devices:
+            self.gave_up = f"no device is left: {device}: {why}"
+
+    # --- What the devices answer ----------------------------------------------------------------------------
+
+    def take_answer(self, task: Task, answer: JobAnswer) -> None:
         """Take what became of a task: a verdict, or a failure.
 
         Raises:
-            TurnFailed: there is no verdict.
+            TurnFailed: the edit failed its dry run.
         """
-        self.enter_phase()
-        try:
-            answer = task.doing.result()
-        except Exception as error:  # dask's: worker after worker died over it
-            answer = JobAnswer(status="error", reason=first_line(error))
+        self.show_phase()
         self.hours.dry_seconds = answer.seconds or self.hours.dry_seconds
         row = self.row_of(answer.run)
-        if row is None:
-            self.take_failure(task, answer)
-            return
-        if not row.judged:
-            self.try_again(task, row.reason)
-            return
-        self.failures.clear()
-        if task.edit is None:
-            self.take_baseline(task, row, answer.device)
-            return
-        if task.edit.agent:
-            save_answer(row.run, task.edit.answer)
-        self.settle(task.edit, row)
-        self.waiting.drop(task.edit)
-        self.record_experiment(row)
+        self.count_failure(task, answer, row)
+        if row and row.judged:
+            self.take_row(task, row)
+        elif row or answer.run or answer.status == "error" or task.edit is None:
+            self.try_again(task, row.reason if row else answer.reason or "its row is missing")
+        else:
+            refused = self.refused_row(task.edit, answer.status, answer.reason, answer.seconds)
+            ledger().append(refused)
+            why = f"failed its dry run on {task.device} ({answer.status}): {answer.reason}\n{answer.log_tail}"
+            raise self.refuse(task.edit, why, refused.run)
 
     def row_of(self, run_id: str) -> Row | None:
         """Return the row of a run, None where there is none."""
         rows = ledger().rows() if run_id else []
         return next((row for row in reversed(rows) if row.run == run_id and row.status in STATUSES), None)
 
-    def take_failure(self, task: Task, answer: JobAnswer) -> None:
-        """Take a task that led to no run. Raises TurnFailed."""
-        if task.edit is None or answer.status == "error":
-            self.try_again(task, answer.reason)
+    def count_failure(self, task: Task, answer: JobAnswer, row: Row | None) -> None:
+        """Count what a device could not do. One that can do nothing, while others can, is taken out."""
+        device = task.device
+        if row and row.scored and row.judged:
+            self.failed[device] = 0
             return
-        ledger().append(self.refused_row(task.edit, answer.status, answer.reason, answer.seconds))
-        raise self.refuse(
-            task.edit, f"it failed its dry run ({answer.status}): {answer.reason}\n{answer.log_tail}"
-        )
+        self.failed[device] += 1
+        works_elsewhere = any(self.failed[other] == 0 for other in self.devices if other != device)
+        if self.failed[device] >= MOST_FAILURES and works_elsewhere and device in self.devices:
+            why = row.reason if row else answer.reason
+            self.take_out(device, f"{MOST_FAILURES} jobs in a row without a score, the last: {why}")
+
+    def take_row(self, task: Task, row: Row) -> None:
+        """Take a run that has its verdict."""
+        self.failures.clear()
+        self.no_agents_before = 0.0
+        self.tries.clear()
+        if task.edit is None:
+            if task.text == BASELINE:
+                self.record_experiment(row)
+            self.compare_baselines(task.device, row)
+            return
+        if task.edit.agent:
+            save_answer(row.run, task.edit.answer)
+        self.drop_judged()
 
     def try_again(self, task: Task, why: str) -> None:
-        """Have a task without a verdict done anew. Raises TurnFailed where that was in vain too often."""
-        key = task.edit.commit if task.edit else task.source
-        tries = self.tries[key] = self.tries.get(key, 0) + 1
-        self.panel.note(f"no verdict on «{task.text}»: {why}")
-        if tries >= NO_VERDICT_TRIES:
-            if task.edit:
-                self.waiting.stash(task.edit)
-            raise TurnFailed("device", f"«{task.text}» was run {tries} times without a verdict: {why}")
+        """Have a task without a verdict done anew after a pause.
 
-    def take_baseline(self, task: Task, row: Row, device: str) -> None:
-        """Take a run of the committed trainer, and say how its device compares with the first."""
-        if task.text == BASELINE:
-            self.record_experiment(row)
-        if row.scored:
-            self.began_with[device] = row
-        if len(self.began_with) < 2:
+        An edit that never gets one is stashed. Where nothing gets one, the night ends.
+        """
+        self.tries[task.key] += 1
+        self.not_before[task.key] = time.monotonic() + self.night.pause
+        self.panel.note(f"no verdict on {task.device} on «{task.text}»: {why}")
+        if task.edit and self.tries[task.key] >= NO_VERDICT_TRIES:
+            self.waiting.stash(task.edit)
+        if self.tries.total() >= NO_VERDICT_TRIES * max(1, len(self.devices)):
+            count = self.tries.total()
+            self.gave_up = f"gave up after {count} runs without a verdict in a row: «{task.text}»: {why}"
+
+    def compare_baselines(self, device: str, row: Row) -> None:
+        """Say how a device compares with the first one that ran the committed trainer."""
+        if not row.scored:
+            self.panel.note(f"{device}: the committed trainer has no score: {row.status} ({row.reason})")
+            return
+        self.baselines[device] = row
+        first_device, first = next(iter(self.baselines.items()))
+        if device == first_device:
             return
         believed = survey_board(ledger().rows(), self.setting.board)
         error = (believed.sigma if believed else PRIOR.sigma) * 2**0.5
-        first_device, first = next(iter(self.began_with.items()))
-        apart = row.val_bpb - first.val_bpb
-        is_far = abs(apart) > FAR * error
-        self.panel.note(
-            f"{device} against {first_device}, the same trainer: {apart:+.6f} bpb, "
-            f"{row.tokens_per_second / max(first.tokens_per_second, 1.0):.2f} of its speed"
-            + (
-                f"; that is more than {FAR:g} times the noise: run them in nights of their own"
-                if is_far
-                else ""
-            )
-        )
+        difference = row.val_bpb - first.val_bpb
+        speed = row.tokens_per_second / max(first.tokens_per_second, 1.0)
+        line = f"{device} against {first_device}: {difference:+.6f} bpb, {speed:.2f} of its speed"
+        if abs(difference) > FAR_ERRORS * error:
+            line += f"; that is more than {FAR_ERRORS:g} errors apart: give each a night of its own"
+        self.panel.note(line)
 
-    # --- Verdicts -------------------------------------------------------------------------------------------
+    # --- The branch -----------------------------------------------------------------------------------------
 
-    def settle(self, edit: Edit, row: Row) -> None:
-        """Let the branch follow a verdict, and merge an edit whose parent is not the best any more.
+    def drop_judged(self) -> None:
+        """Follow the verdicts on edits that wait, in the order of the ledger, and take them from the list.
 
-        It may be repeated: a loop that was cut off does so at its start.
+        It may be cut off and repeated: after kill -9 the next loop does so at its start.
         """
+        running = {task.edit.commit for task in self.tasks if task.edit}
+        edits = {edit.commit[:7]: edit for edit in self.waiting if edit.commit not in running}
+        if not edits:
+            return
+        verdicts = {row.commit: row for row in ledger().rows() if row.judged and row.commit in edits}
+        for row in verdicts.values():
+            edit = edits[row.commit]
+            self.follow_verdict(edit, row)
+            self.waiting.drop(edit)
+            self.record_experiment(row)
+
+    def follow_verdict(self, edit: Edit, row: Row) -> None:
+        """Put the trainer to build on onto the branch, and merge an edit whose parent is not the best."""
         name = self.trainer.name
-        best_before = repo.content("HEAD", name)
+        self.notice_move()
         repo.save_ref(row.run, edit.commit)
-        if row.build_on and row.build_on != source_hash(best_before):
-            if row.build_on == row.source:
-                text = repo.content(edit.commit, name)
+        best = repo.content(self.head, name)  # before this verdict, also where it is followed once more
+        there = repo.committed_source(name)
+        build_on = build_on_now(ledger().rows(), self.setting.board)
+        if build_on and build_on != there:
+            if build_on == row.source:
                 message = lab_message(edit.answer.description, row)
-                repo.advance_branch(repo.commit_alone(name, message, text), name)
+                kept = repo.commit_alone(name, message, repo.content(edit.commit, name))
+                repo.advance_branch(kept, name)
             else:
-                put_on_branch(name, row.board, row.build_on)
-        is_better = row.scored and row.effect < 0 and row.source != source_hash(best_before)
-        if is_better and repo.content(edit.base, name) != best_before:
-            self.merge(edit, best_before)
+                put_on_branch(name, row.board, build_on)
+        is_gain = row.scored and row.effect < 0 and row.build_on != ""
+        if is_gain and source_hash(best) != row.source and repo.content(edit.base, name) != best:
+            self.merge(edit, best)
+        # What a person had left in the working tree is judged: it goes, as in `try`.
+        repo.follow(name, {repo.committed_blob(name, edit.commit)})
+        self.head = repo.head()
+        self.save_state()
 
     def merge(self, edit: Edit, best: bytes) -> None:
         """Let an edit wait that is another one and what was the best when it ended, together."""
@@ -363,7 +455,7 @@ class Fleet(Loop):
         merged = repo.merge(best, repo.content(edit.base, name), theirs)
         description = edit.answer.description
         if merged is None:
-            self.conflict = (
+            self.messages.append(
                 f"«{description}» was better than what it was made on, and conflicts with what was kept "
                 "meanwhile. Do the same on the trainer as it is now."
             )
@@ -371,19 +463,38 @@ class Fleet(Loop):
         elif merged not in (best, theirs):
             text = f"merged: {description}"
             commit = repo.commit_alone(name, text, merged)
-            merged_edit = Edit(commit, repo.head(), Answer(text), edit.agent)
-            self.waiting.change([merged_edit, *self.waiting])  # the first: both parts are gains already
+            both = Edit(commit, repo.head(), Answer(text), edit.agent)
+            others = [one for one in self.waiting if one.answer.description != text]
+            self.waiting.change([both, *others])  # the first: both parts are gains already
 
-    def drop_judged(self) -> None:
-        """Let the branch follow the verdicts on edits that a loop which was cut off did not settle."""
-        rows = ledger().rows()
-        for edit in list(self.waiting):
-            verdicts = [
-                row for row in rows if row.judged and row.commit and edit.commit.startswith(row.commit)
-            ]
-            if verdicts:
-                self.settle(edit, verdicts[-1])
-        self.waiting.drop_judged(rows)
+    def notice_move(self) -> None:
+        """Note in the ledger where a person has moved the branch: what is there now is built on."""
+        head = repo.head()
+        branch = repo.branch()
+        if head == self.head and branch == self.branch:
+            return
+        name = self.trainer.name
+        there = repo.committed_source(name)
+        build_on = build_on_now(ledger().rows(), self.setting.board)
+        before = repo.content(self.head, name) if repo.is_commit(self.head) else b""
+        if build_on and there != build_on:
+            ledger().append(self.moved_row(there))
+            self.panel.note("the branch was moved by hand: what is there now is built on")
+        elif before and source_hash(before) != there:  # by this loop, which was killed then
+            repo.follow(name, {repo.committed_blob(name, self.head)})
+            return  # the verdict is followed once more: see follow_verdict
+        self.head = head
+        self.branch = branch
+        self.save_state()
+
+    def moved_row(self, source: str) -> Row:
+        """Return the row that says that a person put a trainer on the branch, given its content hash."""
+        board = self.setting.board._asdict()
+        marks = [Flag.BY_HAND] if board.pop("boxed") else [Flag.BY_HAND, Flag.UNBOXED]
+        text = "the branch as a person moved it"
+        return Row(
+            status=MOVED, description=text, time=now_utc(), build_on=source, marks=",".join(marks), **board
+        )
 
     def learn_noise(self) -> None:
         """Do nothing: the runs of the committed trainer on the other devices tell of the noise."""
@@ -392,16 +503,13 @@ class Fleet(Loop):
 
     def ask_agents(self) -> None:
         """Ask as many agents for an edit as there is room for."""
-        free = len(self.crew.devices) - len(self.tasks)
-        wanted = free + (self.agents if self.night.ahead else 0)
-        while (
-            len(self.turns) < self.agents
-            and len(self.turns) + len(self.idle_edits()) < wanted
-            and not self.needs_baseline()
-            and not self.is_enough_asked()
-        ):
-            seconds = self.hours.to_think()
-            if not seconds:
+        if time.monotonic() < self.no_agents_before or super().needs_baseline():
+            return
+        free = len(self.free_devices())
+        room = min(self.agents, free + (self.agents if self.night.ahead else 0)) - len(self.turns)
+        for number in range(room - len(self.idle_edits())):
+            seconds = self.hours.to_think(runs=1 if number < free else 2)
+            if not seconds or self.is_enough_asked():
                 return
             self.start_turn(seconds)
 
@@ -414,22 +522,12 @@ class Fleet(Loop):
     def start_turn(self, seconds: float) -> None:
         """Start an agent on the trainer that is the best now. Raises as turn.begin_turn."""
         night = self.night
-        doing = [
-            *(task.text for task in self.tasks if task.edit),
-            *(e.answer.description for e in self.idle_edits()),
-        ]
-        told = [self.result]
-        if doing:
-            told.append("\n".join([UNDER_WAY, *(f"- {text}" for text in doing)]))
-        if self.turns:
-            told.append(OTHERS.format(count=len(self.turns)))
-        self.complaint = self.complaint or self.conflict
-        prompt = self.write_prompt("\n\n".join(told))
-        self.complaint = self.conflict = ""
+        self.complaint = "\n\n".join(self.messages[-MOST_MESSAGES:])
+        prompt = self.write_prompt(self.describe_work())
         place = min(set(range(self.agents)) - {one.place for one in self.turns})
-        self.asked += 1
+        self.turns_begun += 1
         # The builtin search draws from the seed.
-        settings = self.setting.run_settings(night.seed + self.asked).to_env()
+        settings = self.setting.run_settings(night.seed + self.turns_begun).to_env()
         if night.agent.is_builtin:
             settings["PYTHONPATH"] = str(ROOT)
         self.stamp = new_run_id()
@@ -438,22 +536,36 @@ class Fleet(Loop):
             turn = begin_turn(
                 night.agent, prompt, repo.head(), self.stamp, seconds, settings, night.boxed, place
             )
-            self.turns.append(AtWork(turn, place))
+            self.turns.append(AgentAtWork(turn, place))
         self.stamp = ""
-        self.enter_phase()
+        self.messages.clear()
+        self.show_phase()
+
+    def describe_work(self) -> str:
+        """Return what an agent is told of the last result, and of what is under way."""
+        texts = [self.result]
+        running = [task.text for task in self.tasks if task.edit]
+        waiting = [edit.answer.description for edit in self.idle_edits()]
+        if running or waiting:
+            texts.append("\n".join([UNDER_WAY, *(f"- {text}" for text in (*running, *waiting))]))
+        if self.turns:
+            texts.append(OTHERS.format(count=len(self.turns)))
+        return "\n\n".join(texts)
 
     def has_ended(self, turn: Turn) -> bool:
         """Return whether an agent has ended, or must."""
-        return turn.child.poll() is not None or time.monotonic() > turn.deadline
+        if turn.child.poll() is not None or time.monotonic() > turn.deadline:
+            return True
+        return prints_without_end(turn.files)
 
-    def take_edit(self, at_work: AtWork) -> None:
+    def take_edit(self, at_work: AgentAtWork) -> None:
         """Let the edit of an agent wait that has ended. Raises TurnFailed where it made none."""
         self.turns.remove(at_work)
         try:
             self.waiting.add(end_turn(at_work.turn, self.trainer.name))
         finally:
             self.record_turn(at_work.turn)
-            self.enter_phase()
+            self.show_phase()
 
     def end_turns(self) -> None:
         """End the agents at work. What they made of their folders is lost."""
@@ -467,24 +579,24 @@ class Fleet(Loop):
     def state(self) -> LoopState:
         """Return what the next loop needs, should this one be killed."""
         stamps = [*(one.turn.files.stamp for one in self.turns), self.stamp]
-        return replace(super().state(), stamp=" ".join(filter(None, stamps)))
+        return replace(super().state(), stamp=" ".join(filter(None, stamps)), head=self.head)
 
     def finish_interrupted(self) -> None:
         """Finish what a signal interrupted: agents and devices are ended already, their runs get a row."""
         try:
             record_killed_runs()
+            self.drop_judged()
         except Exception as error:
-            self.panel.note(f"the next command records the runs that were cut off: {first_line(error)}")
+            self.panel.note(f"the next loop follows the last verdicts: {first_line(error)}")
 
-    def enter_phase(self) -> None:
+    def show_phase(self) -> None:
         """Show how many devices and agents are at work."""
         self.panel.phase = (
-            f"{self.panel.done + 1}{self.panel.of_all()}: {len(self.tasks)} of {len(self.crew.devices)} "
-            f"devices and {len(self.turns)} agents at work"
+            f"{self.panel.done + 1}{self.panel.of_all()}: {len(self.tasks)} of {len(self.devices)} devices "
+            f"and {len(self.turns)} agents at work"
         )
 
     def describe_devices(self) -> list[DeviceLine]:
         """Return what the devices do, for the panel."""
         now = time.monotonic()
-        places = self.crew.places() if self.tasks else {}
-        return [(places.get(task.doing.key, "waiting"), task.text, now - task.began) for task in self.tasks]
+        return [(task.device, task.text, now - task.began) for task in [*self.tasks]]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.protocol import write_json
-from night.devices import keep_to_device
+from night.devices import keep_to_cores
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ class JobAnswer:
     reason: str = ""
     log_tail: str = ""
     seconds: float = 0.0  # that the dry run took
-    device: str = ""  # name of the one that it ran on
 
 
 def as_text(source: bytes) -> str:
@@ -73,13 +72,18 @@ def work(job: Job) -> JobAnswer:
     from launcher.harness import source_hash
     from launcher.ledger import Flag
     from launcher.run import Request, dry_run
+    from launcher.runs import record_killed_runs
     from launcher.setting import resolve
     from night.lab_book import remember_shares
-    from night.trial import run_source
+    from night.trial import run_source, scored_before
     from prepare import UserError
 
     try:
         setting = resolve(job.platform, job.track, job.budget)
+        record_killed_runs()
+        earlier = scored_before(job.trainer, setting) if job.has_dry_run else None
+        if earlier:  # of this very job, before its worker was killed
+            return JobAnswer(earlier.run)
         seconds = 0.0
         if job.has_dry_run:
             outcome, log_tail = dry_run(setting, job.trainer, job.seed)
@@ -102,7 +106,7 @@ def work(job: Job) -> JobAnswer:
 
 def main() -> None:
     """Do the job of the first file, and write its answer to the second."""
-    keep_to_device()  # before anything counts the cores
+    keep_to_cores()  # before anything counts the cores
     from launcher.processes import stop_on_signals
 
     source, target = map(Path, sys.argv[1:])

@@ -122,6 +122,7 @@ class Loop:
         self.setting = night.setting
         self.trainer = night.setting.trainer
         self.hours = Hours(night)
+        self.at_once = 1  # experiments
         self.waiting = WaitingEdits(self.trainer.name, self.save_state)
         self.failures = Failures(night.pause)
         self.turn: Turn | None = None  # of the agent at work
@@ -262,7 +263,8 @@ class Loop:
         night = self.night
         count = night.experiments or USUAL_EXPERIMENTS
         if night.until:
-            count = min(count, max(1, int(night.seconds_left() / self.hours.of_a_run())))
+            fitting = self.at_once * night.seconds_left() / self.hours.of_a_run()
+            count = min(count, max(1, int(fitting)))
         believed = survey_board(ledger().rows(), self.setting.board)
         sigma = believed.sigma if believed else PRIOR.sigma
         visible = visible_change(sigma, count)
@@ -328,7 +330,7 @@ class Loop:
         self.result = describe_result(row)
         self.panel.count(row)
         self.save_state()
-        self.panel.seconds_a_run = self.hours.of_a_run()
+        self.panel.seconds_a_run = self.hours.of_a_run() / self.at_once
         self.show_best()
         record(
             "experiment",

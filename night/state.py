@@ -51,6 +51,7 @@ class LoopState:
     board: BoardKey | None = None  # of its experiments
     edits: tuple[Edit, ...] = ()  # without a verdict, in the order in which they are tried
     counts: NightCounts = NightCounts()
+    head: str = ""  # the commit that a loop of several devices left the branch on
 
 
 def state_path() -> Path:
@@ -70,6 +71,7 @@ def read_state() -> LoopState:
             board=BoardKey(*data["board"]) if data["board"] else None,
             edits=tuple(filter(None, map(read_edit, data["edits"]))),
             counts=read_counts(data.get("counts") or {}),
+            head=str(data.get("head") or ""),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return LoopState()

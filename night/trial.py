@@ -23,6 +23,7 @@ from launcher.device import acquire
 from launcher.exit_codes import EXIT_USAGE
 from launcher.harness import read_trainer, source_hash
 from launcher.ledger import EVIDENCE, STATUSES, BoardKey, Row
+from launcher.processes import defer_signals, stop_on_signals
 from launcher.run import Request, exit_code, print_result, run_experiment
 from launcher.runs import id_time, ledger, read_source, record_killed_runs, scratch_folder
 from launcher.setting import Setting
@@ -40,7 +41,7 @@ def try_edit(request: Request, as_json: bool = False) -> int:
         UserError: as hold_repository and run_trial.
     """
     request.setting.require_device()
-    with hold_repository():
+    with stop_on_signals(), hold_repository():
         return exit_code(run_trial(request, before_git=partial(print_result, as_json=as_json)))
 
 
@@ -124,7 +125,8 @@ def run_trial(
             journal().unlink()
             raise
     before_git(row)
-    finish_trial(row)
+    with defer_signals():  # half of it would be seen until the next command
+        finish_trial(row)
     return row
 
 

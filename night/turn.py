@@ -88,9 +88,9 @@ def end_turn(turn: Turn, trainer: str, at_once: bool = False) -> Edit:
     Raises:
         TurnFailed: it made none, or failed. An edit that it left is then kept under a ref.
     """
-    seconds = 0.0 if at_once else max(0.0, turn.deadline - time.monotonic())
+    deadline = turn.began if at_once else turn.deadline
     try:
-        code = wait_for_agent(turn.child, seconds, turn.files)
+        code = wait_for_agent(turn.child, deadline, turn.deadline - turn.began, turn.files)
         if code != 0:
             said = last_words(turn.files)
             raise TurnFailed("agent", f"the agent ended with exit code {code}: {said}")

@@ -1,6 +1,7 @@
 """An agent for one turn: its command, its answer, and what it leaves behind."""
 
 import sys
+import time
 
 import psutil
 import pytest
@@ -36,7 +37,7 @@ def call(house, files):
 
     def call(command, prompt="", seconds=60.0, settings=None):
         child = start_agent(Agent("test", command), prompt, files, Workspace(folder, folder), settings)
-        return wait_for_agent(child, seconds, files)
+        return wait_for_agent(child, time.monotonic() + seconds, seconds, files)
 
     return call
 

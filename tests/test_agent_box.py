@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_an_agent_reaches_its_folder_and_its_model_and_nothing_of_the_person(rep
         files = TurnFiles(loop_folder(), "20260101-000000-abcd")
         workspace = make_workspace(repo.head(), "")
         child = start_agent(agent, "", files, workspace, boxed=True)
-        assert wait_for_agent(child, 60.0, files) == 0, files.log.read_text()
+        assert wait_for_agent(child, time.monotonic() + 60.0, 60.0, files) == 0, files.log.read_text()
     came = json.loads(files.out.read_text())
     assert {name for name, outcome in came.items() if outcome != "done"} == set(DENIED), came
     assert {came[name] for name in DENIED} == {"PermissionError"}

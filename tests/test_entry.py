@@ -70,3 +70,33 @@ def test_a_command_in_the_background_that_ignores_ctrl_c_goes_on_to_ignore_it(mo
     finally:
         signal.signal(signal.SIGINT, before)
     assert calls == [signal.SIG_IGN]
+
+
+# The signal comes while a class is made, where Python before 3.12 turns an exception into another one.
+DURING_A_CLASS = """
+import os, signal, sys, time
+from launcher.processes import Stopped, stop_on_signals
+name = "module_of_test"
+open(os.path.join(sys.argv[1], name + ".py"), "w").write(
+    "import os, signal, time\\n"
+    "class Field:\\n"
+    "    def __set_name__(self, owner, name):\\n"
+    "        os.kill(os.getpid(), signal.SIGTERM)\\n"
+    "        time.sleep(0.2)\\n"
+    "class Owner:\\n"
+    "    field = Field()\\n"
+)
+sys.path.insert(0, sys.argv[1])
+try:
+    with stop_on_signals():
+        import module_of_test
+        assert module_of_test.Owner.field
+        time.sleep(60)
+except Stopped as stop:
+    print(stop)
+"""
+
+
+def test_a_signal_during_an_import_comes_after_it(house):
+    done = run_script(DURING_A_CLASS, house)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "SIGTERM\n", "")

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from asyncio import CancelledError
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from night.job import Job, JobAnswer, work
 from night.loop import run_night
 from night.plan import Night
 from night.state import read_state, state_path
+from night.workers import do_job
 from night.workspace import make_workspace
 from prepare import UserError
 
@@ -113,12 +115,13 @@ def test_what_was_made_on_an_older_trainer_is_judged_against_the_best():
     assert tried_since_moved(rows, rows[0].board, "d") == {"a", "b", "c", "d"}
 
 
-def test_a_trainer_of_which_nothing_is_known_was_put_there_by_a_person():
+def test_an_edit_of_a_trainer_that_is_not_searched_counts_for_nothing():
     rows = []
     judged(rows, "a", "a", 1.5)
     judged(rows, "b", "a", 1.3)
-    judged(rows, "y", "x", 1.4, marks="parallel")
-    assert "a" not in tried_since_moved(rows, rows[0].board, build_on_now(rows, rows[0].board))
+    late = judged(rows, "y", "x", 1.1, marks="parallel")
+    assert (late.status, late.build_on) == ("discard", "") and "moved by hand" in late.reason
+    assert tried_since_moved(rows, rows[0].board, build_on_now(rows, rows[0].board)) == {"a", "b"}
 
 
 # --- Nights -------------------------------------------------------------------------------------------------
@@ -127,31 +130,36 @@ def test_a_trainer_of_which_nothing_is_known_was_put_there_by_a_person():
 class Given:
     """A job that was given to a device. It is done when the test says so."""
 
-    def __init__(self, key, job):
-        self.key = key
+    def __init__(self, job, device):
         self.job = job
-        self.is_done = False
+        self.device = device
+        self.answer = None
         self.error = None
 
     def done(self):
-        return self.is_done
+        return bool(self.answer or self.error)
 
     def result(self):
         if self.error:
             raise self.error
         return self.answer
 
+    def cancel(self):
+        self.error = CancelledError()
 
-class HereCrew:
+
+class HereWorkers:
     """Does jobs in this process. order: takes the jobs under way, and returns the one to do next."""
 
     def __init__(self, devices, order=lambda jobs: jobs[0]):
         self.devices = devices
         self.order = order
         self.jobs = []
-        self.given = 0
         self.most = 0  # at once
-        self.broken = 0  # jobs that fail with their worker
+        self.dying = 0  # jobs that fail with their worker
+        self.broken = ""  # a device whose jobs all crash
+        self.gone = set()  # devices whose workers do not come back
+        self.before_answer = lambda job: None
 
     def __enter__(self):
         return self
@@ -159,26 +167,30 @@ class HereCrew:
     def __exit__(self, *_):
         self.jobs.clear()
 
-    def places(self):
-        return {}
+    def missing(self):
+        return self.gone
 
-    def submit(self, job):
-        self.given += 1
-        self.jobs.append(Given(str(self.given), job))
+    def submit(self, job, device):
+        given = Given(job, device)
+        self.jobs.append(given)
         self.most = max(self.most, len(self.jobs))
-        return self.jobs[-1]
+        return given
 
     def step(self):
-        """Do a job, where as many are under way as there can be."""
-        if self.jobs:
-            job = self.order(self.jobs)
-            self.jobs.remove(job)
-            if self.broken:
-                self.broken -= 1
-                job.error = RuntimeError("the worker died")
-            else:
-                job.answer = replace(work(job.job), device=f"device {job.key}")
-            job.is_done = True
+        """Do one of the jobs under way."""
+        ready = [job for job in self.jobs if job.device not in self.gone]
+        if not ready:
+            return
+        given = self.order(ready)
+        self.jobs.remove(given)
+        if self.dying:
+            self.dying -= 1
+            given.error = RuntimeError("the worker died")
+        elif given.device == self.broken:
+            given.answer = JobAnswer(status="crash", reason="no GPU answers")
+        else:
+            given.answer = work(given.job)
+            self.before_answer(given.job)
 
 
 def supervise(trainer, run_dir, setting, seed, watch, on_event):
@@ -198,7 +210,7 @@ def supervise(trainer, run_dir, setting, seed, watch, on_event):
 
 @pytest.fixture
 def night(repository, monkeypatch):
-    """night(agent's Python, crew, experiments) -> exit code. The agents end before the next job is done."""
+    """night(agent's Python, workers, experiments) -> exit code. Agents end before the next job is done."""
     (repository / "train_cuda.py").write_text(TRAINER)
     repo.advance_branch(repo.commit_alone("train_cuda.py", "constants"), "train_cuda.py")
     monkeypatch.setattr("launcher.run.supervise", supervise)
@@ -207,7 +219,7 @@ def night(repository, monkeypatch):
     monkeypatch.setattr(loop.Loop, "check_agent", lambda self: None)
     monkeypatch.setattr(fleet, "LOOK_SECONDS", 0.2)
 
-    def night(agent, crew, experiments, agents=1, seed=1):
+    def night(agent, workers, experiments, agents=1, seed=1):
         script = home() / "agent.py"
         script.write_text(
             "import re, sys\nfrom pathlib import Path\n"
@@ -216,14 +228,14 @@ def night(repository, monkeypatch):
 
         class Stepping(Fleet):
             def collect(self):
-                is_busy = len(self.tasks) == len(crew.devices) or not self.idle_edits() or self.is_full()
+                is_busy = not self.free_devices() or not self.idle_edits() or self.is_full()
                 if is_busy and not self.turns:
-                    crew.step()
+                    workers.step()
                 return super().collect()
 
         what = Night(Agent("script", [sys.executable, str(script)]), resolve(), seed=seed, pause=0.0)
         what.experiments = experiments
-        return run_night(what, lambda night, panel: Stepping(night, panel, crew, agents))
+        return run_night(what, lambda night, panel: Stepping(night, panel, workers, agents))
 
     return night
 
@@ -244,7 +256,7 @@ def committed():
 
 # Each agent improves the first constant that is 0 and that nobody is working on.
 IMPROVE = """
-taken = [name for name in "ABC" if f"- improve {name}" in prompt or f"improve {name}»: it failed" in prompt]
+taken = [name for name in "ABC" if f"- improve {name}" in prompt or f"improve {name}»: failed" in prompt]
 free = [name for name in "ABC" if f"{name} = 0.0" in trainer.read_text() and name not in taken]
 name = free[0] if free else "C"
 old = re.search(rf"^{name} = (.*)$", trainer.read_text(), re.M)[1]
@@ -254,10 +266,10 @@ print(f"experiment: improve {name}")
 
 
 def test_two_edits_at_once_are_merged_and_tried_together(night):
-    crew = HereCrew(TWO)
-    assert night(IMPROVE, crew, 3) == 0
-    assert night("sys.exit(1)", crew, 1) == 0  # no other idea comes before it
-    assert crew.most == 2
+    workers = HereWorkers(TWO)
+    assert night(IMPROVE, workers, 3) == 0
+    assert night("sys.exit(1)", workers, 1) == 0  # no other idea comes before it
+    assert workers.most == 2
     assert [(what, score) for what, _, score in decided()] == [
         ("baseline: the trainer as committed", 1.5),
         ("improve A", 1.4),
@@ -269,18 +281,15 @@ def test_two_edits_at_once_are_merged_and_tried_together(night):
 
 
 def test_every_device_begins_with_the_committed_trainer(night, capsys):
-    assert night(IMPROVE, HereCrew(TWO), 1) == 0
+    assert night(IMPROVE, HereWorkers(TWO), 1) == 0
     assert [(one.seed, "noise" in one.flags) for one in rows()] == [(1, False), (2, True)]
-    assert (
-        "device 2 against device 1, the same trainer: +0.000000 bpb, 1.00 of its speed"
-        in capsys.readouterr().err
-    )
+    assert "two against one: +0.000000 bpb, 1.00 of its speed" in capsys.readouterr().err
 
 
 def test_a_verdict_may_come_after_a_later_one(night):
-    assert night(IMPROVE, HereCrew(TWO), 1) == 0
-    assert night(IMPROVE, HereCrew(TWO, order=lambda jobs: jobs[-1]), 2) == 0
-    assert night("sys.exit(1)", HereCrew(TWO), 1) == 0
+    assert night(IMPROVE, HereWorkers(TWO), 1) == 0
+    assert night(IMPROVE, HereWorkers(TWO, order=lambda jobs: jobs[-1]), 2) == 0
+    assert night("sys.exit(1)", HereWorkers(TWO), 1) == 0
     assert [name for name, *_ in decided()][1:] == ["improve B", "improve A", "merged: improve A"]
     assert "A = 0.1" in committed() and "B = 0.1" in committed()
 
@@ -295,47 +304,119 @@ print(f"experiment: {'told, ' if told else ''}improve A by {step}")
 
 
 def test_edits_that_conflict_go_to_an_agent(night):
-    assert night(SAME, HereCrew(TWO), 4) == 0
+    assert night(SAME, HereWorkers(TWO), 4) == 0
     assert decided()[1:3] == [("improve A by 0.1", "keep", 1.4), ("improve A by 0.2", "keep", 1.3)]
     assert decided()[3][0].startswith("told, ")
 
 
 def test_a_night_makes_as_many_experiments_as_were_asked_for(night):
-    for crew in (HereCrew(TWO), HereCrew([Device(str(n), "cpu") for n in range(5)])):
+    for workers in (HereWorkers(TWO), HereWorkers([Device(str(n), "cpu") for n in range(5)])):
         before = len(decided())
-        assert night(IMPROVE, crew, 3, agents=4) == 0
+        assert night(IMPROVE, workers, 3, agents=4) == 0
         assert len(decided()) - before == 3
 
 
 def test_a_job_whose_worker_died_is_done_again(night):
-    crew = HereCrew(TWO)
-    crew.broken = 1
-    assert night(IMPROVE, crew, 3) == 0
+    workers = HereWorkers(TWO)
+    workers.dying = 3
+    assert night(IMPROVE, workers, 3) == 0
     assert len(decided()) == 3
 
 
-def test_a_job_that_never_ends_well_ends_no_night_at_once(night, capsys):
-    assert night(IMPROVE, HereCrew(TWO), 1) == 0  # the baselines
-    crew = HereCrew(TWO)
-    crew.broken = 100
-    assert night(IMPROVE, crew, 3) == 1
-    assert "times without a verdict: the worker died" in capsys.readouterr().out
+def test_where_no_worker_lives_the_night_ends(night, capsys):
+    workers = HereWorkers(TWO)
+    workers.dying = 100
+    assert night(IMPROVE, workers, 3) == 1
+    assert "gave up after 6 runs without a verdict in a row" in capsys.readouterr().out
+
+
+def test_a_device_that_can_do_nothing_gets_no_more_work(night, capsys):
+    workers = HereWorkers(TWO)
+    workers.broken = "two"
+    assert night(IMPROVE, workers, 8) == 0
+    said = capsys.readouterr().err
+    assert "two gets no more work: 3 jobs in a row without a score, the last: no GPU answers" in said
+    assert len([score for _, _, score in decided() if score]) == 8
+
+
+def test_a_device_whose_worker_does_not_come_back_gets_no_more_work(night, monkeypatch, capsys):
+    monkeypatch.setattr(fleet, "WORKER_SECONDS", 0.5)
+    workers = HereWorkers(TWO)
+    workers.gone = {"two"}
+    assert night(IMPROVE, workers, 3) == 0
+    assert "two gets no more work: its worker was not started again" in capsys.readouterr().err
+    assert len(decided()) == 3
+
+
+def commit_by_hand(text):
+    repo.advance_branch(repo.commit_alone("train_cuda.py", "by hand", text.encode()), "train_cuda.py")
+
+
+def test_a_person_moves_the_branch_while_an_edit_runs(night):
+    """The edit was made on what lies before that: it counts for nothing."""
+    assert night(IMPROVE, HereWorkers(TWO), 1) == 0
+    workers = HereWorkers(TWO)
+    mine = TRAINER.replace("C = 0.0", "C = 0.5")
+
+    def move(job):
+        workers.before_answer = lambda job: None
+        commit_by_hand(mine)
+
+    workers.before_answer = move
+    assert night(IMPROVE, workers, 1) == 0
+    assert committed() == mine
+    assert rows()[-1].status == "moved" and "by-hand" in rows()[-1].flags
+    assert night(IMPROVE, HereWorkers(TWO), 3) == 0
+    assert "C = 0.5" in committed() and "A = 0.1" in committed()
+
+
+def test_a_person_goes_back_and_the_search_begins_there(night):
+    assert night(IMPROVE, HereWorkers(TWO), 2) == 0
+    assert "A = 0.1" in committed()
+    commit_by_hand(TRAINER)
+    other = IMPROVE.replace('"ABC"', '"BC"')
+    assert night(other, HereWorkers(TWO), 1) == 0
+    assert "A = 0.0" in committed() and "B = 0.1" in committed()
+
+
+def test_an_edit_of_a_person_is_tried_and_reverted(night, repository):
+    assert night(IMPROVE, HereWorkers(TWO), 1) == 0
+    worse = TRAINER.replace("B = 0.0", "B = 0.0\nD = 1")
+    monkey = repository / "train_cuda.py"
+    monkey.write_text(worse.replace("A = 0.0", "A = 0.00"))
+    assert night("sys.exit(1)", HereWorkers(TWO), 1) == 0
+    assert decided()[-1][:2] == ("what lay in the trainer, uncommitted", "discard")
+    assert monkey.read_text() == TRAINER
+
+
+def test_a_kill_between_the_branch_and_the_merge_loses_neither(night, monkeypatch):
+    merge = Fleet.merge
+
+    def killed(self, edit, best):
+        raise SystemExit(9)
+
+    monkeypatch.setattr(Fleet, "merge", killed)
+    with pytest.raises(SystemExit):
+        night(IMPROVE, HereWorkers(TWO), 3)
+    monkeypatch.setattr(Fleet, "merge", merge)
+    assert night("sys.exit(1)", HereWorkers(TWO), 2) == 0
+    assert "A = 0.1" in committed() and "B = 0.1" in committed()
 
 
 def test_a_verdict_that_a_killed_loop_did_not_follow_is_followed_by_the_next(night, monkeypatch):
-    assert night(IMPROVE, HereCrew(TWO), 1) == 0
-    settle = Fleet.settle
+    assert night(IMPROVE, HereWorkers(TWO), 1) == 0
+    follow_verdict = Fleet.follow_verdict
 
     def killed(self, edit, row):
         raise SystemExit(9)
 
-    monkeypatch.setattr(Fleet, "settle", killed)
+    monkeypatch.setattr(Fleet, "follow_verdict", killed)
     with pytest.raises(SystemExit):
-        night(IMPROVE, HereCrew(TWO), 4)
+        night(IMPROVE, HereWorkers(TWO), 4)
     assert rows()[-1].status == "keep" and "A = 0.1" not in committed()
     assert len(read_state().edits) >= 2
-    monkeypatch.setattr(Fleet, "settle", settle)
-    assert night(IMPROVE, HereCrew(TWO), 2) == 0
+    monkeypatch.setattr(Fleet, "follow_verdict", follow_verdict)
+    assert night(IMPROVE, HereWorkers(TWO), 2) == 0
     assert "A = 0.1" in committed()
     assert ("improve B", "keep", 1.3) in decided()  # it waited, and was put on the best
 
@@ -348,7 +429,7 @@ def test_an_edit_that_fails_its_dry_run_is_refused(night, monkeypatch):
         return outcome, "the tail"
 
     monkeypatch.setattr("launcher.run.dry_run", dry_run)
-    assert night(IMPROVE, HereCrew(TWO), 3) == 0
+    assert night(IMPROVE, HereWorkers(TWO), 3) == 0
     refused = [one for one in rows() if Flag.DRY in one.flags]
     assert refused and {one.reason for one in refused} == {"dry run: bad"}
 
@@ -382,8 +463,6 @@ def test_what_cannot_be_is_said_at_once(autoresearch):
 
 
 def test_a_job_without_an_answer_is_an_error(tmp_path, monkeypatch):
-    from night import crew
-
-    monkeypatch.setattr(crew, "ROOT", ROOT)
-    answer = crew.do_job({"no": "job"}, str(tmp_path))
+    monkeypatch.setattr("night.workers.ROOT", ROOT)
+    answer = do_job({"no": "job"}, str(tmp_path))
     assert isinstance(answer, JobAnswer) and answer.status == "error" and "exit code 1" in answer.reason

@@ -1,9 +1,8 @@
 """
-Who does the jobs of a fleet: a worker for each device. dask.distributed places the jobs.
+A worker process for each device of a night, and the jobs that it does: dask.distributed.
 
-It is an optional package: uv sync --extra fleet. A worker that is killed is started again, and its job is
-done anew; the run that was cut off is recorded by the next. Where this process ends, however it ends, the
-workers end, and with a worker its job.
+It is an optional package: uv sync --extra fleet. A worker that is killed is started again, and the job that
+it did has failed. Where this process ends, however it ends, the workers end, and with a worker its job.
 """
 
 import importlib.util
@@ -12,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from asyncio import CancelledError
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,14 +30,14 @@ START_TRIES = 3
 POLL_SECONDS = 0.1  # between looks whether a job has ended
 
 
-class Doing(Protocol):
-    """A job that is being done: the part of a dask Future that is used here."""
-
-    key: str
+class Future(Protocol):
+    """A job under way: the part of dask's Future that is used here."""
 
     def done(self) -> bool: ...
 
     def result(self) -> JobAnswer: ...
+
+    def cancel(self) -> Any: ...
 
 
 def start_workers(devices: Sequence[Device], stack: ExitStack) -> Any:
@@ -51,13 +51,14 @@ def start_workers(devices: Sequence[Device], stack: ExitStack) -> Any:
     from distributed import Client, Nanny, Scheduler, SpecCluster
 
     scratch = str(stack.enter_context(scratch_folder()))
-    dask.config.set(temporary_directory=scratch)
+    # A job that failed with its worker is the loop's to repeat: it knows whether there is time.
+    dask.config.set({"temporary-directory": scratch, "distributed.scheduler.allowed-failures": 0})
     workers = {
         device.name: {
             "cls": Nanny,
             "options": {
                 "nthreads": 1,
-                "resources": {"device": 1},
+                "resources": {device.name: 1},
                 "env": {
                     **device.environment(),
                     NAME_VARIABLE: device.name,
@@ -78,7 +79,7 @@ def start_workers(devices: Sequence[Device], stack: ExitStack) -> Any:
     return client
 
 
-class Crew:
+class Workers:
     """A worker for each device, while the `with` block runs."""
 
     def __init__(self, devices: Sequence[Device], folder: Path) -> None:
@@ -93,7 +94,7 @@ class Crew:
         self._stack = ExitStack()
         self._client: Any = None
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "Workers":
         """Start the workers. Raises UserError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tries = 0
@@ -112,27 +113,27 @@ class Crew:
         """End the workers, and with them what they do."""
         self._stack.close()
 
-    def places(self) -> dict[str, str]:
-        """Return where the jobs are that are being done: {key: name of the device}."""
-        workers = self._client.scheduler_info(n_workers=-1)["workers"]
-        return {
-            key: str(workers[address]["name"])
-            for address, keys in self._client.processing().items()
-            if address in workers
-            for key in keys
+    def missing(self) -> set[str]:
+        """Return the names of the devices that have no worker now."""
+        there = {
+            str(worker["name"]) for worker in self._client.scheduler_info(n_workers=-1)["workers"].values()
         }
+        return {device.name for device in self.devices} - there
 
-    def submit(self, job: Job, device: str = "") -> Doing:
-        """Have a job done by the next worker that is free. device: the name of the only one that may do it"""
-        doing: Doing = self._client.submit(
-            do_job,
-            job.to_json(),
-            str(self.folder),
-            pure=False,
-            resources={"device": 1},
-            workers=[device] if device else None,
+    def submit(self, job: Job, device: str) -> Future:
+        """Have a job done by the worker of a device, given its name."""
+        future: Future = self._client.submit(
+            do_job, job.to_json(), str(self.folder), pure=False, resources={device: 1}
         )
-        return doing
+        return future
+
+
+def result_of(future: Future) -> JobAnswer:
+    """Return the answer of a job that is done; of one that failed with its worker, an error."""
+    try:
+        return future.result()
+    except (Exception, CancelledError) as error:
+        return JobAnswer(status="error", reason=f"its worker ended: {type(error).__name__}")
 
 
 def do_job(data: dict[str, Any], folder: str) -> JobAnswer:
@@ -157,7 +158,7 @@ def do_job(data: dict[str, Any], folder: str) -> JobAnswer:
         finally:
             child.end()
         try:
-            return JobAnswer(**{**json.loads(answer.read_text()), "device": name})
+            return JobAnswer(**json.loads(answer.read_text()))
         except (OSError, ValueError, TypeError):
             reason = f"the job on {name} ended with exit code {child.returncode}: {log}"
             return JobAnswer(status="error", reason=reason)
