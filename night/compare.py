@@ -112,6 +112,7 @@ def make_job(device: Device, source: bytes | None, track: str, budget: float, se
     """Return the run of a trainer, the platform's own if left out, on a device."""
     platform = "cpu" if device.kind == "cpu" else ""  # a GPU has its own platform, which its job finds
     setting = resolve(platform, track, budget)
+    setting.data  # noqa: B018  prepares it, once for all devices
     trainer = source if source is not None else read_trainer(setting.trainer)
     return Job(platform, track, budget, seed, f"compare: {device.name}", trainer, commit="")
 

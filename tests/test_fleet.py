@@ -1,5 +1,6 @@
 """A night over several devices: what is judged late is judged right, and nothing of it is lost."""
 
+import json
 import os
 import re
 import sys
@@ -466,3 +467,16 @@ def test_a_job_without_an_answer_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("night.workers.ROOT", ROOT)
     answer = do_job({"no": "job"}, str(tmp_path))
     assert isinstance(answer, JobAnswer) and answer.status == "error" and "exit code 1" in answer.reason
+
+
+@pytest.mark.alone
+def test_one_trainer_is_compared_on_the_halves_of_a_cpu(autoresearch, house):
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core has no halves")
+    done = autoresearch("compare", "--devices", "cpu:2", "--budget", "3", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)["devices"]
+    assert [score["device"] for score in found] == ["cpu0", "cpu1"]
+    assert all(0.5 < score["val_bpb"] < 8 and score["status"] in ("keep", "discard") for score in found)
+    assert max(score["share"] for score in found) == 1.0
+    assert {one.run for one in rows()} == {score["run"] for score in found}

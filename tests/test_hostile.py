@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it
 HEADER = "commit\tstatus\trun\n"
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_nothing_ends_a_night():
     """A case of each part, drawn with a seed. All of them take hours: uv run python benchmarks/hostile.py"""
     options = ("--count", "1", "--seed", "1", "--jobs", "2", "--patience", "30")
