@@ -25,7 +25,6 @@ from launcher.exit_codes import (
     in_a_line,
 )
 from launcher.ledger import single_line
-from launcher.processes import is_interruption
 
 # The groups of the help, in the order of use.
 START = "Start"
@@ -147,6 +146,17 @@ class Group(click.Group):
                 raise
             click.echo("interrupted", err=True)
             sys.exit(EXIT_INTERRUPTED)
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Return whether an exception is one of a signal, or came of one.
+
+    Python before 3.12 raises RuntimeError in place of what comes while a class is made, as in an import.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__
+    return cause is not None
 
 
 def complain(error: Exception) -> int:

@@ -32,17 +32,6 @@ class Stopped(KeyboardInterrupt):
     """
 
 
-def is_interruption(error: BaseException) -> bool:
-    """Return whether an exception is one of a signal, or came of one.
-
-    Python before 3.12 raises RuntimeError in place of what comes while a class is made, as in an import.
-    """
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, KeyboardInterrupt):
-        cause = cause.__cause__
-    return cause is not None
-
-
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
     """Raise Stopped when a signal asks this process to end, once: further ones do not disturb the clean-up.

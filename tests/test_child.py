@@ -325,7 +325,7 @@ def test_a_start_goes_on_as_long_as_it_compiles(limited):
 
 
 def test_a_start_that_makes_no_progress_has_a_limit(limited, monkeypatch):
-    monkeypatch.setattr(child.compiled, "changed_since", lambda moment: {})
+    monkeypatch.setattr(child.compiled, "changed_since", lambda *asked: {})
     outcome = limited("time.sleep(60)", startup_seconds=1.0)
     assert outcome.status == "timeout" and "no exp.start within 1 s" in outcome.reason
     assert outcome.total_seconds < 20 and outcome.findings == []
@@ -340,7 +340,7 @@ def test_a_start_that_compiles_for_ever_is_ended_all_the_same(limited, monkeypat
 def test_what_a_start_that_was_broken_off_wrote_in_part_is_not_loaded_later(limited, monkeypatch):
     """A compiler that was killed leaves half a library, and no later run could load it."""
     moments = []
-    monkeypatch.setattr(child.compiled, "changed_since", lambda moment: {})
+    monkeypatch.setattr(child.compiled, "changed_since", lambda *asked: {})
     monkeypatch.setattr(child.compiled, "remove_since", moments.append)
     began = time.time()
     assert limited("time.sleep(60)", startup_seconds=1.0).status == "timeout"
@@ -350,7 +350,7 @@ def test_what_a_start_that_was_broken_off_wrote_in_part_is_not_loaded_later(limi
 
 
 def test_a_start_that_was_disturbed_says_by_what(limited, monkeypatch):
-    monkeypatch.setattr(child.compiled, "changed_since", lambda moment: {})
+    monkeypatch.setattr(child.compiled, "changed_since", lambda *asked: {})
     outcome = limited("time.sleep(60)", found=BUSY, startup_seconds=1.0)
     assert outcome.status == "timeout" and outcome.findings == BUSY
 

@@ -120,6 +120,8 @@ def test_what_was_written_after_a_moment_is_forgotten(house, monkeypatch):
 
 
 def test_runs_on_two_devices_have_two_folders(house, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(compiled, "usable_cores", lambda: [0, 1])
     both = compiled.folder()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa/b")
     one = compiled.folder()
