@@ -584,6 +584,8 @@ def nothing_begins() -> Iterator[None]:
     import launcher.run
     import launcher.show
     import launcher.verify
+    import night.compare
+    import night.fleet
     import night.loop
     import night.trial
     import prepare
@@ -594,6 +596,8 @@ def nothing_begins() -> Iterator[None]:
         (launcher.confirm, "confirm"),
         (launcher.verify, "score_again"),
         (launcher.show, "restore_trainer"),
+        (night.compare, "Workers"),
+        (night.fleet, "run_night"),
         (night.loop, "run_night"),
         (night.trial, "try_edit"),
         (prepare, "build_directory"),
