@@ -412,7 +412,7 @@ def run_fleet(task: Task, house: House, rng: random.Random) -> Result:
     if victim == "loop":
         send(process, name, False)
     else:
-        kill_one(PARTS_OF_A_FLEET[victim], rng)
+        kill_one(PARTS_OF_A_FLEET[victim], rng, process.pid)
     ended = house.wait(process)
     result.ended = str(ended)
     cut = fault_of_signal(ended, name) if victim == "loop" else ended.fault((0,))
@@ -423,12 +423,15 @@ def run_fleet(task: Task, house: House, rng: random.Random) -> Result:
     return result
 
 
-def kill_one(text: str, rng: random.Random) -> None:
-    """Kill one of the processes of a night that have `text` in their command, once there is one."""
+def kill_one(text: str, rng: random.Random, loop: int) -> None:
+    """Kill one of the processes of a night that have `text` in their command, once there is one.
+
+    loop: the process that is spared: its command names the agent's
+    """
     deadline = time.monotonic() + PHASE_SECONDS
     while time.monotonic() < deadline:
         found = []
-        for pid in descendants(os.getpid()):
+        for pid in descendants(os.getpid()) - {loop}:
             with suppress(psutil.Error):
                 if any(text in part for part in psutil.Process(pid).cmdline()):
                     found.append(pid)
