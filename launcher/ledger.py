@@ -203,6 +203,11 @@ class Row:
         return self.source != "" and self.source == self.parent
 
     @property
+    def decides(self) -> bool:
+        """The row is of a run that the search goes by: no test of a run, and none that is evidence alone."""
+        return self.status in STATUSES and not self.flags & EVIDENCE
+
+    @property
     def goes_back(self) -> bool:
         """The run made an earlier trainer look better than the one that it was made from.
 

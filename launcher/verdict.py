@@ -69,8 +69,25 @@ def decide(rows: Sequence[Row], row: Row) -> Decision:
 
 
 def build_on_now(rows: Sequence[Row], board: BoardKey) -> str:
-    """Return the source that the rows of a board say to build on, "" before there is one."""
-    return next((row.build_on for row in reversed(by_board(rows).get(board, [])) if row.build_on), "")
+    """Return the source that is built on now on a board, "" before there is one."""
+    return current_source(by_board(rows).get(board, []))
+
+
+def current_source(rows: Sequence[Row]) -> str:
+    """Return the source of the trainer that is built on after the last row, "" when there is none.
+
+    Runs that decide nothing and tests of runs do not move it; the end of a night may, and a person.
+
+    rows: of one board, oldest first
+    """
+    for row in reversed(rows):
+        if not row.decides and row.status != MOVED:
+            continue
+        if row.build_on:
+            return row.build_on
+        if row.status == "keep":
+            return row.source
+    return ""
 
 
 def believed_runs(runs: Sequence[Row]) -> list[Row]:

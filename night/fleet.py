@@ -418,7 +418,9 @@ class Fleet(Loop):
         edits = {edit.commit[:7]: edit for edit in self.waiting if edit.commit not in running}
         if not edits:
             return
-        verdicts = {row.commit: row for row in ledger().rows() if row.judged and row.commit in edits}
+        verdicts = {
+            row.commit: row for row in ledger().rows() if row.decides and row.judged and row.commit in edits
+        }
         for row in verdicts.values():
             edit = edits[row.commit]
             self.follow_verdict(edit, row)

@@ -26,7 +26,7 @@ from launcher.console import say, saying_once
 from launcher.device import awake, look_around, require_quiet
 from launcher.exit_codes import EXIT_INTERRUPTED
 from launcher.harness import source_hash
-from launcher.ledger import EVIDENCE, MOVED, STATUSES, Flag, Row
+from launcher.ledger import MOVED, Flag, Row
 from launcher.processes import Stopped, defer_signals, end_leftovers, stop_on_signals
 from launcher.report import write_report
 from launcher.run import POWER_FLAGS, Request, dry_run
@@ -184,8 +184,7 @@ class Loop:
                 )
         self.save_state()
         self.show_best()
-        runs = [row for row in ledger().rows() if row.status in STATUSES and not row.flags & EVIDENCE]
-        runs = [row for row in runs if row.board == self.setting.board]
+        runs = [row for row in ledger().rows() if row.decides and row.board == self.setting.board]
         self.result = describe_result(runs[-1]) if runs else "none: nothing was run here yet"
 
     def drop_judged(self) -> None:

@@ -22,7 +22,7 @@ from launcher.console import say
 from launcher.device import acquire
 from launcher.exit_codes import EXIT_USAGE
 from launcher.harness import read_trainer, source_hash
-from launcher.ledger import EVIDENCE, STATUSES, BoardKey, Row
+from launcher.ledger import BoardKey, Row
 from launcher.processes import defer_signals, stop_on_signals
 from launcher.run import Request, exit_code, print_result, run_experiment
 from launcher.runs import id_time, ledger, read_source, record_killed_runs, scratch_folder
@@ -264,14 +264,7 @@ def finish_trial(row: Row | None = None) -> Row | None:
 def find_verdict(trial: Trial) -> Row | None:
     """Return the last row that a trial got, None when its run did not begin."""
     commit = trial.commit[:7]
-    rows = [
-        row
-        for row in ledger().rows()
-        if row.commit == commit
-        and row.run >= trial.began
-        and row.status in STATUSES
-        and not row.flags & EVIDENCE
-    ]
+    rows = [row for row in ledger().rows() if row.commit == commit and row.run >= trial.began and row.decides]
     return rows[-1] if rows else None
 
 

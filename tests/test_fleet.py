@@ -11,7 +11,7 @@ import pytest
 from conftest import RESULT, ROOT, row
 
 from launcher.child import Outcome
-from launcher.ledger import Flag, Ledger
+from launcher.ledger import CONFIRMED, Flag, Ledger
 from launcher.runs import home
 from launcher.setting import resolve
 from launcher.verdict import build_on_now, give_verdict, tried_since_moved
@@ -114,6 +114,15 @@ def test_what_was_made_on_an_older_trainer_is_judged_against_the_best():
     assert (better.status, better.build_on, build_on_now(rows, rows[0].board)) == ("keep", "d", "d")
     # No person moved the branch: all of them may be gone back to.
     assert tried_since_moved(rows, rows[0].board, "d") == {"a", "b", "c", "d"}
+
+
+def test_a_claim_about_an_earlier_trainer_moves_nothing():
+    rows = []
+    judged(rows, "a", "a", 1.5)
+    earlier = judged(rows, "b", "a", 1.3)
+    judged(rows, "c", "b", 1.1)
+    rows.append(replace(earlier, status=CONFIRMED))  # as `confirm` writes it, its build_on included
+    assert earlier.build_on == "b" and build_on_now(rows, rows[0].board) == "c"
 
 
 def test_an_edit_of_a_trainer_that_is_not_searched_counts_for_nothing():

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from launcher.belief import Standing, Survey
 from launcher.board import Boards, is_refuted, why_unranked
-from launcher.ledger import CONFIRMED, EVIDENCE, MOVED, STATUSES, BoardKey, Flag, Row, Rows
+from launcher.ledger import CONFIRMED, EVIDENCE, STATUSES, BoardKey, Flag, Row, Rows
 from launcher.report.text import clock, plural, round_numbers, with_error
-from launcher.verdict import best_since_moved, lineage, survey_board
+from launcher.verdict import best_since_moved, current_source, lineage, survey_board
 
 NEAR_MISSES = 10
 MOST_SERIES = 6  # that are drawn
@@ -327,22 +327,6 @@ def beliefs_built_on(rows: Iterable[Row]) -> list[Estimate | None]:
             current = Estimate(row.belief_after, row.belief_after_error)
         followed.append(current)
     return followed
-
-
-def current_source(rows: Sequence[Row]) -> str:
-    """Return the source of the trainer that is built on after the last row, "" when there is none.
-
-    Runs that decide nothing and tests of runs do not move it; the end of a night may.
-    """
-    for row in reversed(rows):
-        is_run = row.status in STATUSES and not row.flags & EVIDENCE
-        if not is_run and row.status != MOVED:
-            continue
-        if row.build_on:
-            return row.build_on
-        if row.status == "keep":
-            return row.source
-    return ""
 
 
 def value_limits(values: Iterable[float], first: float) -> tuple[float, float]:
