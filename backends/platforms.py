@@ -330,6 +330,13 @@ def apple_facts(sysctl: str, ioreg: str) -> Facts | None:
     return Facts("mlx", "gpu", lines[0], memory_gb, cores=int(gpu_cores[1]) if gpu_cores else 0)
 
 
+def usable_cores() -> list[int]:
+    """Return the numbers of the cores that this process and what it starts may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 @functools.lru_cache
 def cpu_facts(cores: int | None = None) -> Facts:
     """Return the CPU's model and its cores.
@@ -347,7 +354,7 @@ def cpu_facts(cores: int | None = None) -> Facts:
     if found:
         model = found[1].strip()
     if cores is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(usable_cores())
     bf16 = bool(re.search(r"avx512_bf16|amx_bf16|\bbf16\b", info))
     memory_gb = round(psutil.virtual_memory().total / 2**30, 1)
     return Facts("torch", "cpu", f"{model}, {cores} cores", memory_gb, bf16=bf16, cores=cores)

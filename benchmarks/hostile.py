@@ -51,6 +51,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from house import (
@@ -128,11 +129,12 @@ class Result:
         self.add([f"{what}: {fault}"] if fault else [])
 
 
-def loop(house: House, act: str = HONEST, experiments: int = EXPERIMENTS) -> list[str]:
-    """Return the arguments of a night whose agent does an act."""
+def loop(house: House, act: str = HONEST, experiments: int = EXPERIMENTS, devices: str = "") -> list[str]:
+    """Return the arguments of a night whose agent does an act. devices: as --devices takes it"""
     doing = ACTS[act]
     agent = [sys.executable, str(STAND_INS / "agent.py"), str(house.folder), act, *doing.arguments]
     options = ["--experiments", str(experiments), "--pause", "0", "--agent-seconds", f"{doing.seconds:g}"]
+    options += ["--devices", devices] if devices else []
     return ["loop", *options, "--agent", shlex.join(agent)]
 
 
@@ -214,23 +216,24 @@ def run_state(task: Task, house: House, rng: random.Random) -> Result:
 Strike = Callable[[Sequence[str]], tuple[Ended, str]]
 
 
-def cut_off(task: Task, house: House, what: str, command: str, strike: Strike) -> Result:
+def cut_off(task: Task, house: House, what: str, command: str, strike: Strike, **more: Any) -> Result:
     """Cut a command off, look at what is left, and run a night after it.
 
     command: "try", or the act of a night's agent
     strike: starts the command and ends it. Returns (how it ended, what is wrong with that)
+    more: arguments of `loop`, for the nights
     """
     result = Result(task.part, f"{task.name}: {what}")
     if command == "try":
         edit_trainer(house)
         result.case += ", of try"
     before = look(house)
-    ended, fault = strike(["try", "-m", "mine"] if command == "try" else loop(house, command))
+    ended, fault = strike(["try", "-m", "mine"] if command == "try" else loop(house, command, **more))
     result.ended = str(ended)
     result.add_end("ended", fault)
     check(result, house, before, task.patience)
     result.faults = [fault for fault in result.faults if not mends_itself(fault, house)]
-    restart(result, house, before, task.patience, loop(house))
+    restart(result, house, before, task.patience, loop(house, **more))
     return result
 
 
@@ -273,15 +276,28 @@ def plan_git(house: House, call: int, moment: str, name: str, to_group: bool) ->
     return {"PATH": f"{STAND_INS}:{os.environ['PATH']}"}
 
 
-def wait_for_command(process: subprocess.Popen[bytes], text: str) -> None:
-    """Wait until a process of a night has `text` in its command, or the launcher ends."""
+def processes_with(text: str, process: subprocess.Popen[bytes]) -> list[int]:
+    """Return the processes of a night that have `text` in their command, but for its launcher."""
+    found = []
+    for pid in descendants(os.getpid()) - {process.pid}:
+        with suppress(psutil.Error):
+            if any(text in part for part in psutil.Process(pid).cmdline()):
+                found.append(pid)
+    return found
+
+
+def wait_for_command(process: subprocess.Popen[bytes], text: str) -> list[int]:
+    """Wait until processes of a night have `text` in their command, and return them.
+
+    [] where the launcher ends before, or none of them comes.
+    """
     deadline = time.monotonic() + PHASE_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        for pid in descendants(os.getpid()) - {process.pid}:
-            with suppress(psutil.Error):
-                if any(text in part for part in psutil.Process(pid).cmdline()):
-                    return
+        found = processes_with(text, process)
+        if found:
+            return found
         time.sleep(0.005)
+    return []
 
 
 def wait_for_run(house: House, process: subprocess.Popen[bytes], known: set[Path]) -> None:
@@ -403,43 +419,23 @@ def run_fleet(task: Task, house: House, rng: random.Random) -> Result:
     victim = rng.choice(("loop", *PARTS_OF_A_FLEET))
     name = rng.choice(("KILL", *SIGNALS)) if victim == "loop" else "KILL"
     moment = rng.uniform(0, FLEET_SECONDS)
-    night = [*loop(house, experiments=FLEET_EXPERIMENTS), "--devices", "cpu:2", "--agents", "2"]
-    result = Result(task.part, f"{task.name}: SIG{name} for the {victim} after {moment:.1f} s")
-    before = look(house)
-    process = house.start(*night)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(moment)
-    if victim == "loop":
-        send(process, name, False)
-    else:
-        kill_one(PARTS_OF_A_FLEET[victim], rng, process.pid)
-    ended = house.wait(process)
-    result.ended = str(ended)
-    cut = fault_of_signal(ended, name) if victim == "loop" else ended.fault((0,))
-    result.add_end("ended", cut)
-    check(result, house, before, task.patience)
-    result.faults = [fault for fault in result.faults if not mends_itself(fault, house)]
-    restart(result, house, before, task.patience, night)
-    return result
 
+    def strike(arguments: Sequence[str]) -> tuple[Ended, str]:
+        process = house.start(*arguments)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(moment)
+        if victim == "loop":
+            send(process, name, False)
+        else:
+            found = wait_for_command(process, PARTS_OF_A_FLEET[victim])
+            if found:
+                with suppress(ProcessLookupError):
+                    os.kill(rng.choice(found), signal.SIGKILL)
+        ended = house.wait(process)
+        return ended, fault_of_signal(ended, name) if victim == "loop" else ended.fault((0,))
 
-def kill_one(text: str, rng: random.Random, loop: int) -> None:
-    """Kill one of the processes of a night that have `text` in their command, once there is one.
-
-    loop: the process that is spared: its command names the agent's
-    """
-    deadline = time.monotonic() + PHASE_SECONDS
-    while time.monotonic() < deadline:
-        found = []
-        for pid in descendants(os.getpid()) - {loop}:
-            with suppress(psutil.Error):
-                if any(text in part for part in psutil.Process(pid).cmdline()):
-                    found.append(pid)
-        if found:
-            with suppress(ProcessLookupError):
-                os.kill(rng.choice(found), signal.SIGKILL)
-            return
-        time.sleep(0.01)
+    what = f"SIG{name} for the {victim} after {moment:.1f} s"
+    return cut_off(task, house, what, HONEST, strike, experiments=FLEET_EXPERIMENTS, devices="cpu:2")
 
 
 # ---------------------------------------------------------------------------

@@ -3,8 +3,8 @@ The compiled code of earlier runs: a folder for each device, which its next run 
 
 A dry run compiles an edit, and the run that follows finds its code here. The system's folder for temporary
 files, where PyTorch would put it, is emptied by a reboot and grows without a bound. What a run writes here
-after it has seen training rows is forgotten: nothing that was learned reaches the next run. Runs at the same
-time, on other devices, have other folders: what one forgets would be what another has just compiled.
+after it has seen training rows is forgotten: nothing that was learned reaches the next run. Devices share no
+folder: a run on one would forget what a run on another has just compiled.
 """
 
 import getpass
@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from stat import S_ISDIR
 
-from launcher.device import usable_cores
+from launcher.device import cores_if_some
 from launcher.processes import remove_tree
 from prepare import cache_dir
 
@@ -37,9 +37,9 @@ def folder() -> Path:
 def part_of_machine() -> str:
     """Return a name of the devices that a run may use, "" where they are all of the machine's."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    cores = usable_cores()
+    cores = cores_if_some()
     parts = [gpus] if gpus else []
-    if len(cores) < (os.cpu_count() or 1):
+    if cores:
         parts.append("cpu" + "-".join(map(str, cores)))
     return "".join(f"-{re.sub(r'[^A-Za-z0-9-]', '-', part)}"[:LONGEST_NAME] for part in parts)
 

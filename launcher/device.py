@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import psutil
 from filelock import FileLock, Timeout
 
-from backends.platforms import DeviceKind, mac_state, output_of, visible_gpu
+from backends.platforms import DeviceKind, mac_state, output_of, usable_cores, visible_gpu
 from launcher.console import say
 from launcher.exit_codes import EXIT_NO_VERDICT
 from launcher.ledger import Flag, single_line, warn
@@ -101,15 +101,13 @@ def gpu_name() -> str:
 
 def cpu_name() -> str:
     """Return a name of the cores that a run computes on: "cpu" where they are all of the machine's."""
+    return "-".join(["cpu", *map(str, cores_if_some())])
+
+
+def cores_if_some() -> list[int]:
+    """Return the numbers of the cores that a run may use; [] where they are all of the machine's."""
     cores = usable_cores()
-    return "cpu" if len(cores) == os.cpu_count() else f"cpu-{'-'.join(map(str, cores))}"
-
-
-def usable_cores() -> list[int]:
-    """Return the numbers of the cores that this process and what it starts may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+    return cores if len(cores) < (os.cpu_count() or 1) else []
 
 
 @contextmanager

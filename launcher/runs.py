@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -217,23 +217,23 @@ def loss_curve(run_id: str) -> list[tuple[float, float]]:
 
 
 @contextmanager
-def recording() -> Iterator[None]:
+def holding(name: str) -> Iterator[None]:
+    """Hold a lock that all commands of this home know, given its name."""
+    from filelock import FileLock
+
+    runs_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(runs_dir() / f"{name}.lock"):
+        yield
+
+
+def recording() -> AbstractContextManager[None]:
     """Hold the lock under which rows are written: of commands that run together, one adds a row."""
-    from filelock import FileLock
-
-    runs_dir().mkdir(parents=True, exist_ok=True)
-    with FileLock(runs_dir() / "recording.lock"):
-        yield
+    return holding("recording")
 
 
-@contextmanager
-def judging() -> Iterator[None]:
+def judging() -> AbstractContextManager[None]:
     """Hold the lock from a verdict to its row: of runs that end together, the later one sees the earlier."""
-    from filelock import FileLock
-
-    runs_dir().mkdir(parents=True, exist_ok=True)
-    with FileLock(runs_dir() / "judging.lock"):
-        yield
+    return holding("judging")
 
 
 def append_row(row: Row) -> None:

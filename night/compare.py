@@ -4,6 +4,7 @@
 The runs stand in the ledger as any others.
 """
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,6 @@ from launcher.setting import resolve
 from night.devices import Device, parse_list
 from night.job import Job, JobAnswer
 from night.state import loop_folder
-from night.stop import rest
 from night.workers import Future, Workers, result_of
 from prepare import TIME_BUDGET, UserError
 
@@ -120,7 +120,7 @@ def make_job(device: Device, source: bytes | None, track: str, budget: float, se
 def wait_for(future: Future) -> JobAnswer:
     """Return the answer of a job when it is done."""
     while not future.done():
-        rest(POLL_SECONDS, lambda: False)
+        time.sleep(POLL_SECONDS)
     return result_of(future)
 
 

@@ -4,10 +4,8 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from backends.platforms import DeviceKind, output_of
-from launcher.device import usable_cores
+from backends.platforms import DeviceKind, output_of, usable_cores
 from prepare import UserError
 
 CORES_VARIABLE = "AUTORESEARCH_CORES"  # the numbers of the cores that a job keeps to, separated by commas
@@ -20,7 +18,8 @@ class Device:
 
     name: str  # gpu0, cpu1
     kind: DeviceKind
-    uuid: str = ""  # of a GPU
+    uuid: str = ""  # of an NVIDIA GPU
+    model: str = ""  # likewise
     cores: tuple[int, ...] = ()  # of a part of a CPU; (): all
 
     def environment(self) -> dict[str, str]:
@@ -43,15 +42,7 @@ def keep_to_cores(environment: Mapping[str, str] = os.environ) -> None:
         os.sched_setaffinity(0, map(int, cores.split(",")))
 
 
-class Gpu(NamedTuple):
-    """A GPU as nvidia-smi knows it."""
-
-    number: str
-    uuid: str
-    model: str
-
-
-def find_gpus() -> list[Gpu]:
+def find_gpus() -> list[Device]:
     """Return the NVIDIA GPUs of this machine: of those that CUDA_VISIBLE_DEVICES names, where it is set."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible == "":
@@ -59,52 +50,49 @@ def find_gpus() -> list[Gpu]:
     chosen = [f"--id={visible}"] if visible else []
     csv = output_of("nvidia-smi", *chosen, "--query-gpu=index,uuid,name", "--format=csv,noheader")
     cells = [[cell.strip() for cell in line.split(",", 2)] for line in csv.splitlines()]
-    return [Gpu(*each) for each in cells if len(each) == 3]
+    return [Device(f"gpu{each[0]}", "gpu", uuid=each[1], model=each[2]) for each in cells if len(each) == 3]
 
 
 def parse_devices(text: str) -> list[Device]:
-    """Return the devices that --devices names.
-
-    text: "all" for every GPU, or the CPU where there is none; "0,1" for GPUs; "cpu:2" for the halves of a CPU
+    """Return the devices of a night: those of parse_list, which must be of one kind.
 
     Raises:
-        UserError: there is no such device, or they are of several kinds.
+        UserError: they are not, or there is no such device.
     """
-    cpus = CPUS.fullmatch(text)
-    if cpus:
-        return share_cores(int(cpus[1] or 1))
-    gpus = find_gpus()
-    if text == "all":
-        if not gpus:
-            return [Device("gpu0" if is_mac() else "cpu0", "gpu" if is_mac() else "cpu")]
-    else:
-        gpus = choose_gpus(text, gpus)
-    models = sorted({gpu.model for gpu in gpus})
+    devices = parse_list(text)
+    models = sorted({device.model or device.kind for device in devices})
     if len(models) > 1:
         raise UserError(
             f"--devices: a night is on one kind of device, and these are {', '.join(models)}: name some", 2
         )
-    return [Device(f"gpu{gpu.number}", "gpu", gpu.uuid) for gpu in gpus]
+    return devices
 
 
 def parse_list(text: str) -> list[Device]:
-    """Return devices that may be of several kinds: those of parse_devices, separated by commas. See there."""
+    """Return the devices that a text names, which may be of several kinds.
+
+    text: "all" for every GPU, or the CPU where there is none; else, separated by commas: the numbers of GPUs,
+        "cpu", and "cpu:2" for the halves of a CPU
+
+    Raises:
+        UserError: there is no such device.
+    """
     if text == "all":
-        gpus = [Device(f"gpu{gpu.number}", "gpu", gpu.uuid) for gpu in find_gpus()]
-        return gpus or parse_devices("all")
-    found = [device for part in text.split(",") for device in parse_devices(part.strip())]
+        return find_gpus() or [Device("gpu0", "gpu") if is_mac() else Device("cpu0", "cpu")]
+    found: list[Device] = []
+    gpus: dict[str, Device] | None = None
+    for part in map(str.strip, text.split(",")):
+        cpus = CPUS.fullmatch(part)
+        if cpus:
+            found += share_cores(int(cpus[1] or 1))
+            continue
+        if gpus is None:
+            gpus = {gpu.name.removeprefix("gpu"): gpu for gpu in find_gpus()}
+        if part not in gpus:
+            known = ", ".join(gpus) or "none"
+            raise UserError(f"--devices: there is no GPU {part!r}; this machine has: {known} (or cpu:N)", 2)
+        found.append(gpus[part])
     return list(dict.fromkeys(found))
-
-
-def choose_gpus(text: str, gpus: list[Gpu]) -> list[Gpu]:
-    """Return the GPUs of a list of numbers. Raises UserError."""
-    by_number = {gpu.number: gpu for gpu in gpus}
-    wanted = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    for number in wanted:
-        if number not in by_number:
-            known = ", ".join(by_number) or "none"
-            raise UserError(f"--devices: there is no GPU {number!r}; this machine has: {known} (or cpu:N)", 2)
-    return [by_number[number] for number in wanted]
 
 
 def share_cores(parts: int) -> list[Device]:

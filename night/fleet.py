@@ -20,10 +20,10 @@ from launcher.belief import PRIOR
 from launcher.harness import source_hash
 from launcher.ledger import MOVED, STATUSES, Flag, Row
 from launcher.processes import defer_signals
-from launcher.runs import ledger, new_run_id, now_utc, record_killed_runs
+from launcher.runs import ledger, now_utc, record_killed_runs
 from launcher.verdict import build_on_now, fresh_seed, survey_board
 from night import repo
-from night.agent import Answer, TurnFailed, prints_without_end, save_answer
+from night.agent import Answer, prints_without_end, save_answer
 from night.devices import Device, keep_to_cores
 from night.failures import kind_of
 from night.job import Job, JobAnswer
@@ -31,16 +31,15 @@ from night.loop import BASELINE, NO_VERDICT_TRIES, Loop, run_night
 from night.panel import DeviceLine, Panel
 from night.plan import Night
 from night.state import Edit, LoopState, loop_folder, read_state, record
-from night.stop import rest
-from night.trial import check_source, lab_message, put_on_branch, scored_before
-from night.turn import Turn, begin_turn, end_turn
+from night.trial import lab_message, put_on_branch
+from night.turn import Turn, end_turn
 from night.workers import WORKER_SECONDS, Future, Workers, result_of
-from prepare import ROOT, UserError, first_line
+from prepare import UserError, first_line
 
 POLL_SECONDS = 0.2  # between looks whether a device or an agent has ended
 LOOK_SECONDS = 5.0  # between looks at all else: the clock, `autoresearch stop`, what a person edits
 MOST_FAILURES = 3  # of a device in a row, while others give scores
-FAR_ERRORS = 3.0  # standard errors that a device must be off by, to be told of
+FAR_ERRORS = 3.0  # standard errors between two devices, from which on a line warns of it
 MOST_MESSAGES = 3  # about failed turns, that the next agent gets
 UNDER_WAY = "These edits are run now or wait for it, and there is no result yet. Do something else:"
 OTHERS = "Other agents think of an edit at this moment ({count}). What comes to mind first, they try too."
@@ -48,18 +47,18 @@ OTHERS = "Other agents think of an edit at this moment ({count}). What comes to 
 
 @dataclass(frozen=True)
 class Task:
-    """What a device does."""
+    """What a device runs now: an edit, or the committed trainer."""
 
     device: str  # its name
     future: Future
     text: str
     began: float  # of time.monotonic()
     source: str  # content hash of the trainer
-    edit: Edit | None = None  # None: the committed trainer is run
+    edit: Edit | None = None  # None: it is the committed trainer
 
     @property
     def key(self) -> str:
-        """What it is known by when it is done again."""
+        """Return the name under which its failures are counted, from one try to the next."""
         return self.edit.commit if self.edit else self.text
 
 
@@ -99,7 +98,6 @@ class Fleet(Loop):
         super().__init__(night, panel)
         self.workers = workers
         self.devices = [device.name for device in workers.devices]  # that get work
-        self.at_once = len(self.devices)
         self.agents = agents
         self.tasks: list[Task] = []
         self.turns: list[AgentAtWork] = []
@@ -142,12 +140,11 @@ class Fleet(Loop):
                         return enough, 1 if self.gave_up else 0
                     self.drop_judged()
                     self.look_for_workers()
-                    if not enough:
-                        self.give_work()
+                    if not enough and self.give_work():
                         self.ask_agents()
             except Exception as error:
                 self.take_failure(error)
-            rest(POLL_SECONDS, lambda: False)
+            time.sleep(POLL_SECONDS)
 
     def collect(self) -> bool:
         """Take what has ended: an agent's edit, or a device's verdict. Returns whether anything has."""
@@ -175,8 +172,11 @@ class Fleet(Loop):
         self.no_agents_before = time.monotonic() + self.record_failure(error)
         self.messages.append(self.complaint)
         if self.failures.are_too_many:
-            count = self.failures.in_a_row
-            self.gave_up = f"gave up after {count} turns without an experiment in a row: {first_line(error)}"
+            self.gave_up = self.describe_giving_up(error)
+
+    def at_once(self) -> int:
+        """Return how many experiments run at once."""
+        return max(1, len(self.devices))
 
     def is_full(self) -> bool:
         """Return whether as many experiments are under way as were asked for."""
@@ -194,20 +194,22 @@ class Fleet(Loop):
         busy = {task.device for task in self.tasks}
         return [device for device in self.devices if device not in busy]
 
-    def give_work(self) -> None:
-        """Give each free device something to do."""
+    def give_work(self) -> bool:
+        """Give each free device something to do. Returns whether the baseline has its verdict."""
         self.notice_move()
-        if self.needs_baseline():
+        needs_baseline = self.needs_baseline()
+        if needs_baseline and not self.is_baseline_held_back():
             self.run_baselines()
         self.require_harness()
         self.take_from_tree()
-        if super().needs_baseline():  # nothing can be said of an edit before
-            return
+        if needs_baseline:  # nothing can be said of an edit before
+            return False
         for device in self.free_devices():
             edit = next(iter(self.idle_edits()), None)
             if edit is None or self.is_full():
-                return
+                break
             self.run_edit(edit, device)
+        return True
 
     def take_from_tree(self) -> None:
         """Let the edit that lies in the working tree wait, unless it is run now."""
@@ -218,11 +220,10 @@ class Fleet(Loop):
         if lying not in running:
             self.waiting.take_from_tree()
 
-    def needs_baseline(self) -> bool:
-        """Return whether the committed trainer has no run on this board yet, and gets none now."""
+    def is_baseline_held_back(self) -> bool:
+        """Return whether the committed trainer is run now, or is to be left alone for a while."""
         is_under_way = any(task.text == BASELINE for task in self.tasks)
-        waits = self.not_before.get(BASELINE, 0.0) > time.monotonic()
-        return not is_under_way and not waits and super().needs_baseline()
+        return is_under_way or self.not_before.get(BASELINE, 0.0) > time.monotonic()
 
     def run_baselines(self) -> None:
         """Run the committed trainer on every free device at once: do they give the same?"""
@@ -266,16 +267,7 @@ class Fleet(Loop):
         if rebased is None:
             raise self.refuse(edit, "it does not go together with what was kept meanwhile")
         edit = rebased
-        name = self.trainer.name
-        source = repo.content(edit.commit, name)
-        try:
-            check_source(name, source)
-        except UserError as error:
-            raise self.refuse(edit, str(error)) from None
-        earlier = scored_before(source, self.setting)
-        if earlier:
-            found = f"{earlier.val_bpb:.6f}, {earlier.status}"
-            raise self.refuse(edit, f"the same source was scored by run {earlier.run}: {found}")
+        source = self.read_new_source(edit)
         if any(task.source == source_hash(source) for task in self.tasks):
             raise self.refuse(edit, "the same source is run now")
         job = self.make_job(
@@ -283,17 +275,12 @@ class Fleet(Loop):
             description=edit.answer.description,
             trainer=source,
             commit=edit.commit,
-            parent=repo.content(edit.base, name),
+            parent=repo.content(edit.base, self.trainer.name),
             agent=edit.agent,
             flags=(Flag.PARALLEL,),
             has_dry_run=True,
         )
         self.submit(job, device, edit.answer.description, edit)
-
-    def refuse(self, edit: Edit, why: str, ref: str = "") -> TurnFailed:
-        """Stash an edit that cannot be tried, and return what to raise. ref: its name, if it has one"""
-        self.waiting.stash(edit, ref)
-        return TurnFailed("edit", f"«{edit.answer.description}»: {why}")
 
     def submit(self, job: Job, device: str, text: str, edit: Edit | None = None) -> None:
         """Have a job done by a device."""
@@ -317,7 +304,6 @@ class Fleet(Loop):
     def take_out(self, device: str, why: str) -> None:
         """Give a device no more work. Without any, the night ends."""
         self.devices.remove(device)
-        self.at_once = max(1, len(self.devices))
         self.panel.note(f"{device} gets no more work: {why}")
         if not self.devices:
             self.gave_up = f"no device is left: {device}: {why}"
@@ -350,7 +336,7 @@ class Fleet(Loop):
         return next((row for row in reversed(rows) if row.run == run_id and row.status in STATUSES), None)
 
     def count_failure(self, task: Task, answer: JobAnswer, row: Row | None) -> None:
-        """Count what a device could not do. One that can do nothing, while others can, is taken out."""
+        """Count the jobs in a row that failed on a device. Where others give scores, it is then taken out."""
         device = task.device
         if row and row.scored and row.judged:
             self.failed[device] = 0
@@ -385,7 +371,7 @@ class Fleet(Loop):
         self.panel.note(f"no verdict on {task.device} on «{task.text}»: {why}")
         if task.edit and self.tries[task.key] >= NO_VERDICT_TRIES:
             self.waiting.stash(task.edit)
-        if self.tries.total() >= NO_VERDICT_TRIES * max(1, len(self.devices)):
+        if self.tries.total() >= NO_VERDICT_TRIES * self.at_once():
             count = self.tries.total()
             self.gave_up = f"gave up after {count} runs without a verdict in a row: «{task.text}»: {why}"
 
@@ -505,7 +491,7 @@ class Fleet(Loop):
 
     def ask_agents(self) -> None:
         """Ask as many agents for an edit as there is room for."""
-        if time.monotonic() < self.no_agents_before or super().needs_baseline():
+        if time.monotonic() < self.no_agents_before:
             return
         free = len(self.free_devices())
         room = min(self.agents, free + (self.agents if self.night.ahead else 0)) - len(self.turns)
@@ -523,21 +509,13 @@ class Fleet(Loop):
 
     def start_turn(self, seconds: float) -> None:
         """Start an agent on the trainer that is the best now. Raises as turn.begin_turn."""
-        night = self.night
         self.complaint = "\n\n".join(self.messages[-MOST_MESSAGES:])
         prompt = self.write_prompt(self.describe_work())
         place = min(set(range(self.agents)) - {one.place for one in self.turns})
         self.turns_begun += 1
-        # The builtin search draws from the seed.
-        settings = self.setting.run_settings(night.seed + self.turns_begun).to_env()
-        if night.agent.is_builtin:
-            settings["PYTHONPATH"] = str(ROOT)
-        self.stamp = new_run_id()
-        self.save_state()
+        seed = self.night.seed + self.turns_begun  # agents at work at once must not draw the same
         with defer_signals():
-            turn = begin_turn(
-                night.agent, prompt, repo.head(), self.stamp, seconds, settings, night.boxed, place
-            )
+            turn = self.start_agent(prompt, repo.head(), seconds, seed, place)
             self.turns.append(AgentAtWork(turn, place))
         self.stamp = ""
         self.messages.clear()

@@ -20,7 +20,7 @@ from night.devices import keep_to_cores
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be run, on whichever device is free."""
+    """What a device is to run: a trainer, and what stands in its row."""
 
     platform: str
     track: str
@@ -82,7 +82,7 @@ def work(job: Job) -> JobAnswer:
         setting = resolve(job.platform, job.track, job.budget)
         record_killed_runs()
         earlier = scored_before(job.trainer, setting) if job.has_dry_run else None
-        if earlier:  # of this very job, before its worker was killed
+        if earlier:  # by this very job, whose worker was killed before it answered
             return JobAnswer(earlier.run)
         seconds = 0.0
         if job.has_dry_run:

@@ -122,7 +122,6 @@ class Loop:
         self.setting = night.setting
         self.trainer = night.setting.trainer
         self.hours = Hours(night)
-        self.at_once = 1  # experiments
         self.waiting = WaitingEdits(self.trainer.name, self.save_state)
         self.failures = Failures(night.pause)
         self.turn: Turn | None = None  # of the agent at work
@@ -229,6 +228,10 @@ class Loop:
             counts=asdict(self.panel.counts),
         )
 
+    def at_once(self) -> int:
+        """Return how many experiments run at once."""
+        return 1
+
     def why_over(self) -> str:
         """Return why no further experiment is begun, "" when one is."""
         why = self.hours.why_over(self.panel.done, self.panel.counts.baselines)
@@ -252,17 +255,20 @@ class Loop:
             except Exception as error:
                 pause = self.record_failure(error)
                 if self.failures.are_too_many:
-                    count = self.failures.in_a_row
-                    reason = first_line(error)
-                    return f"gave up after {count} turns without an experiment in a row: {reason}", 1
+                    return self.describe_giving_up(error), 1
                 self.wait(pause - self.use_pause(pause))
+
+    def describe_giving_up(self, error: Exception) -> str:
+        """Return why the night ends after too many failures. error: the last one"""
+        count = self.failures.in_a_row
+        return f"gave up after {count} turns without an experiment in a row: {first_line(error)}"
 
     def describe_outlook(self) -> str:
         """Return a line about what this night can find: the noise, and the changes that it can see."""
         night = self.night
         count = night.experiments or USUAL_EXPERIMENTS
         if night.until:
-            fitting = self.at_once * night.seconds_left() / self.hours.of_a_run()
+            fitting = self.at_once() * night.seconds_left() / self.hours.of_a_run()
             count = min(count, max(1, int(fitting)))
         believed = survey_board(ledger().rows(), self.setting.board)
         sigma = believed.sigma if believed else PRIOR.sigma
@@ -329,7 +335,7 @@ class Loop:
         self.result = describe_result(row)
         self.panel.count(row)
         self.save_state()
-        self.panel.seconds_a_run = self.hours.of_a_run() / self.at_once
+        self.panel.seconds_a_run = self.hours.of_a_run() / self.at_once()
         self.show_best()
         record(
             "experiment",
@@ -566,20 +572,7 @@ class Loop:
             TurnFailed: it does not. The edit is then stashed.
         """
         description = edit.answer.description
-        source = repo.content(edit.commit, self.trainer.name)
-        try:
-            check_source(self.trainer.name, source)
-        except UserError as error:
-            self.waiting.stash(edit)
-            raise TurnFailed("edit", f"«{description}»: {error}") from None
-        earlier = scored_before(source, self.setting)
-        if earlier:
-            self.waiting.stash(edit)
-            raise TurnFailed(
-                "edit",
-                f"«{description}»: the same source was scored by run {earlier.run}: "
-                f"{earlier.val_bpb:.6f}, {earlier.status}",
-            )
+        source = self.read_new_source(edit)
         outcome, log_tail = self.dry_run(source, description)
         if not outcome.status:
             return
@@ -590,6 +583,28 @@ class Loop:
             "edit",
             f"«{description}» failed its dry run ({outcome.status}): {outcome.reason}\n{log_tail}",
         )
+
+    def read_new_source(self, edit: Edit) -> bytes:
+        """Return the trainer of an edit, which compiles and was not scored before.
+
+        Raises:
+            TurnFailed: it does not, or was. The edit is then stashed.
+        """
+        source = repo.content(edit.commit, self.trainer.name)
+        try:
+            check_source(self.trainer.name, source)
+        except UserError as error:
+            raise self.refuse(edit, str(error)) from None
+        earlier = scored_before(source, self.setting)
+        if earlier:
+            found = f"{earlier.val_bpb:.6f}, {earlier.status}"
+            raise self.refuse(edit, f"the same source was scored by run {earlier.run}: {found}")
+        return source
+
+    def refuse(self, edit: Edit, why: str, ref: str = "") -> TurnFailed:
+        """Stash an edit that cannot be tried, and return what to raise. ref: its name, "" for a new one"""
+        self.waiting.stash(edit, ref)
+        return TurnFailed("edit", f"«{edit.answer.description}»: {why}")
 
     def refused_row(self, edit: Edit, status: str, reason: str, seconds: float) -> Row:
         """Return the row of an edit that failed its dry run, which took so many seconds."""
@@ -711,16 +726,24 @@ class Loop:
 
     def begin_turn(self, prompt: str, base: str, seconds: float) -> Turn:
         """Start the agent on a commit. Raises as turn.begin_turn."""
+        with defer_signals():
+            self.turn = self.start_agent(prompt, base, seconds, self.night.seed)
+        return self.turn
+
+    def start_agent(self, prompt: str, base: str, seconds: float, seed: int, place: int = 0) -> Turn:
+        """Start an agent on a commit, and return its turn. See turn.begin_turn, whose place it takes.
+
+        Call it in defer_signals, together with what keeps the turn.
+
+        seed: that the builtin search draws from
+        """
         night = self.night
-        settings = self.setting.run_settings(night.seed).to_env()
+        settings = self.setting.run_settings(seed).to_env()
         if night.agent.is_builtin:
             settings["PYTHONPATH"] = str(ROOT)
         self.stamp = new_run_id()
         self.save_state()
-        with defer_signals():
-            turn = begin_turn(night.agent, prompt, base, self.stamp, seconds, settings, night.boxed)
-            self.turn = turn
-        return turn
+        return begin_turn(night.agent, prompt, base, self.stamp, seconds, settings, night.boxed, place)
 
     def end_turn(self, at_once: bool = False) -> Edit:
         """Wait for the agent at work, and return its edit. Raises TurnFailed."""

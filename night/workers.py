@@ -85,7 +85,7 @@ class Workers:
     def __init__(self, devices: Sequence[Device], folder: Path) -> None:
         """Take the devices. Raises UserError without dask.
 
-        folder: takes what the jobs say, a file a device
+        folder: for what the jobs print, a file for each device
         """
         if importlib.util.find_spec("distributed") is None:
             raise UserError("several devices need the extra fleet: uv sync --extra fleet", 2)
@@ -137,7 +137,7 @@ def result_of(future: Future) -> JobAnswer:
 
 
 def do_job(data: dict[str, Any], folder: str) -> JobAnswer:
-    """Do a job in a process of its own, in a worker. folder: takes what it says, where it is there too."""
+    """Do a job in a process of its own, in a worker. folder: for what it prints, where there is one."""
     name = os.environ.get(NAME_VARIABLE, "device")
     place = Path(folder)
     with scratch_folder() as scratch:

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backends.protocol import IN_LOOP_VARIABLE
@@ -69,7 +69,7 @@ class Workspace:
         """
         with suppress(UserError, OSError):
             notes = read_trainer(self.folder / NOTES, follow=False)
-            there = read_notes()
+            there = read_end(notes_path()) if notes_path().exists() else b""
             if there != self.notes:
                 notes = repo.merge(there, self.notes, notes, both=True) or there
             notes_path().parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def make_workspace(commit: str, prompt: str, place: int = 0) -> Workspace:
         UserError: it cannot be made.
     """
     top = workspace_path(place)
-    workspace = Workspace(top, top / repo.path_prefix(), read_notes())
+    workspace = Workspace(top, top / repo.path_prefix())
     for folder in (workspace.temporary, top):
         remove_tree(folder)
         if os.path.lexists(folder):
@@ -104,21 +104,14 @@ def make_workspace(commit: str, prompt: str, place: int = 0) -> Workspace:
         shutil.copyfile(repo.git_path("shallow"), top / ".git" / "shallow")
     repo.git_checked("reset", "-q", "--hard", commit, folder=top)
     copy_runs(workspace.folder, prompt)
-    return workspace
+    copied = workspace.folder / NOTES
+    return replace(workspace, notes=copied.read_bytes()) if copied.exists() else workspace
 
 
 def workspace_path(place: int = 0) -> Path:
     """Return where an agent's folder of this repository lies."""
     digest = hashlib.sha256(os.fsencode(ROOT)).hexdigest()[:8]
     return cache_dir() / "workspaces" / f"{ROOT.name}-{digest}{f'-{place + 1}' if place else ''}"
-
-
-def read_notes() -> bytes:
-    """Return the notes of the agents, as much of their end as an agent gets; b"" when there are none."""
-    try:
-        return notes_path().read_bytes()[-LONGEST_COPY:]
-    except OSError:
-        return b""
 
 
 def copy_runs(folder: Path, prompt: str) -> None:
@@ -133,7 +126,14 @@ def copy_runs(folder: Path, prompt: str) -> None:
 
 def copy_end(source: Path, target: Path) -> None:
     """Copy a file; of a long one, the end. What is not there is passed over."""
-    with suppress(OSError), open(source, "rb") as f:
-        f.seek(max(0, f.seek(0, os.SEEK_END) - LONGEST_COPY))
+    with suppress(OSError):
+        data = read_end(source)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(f.read())
+        target.write_bytes(data)
+
+
+def read_end(path: Path) -> bytes:
+    """Return a file; of a long one, the end. Raises OSError."""
+    with open(path, "rb") as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - LONGEST_COPY))
+        return f.read()

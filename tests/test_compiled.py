@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import compiled
+from launcher import compiled, device
 from launcher.compiled import environment, folder, remove_since, trim
 from launcher.processes import remove_tree
 
@@ -121,14 +121,14 @@ def test_what_was_written_after_a_moment_is_forgotten(house, monkeypatch):
 
 def test_runs_on_two_devices_have_two_folders(house, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr(compiled, "usable_cores", lambda: [0, 1])
+    monkeypatch.setattr(device, "usable_cores", lambda: [0, 1])
     both = compiled.folder()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa/b")
     one = compiled.folder()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     other = compiled.folder()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(compiled, "usable_cores", lambda: [0, 2])
+    monkeypatch.setattr(device, "usable_cores", lambda: [0, 2])
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     part = compiled.folder()
     assert len({both, one, other, part}) == 4

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from asyncio import CancelledError
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -392,40 +393,38 @@ def test_a_person_goes_back_and_the_search_begins_there(night):
 def test_an_edit_of_a_person_is_tried_and_reverted(night, repository):
     assert night(IMPROVE, HereWorkers(TWO), 1) == 0
     worse = TRAINER.replace("B = 0.0", "B = 0.0\nD = 1")
-    monkey = repository / "train_cuda.py"
-    monkey.write_text(worse.replace("A = 0.0", "A = 0.00"))
+    trainer = repository / "train_cuda.py"
+    trainer.write_text(worse.replace("A = 0.0", "A = 0.00"))
     assert night("sys.exit(1)", HereWorkers(TWO), 1) == 0
     assert decided()[-1][:2] == ("what lay in the trainer, uncommitted", "discard")
-    assert monkey.read_text() == TRAINER
+    assert trainer.read_text() == TRAINER
 
 
-def test_a_kill_between_the_branch_and_the_merge_loses_neither(night, monkeypatch):
-    merge = Fleet.merge
+@contextmanager
+def killed_in(name):
+    """A night inside is over, without another word, where the fleet calls one of its methods."""
 
-    def killed(self, edit, best):
+    def end(self, *asked):
         raise SystemExit(9)
 
-    monkeypatch.setattr(Fleet, "merge", killed)
-    with pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Fleet, name, end)
+        yield
+
+
+def test_a_kill_between_the_branch_and_the_merge_loses_neither(night):
+    with killed_in("merge"):
         night(IMPROVE, HereWorkers(TWO), 3)
-    monkeypatch.setattr(Fleet, "merge", merge)
     assert night("sys.exit(1)", HereWorkers(TWO), 2) == 0
     assert "A = 0.1" in committed() and "B = 0.1" in committed()
 
 
-def test_a_verdict_that_a_killed_loop_did_not_follow_is_followed_by_the_next(night, monkeypatch):
+def test_a_verdict_that_a_killed_loop_did_not_follow_is_followed_by_the_next(night):
     assert night(IMPROVE, HereWorkers(TWO), 1) == 0
-    follow_verdict = Fleet.follow_verdict
-
-    def killed(self, edit, row):
-        raise SystemExit(9)
-
-    monkeypatch.setattr(Fleet, "follow_verdict", killed)
-    with pytest.raises(SystemExit):
+    with killed_in("follow_verdict"):
         night(IMPROVE, HereWorkers(TWO), 4)
     assert rows()[-1].status == "keep" and "A = 0.1" not in committed()
     assert len(read_state().edits) >= 2
-    monkeypatch.setattr(Fleet, "follow_verdict", follow_verdict)
     assert night(IMPROVE, HereWorkers(TWO), 2) == 0
     assert "A = 0.1" in committed()
     assert ("improve B", "keep", 1.3) in decided()  # it waited, and was put on the best
