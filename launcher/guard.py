@@ -33,13 +33,16 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 ASK = b"t"
 STARTED = b"\0"
 GONE = b"g"
 TERM_SECONDS = 5.0  # between the request to end and the kill
 LEFTOVER_SECONDS = 3.0  # that compile workers get to end by themselves
+STOP_SECONDS = 10.0  # after which the kill does not wait any more until everything is stopped
 KILL_SECONDS = 10.0  # after which a process is given up that does not die: it waits in the kernel
+REAPED_AT_ONCE = 10_000  # where they end faster than this notes it, there are other things to do too
 LOOK_SECONDS = 0.05  # between two looks at what is left
 LINUX = sys.platform.startswith("linux")
 
@@ -97,6 +100,25 @@ def close_all_but(kept: int) -> None:
 # ---------------------------------------------------------------------------
 # The watch
 # ---------------------------------------------------------------------------
+
+
+class Process(NamedTuple):
+    """A process of this system.
+
+    Attributes:
+        group: its process group.
+        state: the letter that ps has for it: T and t are stopped, Z and X have ended.
+    """
+
+    pid: int
+    parent: int
+    group: int
+    state: str
+
+    @property
+    def runs(self) -> bool:
+        """Whether it can start others."""
+        return self.state not in "TtZX"
 
 
 class Guard:
@@ -158,16 +180,17 @@ class Guard:
         return TERM_SECONDS
 
     def _something_is_left(self) -> bool:
-        """Take note of the processes that ended. Returns whether there are others."""
-        while True:
+        """Take note of processes that ended. Returns whether there are others."""
+        for _ in range(REAPED_AT_ONCE):
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return not LINUX and bool(self._descendants())
             if pid == 0:
-                return True
+                break
             if pid == self._command:
                 self.status = status
+        return True
 
     def _kill_everything(self) -> bool:
         """Kill all that descends from this process, until nothing is left. Returns whether nothing is.
@@ -175,62 +198,105 @@ class Guard:
         All are stopped before one is killed: where many start others, each that dies makes room for another.
         """
         self._poll.unregister(self._control)
-        known: set[int] = set()
-        found_new = time.monotonic()
+        began = time.monotonic()
+        self._kill_command()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # what ends is gone: nothing has to be noted any more
         while self._something_is_left():
             found = self._descendants()
-            new = {pid for pid, _ in found} - known
-            if new:
-                known |= new
-                found_new = time.monotonic()
-            elif time.monotonic() > found_new + KILL_SECONDS:
+            seconds = time.monotonic() - began
+            if seconds > STOP_SECONDS + KILL_SECONDS:
                 return False
-            number = signal.SIGSTOP if new else signal.SIGKILL
-            for pid, group in found:
-                if group > 1:  # to -1 it would go to all processes
-                    send(number, -group)  # to all of a group at once: none can fork meanwhile
-                send(number, pid)
-            if not new:
-                self._wait(LOOK_SECONDS)
+            if seconds < STOP_SECONDS and any(process.runs for process in found):
+                stop(found)
+                self._stop_orphans()
+                continue
+            for process in found:
+                send(signal.SIGKILL, process.pid)
+            time.sleep(LOOK_SECONDS / 5)
         return True
 
-    def _descendants(self) -> list[tuple[int, int]]:
-        """Return (pid, process group) of all that the command started, as far as this system tells."""
+    def _kill_command(self) -> None:
+        """Kill the command alone, and take note of its end."""
+        began = time.monotonic()
+        while self.status is None and time.monotonic() < began + KILL_SECONDS:
+            send(signal.SIGKILL, self._command)
+            pid, status = os.waitpid(self._command, os.WNOHANG)
+            if pid:
+                self.status = status
+            else:
+                self._wait(LOOK_SECONDS)
+
+    def _stop_orphans(self) -> None:
+        """Stop the children of this process, until no new one comes.
+
+        A process that lives for a moment has ended before a look at the whole system finds it. Its own child
+        became one of this process then, and those are found quickly.
+        """
+        known: set[int] = set()
+        while self._something_is_left():
+            children = set(own_children()) if LINUX else known
+            if children <= known:
+                return
+            stop([Process(pid, os.getpid(), pid, "R") for pid in children - known])
+            known = children
+
+    def _descendants(self) -> list[Process]:
+        """Return all that the command started, as far as this system tells."""
         mine = os.getpgrp()
-        members: dict[int, list[tuple[int, int]]] = {}  # by parent
-        for pid, parent, group in processes():
-            if not LINUX and group in self._groups:
+        members: dict[int, list[Process]] = {}  # by parent
+        for process in processes():
+            parent = process.parent
+            if not LINUX and process.group in self._groups:
                 parent = os.getpid()  # an orphan there is the child of the first process
-            if group != mine:
-                members.setdefault(parent, []).append((pid, group))
+            if process.group != mine:
+                members.setdefault(parent, []).append(process)
         found = []
         parents = [os.getpid()]
         while parents:
             children = members.pop(parents.pop(), [])
             found += children
-            parents += [pid for pid, _ in children]
-        self._groups.update(group for _, group in found)
+            parents += [child.pid for child in children]
+        self._groups.update(process.group for process in found)
         return found
 
 
-def processes() -> Iterator[tuple[int, int, int]]:
-    """Yield (pid, parent, process group) of every process of this system."""
+def processes() -> Iterator[Process]:
+    """Yield every process of this system."""
     if not LINUX:
         import subprocess
 
-        listed = subprocess.run(["ps", "-axo", "pid=,ppid=,pgid="], stdout=subprocess.PIPE).stdout
+        command = ["ps", "-axo", "pid=,ppid=,pgid=,stat="]
+        listed = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
         for line in listed.splitlines():
-            pid, parent, group = map(int, line.split())
-            yield pid, parent, group
+            pid, parent, group, state = line.split()
+            yield Process(int(pid), int(parent), int(group), state[0])
         return
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{name}/stat", "rb") as file:
-                after_name = file.read().rpartition(b")")[2]  # the name may hold anything
+            with open(f"/proc/{name}/stat", errors="replace") as file:
+                after_name = file.read().rpartition(")")[2]  # the name may hold anything
         except OSError:  # it has ended
             continue
-        numbers = after_name.split()
-        yield int(name), int(numbers[1]), int(numbers[2])
+        state, parent, group = after_name.split()[:3]
+        yield Process(int(name), int(parent), int(group), state)
+
+
+def own_children() -> list[int]:
+    """Return the pids of this process's children on Linux; none where its kernel does not list them."""
+    pid = os.getpid()
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(child) for child in file.read().split()]
+    except FileNotFoundError:
+        return []
+
+
+def stop(found: list[Process]) -> None:
+    """Stop processes, and their groups: of a group that is stopped at once, none can fork meanwhile."""
+    for process in found:
+        if process.group > 1:  # to -1 it would go to all processes
+            send(signal.SIGSTOP, -process.group)
+        send(signal.SIGSTOP, process.pid)
 
 
 def send(number: int, target: int) -> None:

@@ -18,9 +18,9 @@ import psutil
 
 from backends.protocol import RUN_ID_VARIABLE
 from launcher import guard
-from launcher.guard import KILL_SECONDS, LEFTOVER_SECONDS, TERM_SECONDS
+from launcher.guard import KILL_SECONDS, LEFTOVER_SECONDS, STOP_SECONDS, TERM_SECONDS
 
-GUARD_SECONDS = TERM_SECONDS + KILL_SECONDS + 10.0  # that a guard has at most to end everything
+GUARD_SECONDS = TERM_SECONDS + STOP_SECONDS + KILL_SECONDS + 10.0  # that a guard has at most
 IMPORT_SECONDS = 0.1  # after which a signal that came during an import comes again
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
