@@ -156,17 +156,7 @@ def made_up_rows(count: int, **values: Any) -> Iterator[Any]:
 
 def measure_turn(count: int, home: Path) -> None:
     """Take turns in a clone of the committed repository, with so many runs before them."""
-    clone = home / f"night-{count}"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
-    shutil.copy(Path(__file__), clone / "benchmarks" / "rows.py")
-    (home / "platforms.yaml").write_text(CONFIG)
-    variables = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("AUTORESEARCH_")},
-        "AUTORESEARCH_CONFIG": str(home / "platforms.yaml"),
-        "AUTORESEARCH_CACHE": str(home / "cache"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(clone),
-    }
+    clone, variables = clone_project(home, f"night-{count}", "rows.py")
     command = [sys.executable, "benchmarks/rows.py", "--inside", str(count)]
     done = subprocess.run(command, cwd=clone, env=variables, capture_output=True, text=True)
     found = re.search(r"^turn: .*$", done.stdout, re.M)
@@ -176,12 +166,43 @@ def measure_turn(count: int, home: Path) -> None:
     shutil.rmtree(clone)
 
 
-def run_inside(count: int) -> None:
-    """Run a night in the clone that this process was started in, and print the seconds of a turn."""
-    sys.path[0] = os.getcwd()  # it was benchmarks/, which has a night.py of its own
+def clone_project(home: Path, name: str, *benchmarks: str) -> tuple[Path, dict[str, str]]:
+    """Clone the committed repository, with these benchmarks as they lie here.
+
+    Returns (the clone, the environment of a process in it).
+    """
+    clone = home / name
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    for benchmark in benchmarks:
+        shutil.copy(ROOT / "benchmarks" / benchmark, clone / "benchmarks" / benchmark)
+    (home / "platforms.yaml").write_text(CONFIG)
+    variables = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("AUTORESEARCH_")},
+        "AUTORESEARCH_CONFIG": str(home / "platforms.yaml"),
+        "AUTORESEARCH_CACHE": str(home / "cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(clone),
+    }
+    return clone, variables
+
+
+def made_up_result(chance: random.Random, run_dir: Any) -> Any:
+    """Return the outcome of a training that took no time, and write its result where it belongs."""
     from dataclasses import asdict
 
     from backends.protocol import Result, write_json
+    from launcher.child import Outcome
+
+    numbers = dict.fromkeys(Result.__dataclass_fields__, 1)
+    words = {"dtype": "float32", "platform": "cpu", "device": "a CPU", "track": "tiny"}
+    result = Result(**{**numbers, **words, "val_bpb": round(1.5 + chance.gauss(0, 0.002), 6)})
+    write_json(run_dir.result, asdict(result))
+    return Outcome(training_seconds=300.0, total_seconds=330.0, exit_code=0, result=result)
+
+
+def run_inside(count: int) -> None:
+    """Run a night in the clone that this process was started in, and print the seconds of a turn."""
+    sys.path[0] = os.getcwd()  # it was benchmarks/, which has a night.py of its own
     from launcher import run as runner
     from launcher.child import Outcome
     from launcher.setting import resolve
@@ -194,11 +215,7 @@ def run_inside(count: int) -> None:
 
     def supervise(trainer, run_dir, setting, seed, watch, on_event):  # type: ignore[no-untyped-def]
         began.append((time.monotonic(), time.process_time()))
-        numbers = dict.fromkeys(Result.__dataclass_fields__, 1)
-        words = {"dtype": "float32", "platform": "cpu", "device": "a CPU", "track": "tiny"}
-        result = Result(**{**numbers, **words, "val_bpb": round(1.5 + chance.gauss(0, 0.002), 6)})
-        write_json(run_dir.result, asdict(result))
-        return Outcome(training_seconds=300.0, total_seconds=330.0, exit_code=0, result=result)
+        return made_up_result(chance, run_dir)
 
     prompts: list[float] = []  # CPU time that each took
     write_turn = loop.write_turn

@@ -133,18 +133,22 @@ class Fleet(Loop):
         looked = -LOOK_SECONDS
         while True:
             try:
-                if self.collect() or time.monotonic() > looked + LOOK_SECONDS:
+                has_waited = time.monotonic() > looked + LOOK_SECONDS
+                if has_waited:
                     looked = time.monotonic()
+                    self.look_for_workers()
+                if self.collect() or has_waited:
                     enough = self.gave_up or self.why_over()
                     if enough and not self.tasks:
                         return enough, 1 if self.gave_up else 0
                     self.drop_judged()
-                    self.look_for_workers()
                     if not enough and self.give_work():
                         self.ask_agents()
+                else:
+                    time.sleep(POLL_SECONDS)
             except Exception as error:
                 self.take_failure(error)
-            time.sleep(POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
 
     def collect(self) -> bool:
         """Take what has ended: an agent's edit, or a device's verdict. Returns whether anything has."""
@@ -214,6 +218,8 @@ class Fleet(Loop):
     def take_from_tree(self) -> None:
         """Let the edit that lies in the working tree wait, unless it is run now."""
         lying = repo.lying_blob(self.trainer.name)
+        if lying in ("", repo.committed_blob(self.trainer.name)):
+            return
         running = [
             repo.committed_blob(self.trainer.name, task.edit.commit) for task in self.tasks if task.edit
         ]

@@ -59,6 +59,7 @@ LONGEST_WAIT = 1800.0  # seconds that a night waits for other processes after a 
 NO_VERDICT_TRIES = 3  # runs of an edit without a verdict (another process on the device), then it is stashed
 USUAL_EXPERIMENTS = 100  # of a night without a limit: its first line says what so many can show
 MOST_NOISE_RUNS = 4  # of a trainer, in pauses
+PAGE_SHARE = 0.1  # of the time that writing the page may take: after short experiments it is not written anew
 BASELINE = "baseline: the trainer as committed"
 
 
@@ -128,6 +129,7 @@ class Loop:
         self.stamp = ""  # of that turn, from before the agent is started
         self.result = ""  # of the last experiment, for the agent
         self.complaint = ""  # about the last turn, for the agent
+        self.next_page = 0.0  # of time.monotonic(), before which no page is written
 
     def run(self) -> tuple[str, int]:
         """Run the loop to its end. Returns (why it ended, exit code)."""
@@ -345,17 +347,21 @@ class Loop:
             description=row.description,
             reason=row.reason,
         )
-        self.write_page()
+        if time.monotonic() > self.next_page:
+            self.write_page()
         self.panel.note(
             f"experiment {self.panel.done}: {row.status} {row.val_bpb:.6f} {row.description} [{row.reason}]"
         )
 
     def write_page(self) -> None:
         """Write the page of the night. What goes wrong with it does not touch the night."""
+        began = time.monotonic()
         try:
             write_report([home() / "results.tsv"], home() / "report", complain=lambda line: None)
         except Exception as error:
             self.panel.note(f"the report is not written: {first_line(error)}")
+        now = time.monotonic()
+        self.next_page = now + (now - began) / PAGE_SHARE
 
     def show_best(self) -> None:
         """Show the trainer that is believed best, and what is believed of it."""

@@ -24,7 +24,7 @@ from prepare import ROOT, UserError
 
 # REFS/<run>: a trial that was reverted, or an edit that was stashed before a run of it counted.
 # REFS/stash/<time>: an edit that no run was made of.
-# REFS/untried, REFS/untried-2, ...: the edits that wait for their run.
+# REFS/untried-<commit>: an edit that waits for its run.
 REFS = "refs/autoresearch"
 LOCKED_SECONDS = 10.0  # that another git command may hold a lock
 LOCK_POLL_SECONDS = 0.2
@@ -356,6 +356,11 @@ def staged_blob(trainer: str) -> str:
 def set_ref(name: str, commit: str) -> None:
     """Let REFS/<name> name a commit, whatever it named before."""
     git_checked("update-ref", f"{REFS}/{name}", commit)
+
+
+def remove_ref(name: str) -> None:
+    """Let no REFS/<name> be there. Git keeps the commit for some weeks."""
+    git_checked("update-ref", "-d", f"{REFS}/{name}")
 
 
 def save_ref(name: str, commit: str) -> str:

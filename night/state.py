@@ -91,9 +91,6 @@ def read_edit(data: dict[str, Any]) -> Edit | None:
 
 
 def write_state(state: LoopState) -> None:
-    """Write the state file. Git removes in time what nothing names: a ref names each waiting edit."""
-    for number, edit in enumerate(state.edits, 1):
-        repo.set_ref("untried" if number == 1 else f"untried-{number}", edit.commit)
     write_json(state_path(), asdict(state))
 
 

@@ -42,10 +42,20 @@ class WaitingEdits:
         return self._edits[0] if self._edits else None
 
     def change(self, edits: list[Edit]) -> None:
-        """Let other edits wait in place of these."""
-        if edits != self._edits:
-            self._edits = edits
-            self._save()
+        """Let other edits wait in place of these.
+
+        A ref names each: git removes in time what nothing names.
+        """
+        if edits == self._edits:
+            return
+        before = {edit.commit for edit in self._edits}
+        now = {edit.commit for edit in edits}
+        for commit in now - before:
+            repo.set_ref(f"untried-{commit}", commit)
+        self._edits = edits
+        self._save()
+        for commit in before - now:
+            repo.remove_ref(f"untried-{commit}")
 
     def add(self, edit: Edit) -> None:
         self.change([*self._edits, edit])

@@ -959,6 +959,14 @@ def test_after_each_experiment_the_page_is_written_and_its_faults_touch_nothing(
     assert len(rows()) == 3 and not recorded("failed")
 
 
+def test_a_page_that_takes_long_is_not_written_after_each_short_experiment(night, repository, monkeypatch):
+    written = []
+    monkeypatch.setattr(loop, "write_report", lambda *_, **__: written.append(len(rows())))
+    monkeypatch.setattr(loop, "PAGE_SHARE", 1e-9)
+    assert night(BETTER, 4) == 0
+    assert written == [1, 4]  # and at the end
+
+
 def test_rows_and_commits_say_who_made_the_edit(night, repository):
     edit(repository, "SCORE = 1.45\n")
     assert night(BETTER, 3) == 0

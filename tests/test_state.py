@@ -38,12 +38,6 @@ def test_an_edit_whose_commit_is_gone_is_left_out(repository):
     assert read_state() == LoopState(10, 3, edits=(edit,))
 
 
-def test_git_keeps_all_edits_that_wait(repository):
-    made = [repo.commit_alone("train_cuda.py", "", f"SCORE = 1.{n}\n".encode()) for n in range(2)]
-    write_state(LoopState(edits=tuple(Edit(commit, repo.head(), Answer("an idea")) for commit in made)))
-    assert repo.git_output("for-each-ref", "--format=%(objectname)", "refs/autoresearch").split() == made
-
-
 def test_a_full_disk_costs_a_line_of_the_log(house, monkeypatch, capsys):
     def fail(*arguments):
         raise OSError(28, "No space left on device")

@@ -142,3 +142,18 @@ def test_a_trainer_that_is_no_file_is_no_edit(waiting, repository, lies):
         (repository / TRAINER).mkdir()
     waiting.take_from_tree()
     assert waiting.first is None
+
+
+def test_a_ref_names_each_edit_as_long_as_it_waits(waiting):
+    def named():
+        refs = git_output("for-each-ref", "--format=%(objectname)", "refs/autoresearch/untried-*")
+        return set(refs.split())
+
+    one, two = made("1.5", "1.4"), made("1.5", "1.3")
+    waiting.add(one)
+    waiting.add(two)
+    assert named() == {one.commit, two.commit}
+    waiting.drop(one)
+    assert named() == {two.commit}
+    waiting.stash(two)
+    assert named() == set() and repo.is_commit(two.commit)
