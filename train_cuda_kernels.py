@@ -823,20 +823,25 @@ def fused_loss_chunk(
 ) -> Tensor:
     """Return what loss_chunk in train_cuda.py returns, and write its gradients to dx and dw as it does."""
     dlogits, total = product("softcap_exp", x, w, softcap=softcap)
-    nats, at_target, share, shared = target_terms(x, row_dots(x, w, targets), total, count, softcap)
+    at_rows = compiled(row_dots)(x, w, targets)
+    nats, at_target, share, shared = compiled(target_terms)(x, at_rows, total, count, softcap)
     dlogits[torch.arange(len(x), device=x.device), targets] = at_target
     product("scale", dlogits, w.T, scale=share, out=dx)
     product("accumulate", dlogits.T, shared.T, dw, out=dw)
     return nats
 
 
-@torch.compile(dynamic=False)
+@cache
+def compiled(function: Callable) -> Callable:
+    """Return torch.compile of a function. It is asked for late: what compiles takes seconds to import."""
+    return torch.compile(function, dynamic=False)
+
+
 def row_dots(x: Tensor, w: Tensor, rows: Tensor) -> Tensor:
     """Return each x [N, D] times its row of w [V, D], float32 [N]."""
     return (x.float() * w[rows].float()).sum(dim=1)
 
 
-@torch.compile(dynamic=False)
 def target_terms(
     x: Tensor, logits: Tensor, total: Tensor, count: int, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

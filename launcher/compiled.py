@@ -72,15 +72,22 @@ def copy_kernels(place: Path) -> None:
         shutil.copytree(folder() / KERNELS, place / KERNELS, dirs_exist_ok=True)
 
 
-def link_from(temporary: Path, place: Path | None = None) -> None:
-    """Let PyTorch's own place in a folder for temporary files be `place`, folder() if None.
+def link_from(temporary: Path, process: str, place: Path | None = None) -> None:
+    """Let the frameworks' own places in a folder for temporary files be in `place`, folder() if None.
 
-    It keeps the precompiled header of its C++ kernels there, whatever VARIABLE says. A run's folder for
-    temporary files goes with the run: each process would make it anew, which takes a core 13 to 20 s.
+    PyTorch keeps the precompiled header of its C++ kernels there, whatever VARIABLE says, and MLX all that it
+    compiles for a CPU. A run's folder for temporary files goes with the run: each process would make it anew,
+    which takes a core 13 to 20 s with PyTorch, and with MLX half a second for each kernel.
+
+    process: a name, which the processes of one run do not share: MLX loads a kernel that another process is
+        still writing
     """
-    link = temporary / f"torchinductor_{user_name()}"
+    place = place or folder()
+    of_mlx = place / "mlx" / process
     with suppress(OSError):  # without it all works, more slowly
-        link.symlink_to(place or folder(), target_is_directory=True)
+        of_mlx.mkdir(parents=True, exist_ok=True)
+        (temporary / f"torchinductor_{user_name()}").symlink_to(place, target_is_directory=True)
+        (temporary / "mlx").symlink_to(of_mlx, target_is_directory=True)
 
 
 def user_name() -> str:

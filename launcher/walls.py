@@ -92,7 +92,7 @@ def start_boxed(
     temporary.mkdir(exist_ok=True)
     for place in (code or compiled.folder(), compiled.bytecode_folder()):
         place.mkdir(parents=True, exist_ok=True)
-    compiled.link_from(temporary, code)
+    compiled.link_from(temporary, folder.name, code)
     environment = {
         **os.environ,
         **compiled.environment(code),

@@ -1,6 +1,9 @@
 """The compiled code of earlier runs: found again, and bounded."""
 
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -72,7 +75,7 @@ def test_a_process_with_a_place_of_its_own_is_led_there(house, monkeypatch, tmp_
 
     own = tmp_path / "own"
     own.mkdir()
-    compiled.link_from(tmp_path, own)
+    compiled.link_from(tmp_path, "box", own)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert os.path.realpath(default_cache_dir()) == os.path.realpath(own)
 
@@ -92,13 +95,36 @@ def test_a_precompiled_header_outlives_the_run_that_made_it(house, monkeypatch, 
     for run in ("a", "b"):
         temporary = house / run
         temporary.mkdir()
-        compiled.link_from(temporary)
+        compiled.link_from(temporary, "box")
         monkeypatch.setattr(tempfile, "tempdir", str(temporary))
         folder().mkdir(parents=True, exist_ok=True)
         assert os.path.realpath(default_cache_dir()) == os.path.realpath(folder())
         Path(default_cache_dir(), "header").touch()
         remove_tree(temporary)
         assert (folder() / "header").exists()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="MLX compiles for a CPU with g++")
+def test_what_mlx_compiles_for_a_cpu_outlives_the_run(house):
+    """A process of a run finds what the one of an earlier run left that did the same work, and no other."""
+    code = """
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+mx.eval(mx.compile(lambda x: mx.exp(x) * 2 + mx.sin(x))(mx.ones(3)))
+"""
+    made = []
+    for run, process in (("a", "box"), ("b", "box"), ("b", "first")):
+        temporary = house / run / process
+        temporary.mkdir(parents=True)
+        compiled.link_from(temporary, process)
+        environment = {**os.environ, "TMPDIR": str(temporary)}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        remove_tree(temporary)
+        kernels = folder().glob(f"mlx/{process}/**/*.so")
+        made.append([(kernel.name, kernel.stat().st_mtime_ns) for kernel in kernels])
+    first_run, second_run, other = made
+    assert first_run and second_run == first_run
+    assert [name for name, _ in other] == [name for name, _ in first_run] and other != first_run
 
 
 def test_what_was_written_after_a_moment_is_forgotten(house, monkeypatch):

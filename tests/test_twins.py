@@ -2,7 +2,10 @@
 
 import ast
 import importlib
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -472,6 +475,13 @@ def train(module, train_step, steps, first=0):
         loss = train_step(lambda rows, batches=batches: on_device(module, next(batches)), 0.1 * step)
         losses.append(loss.item())
     return losses
+
+
+def test_what_compiles_is_not_imported_where_nothing_is_compiled():
+    """It takes seconds, in each process of a run."""
+    code = "import sys, train_cuda; sys.exit('torch._dynamo' in sys.modules)"
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "AUTORESEARCH_PLATFORM": "cpu"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment).returncode == 0
 
 
 @pytest.mark.slow
