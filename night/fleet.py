@@ -109,8 +109,10 @@ class Fleet(Loop):
         self.failed: Counter[str] = Counter()  # jobs in a row without a score, by device
         self.not_before: dict[str, float] = {}  # when a task may be done again, by its key
         self.no_agents_before = 0.0  # of time.monotonic()
+        self.last: dict[str, str] = {}  # what came of the last job, by device
         self.missing_since: dict[str, float] = {}  # devices without a worker
         self.messages: list[str] = []  # about failed turns, for the next agent
+        self.shown = ""  # as the phase of the night
         self.gave_up = ""  # why
         panel.devices = self.describe_devices
 
@@ -290,10 +292,14 @@ class Fleet(Loop):
 
     def submit(self, job: Job, device: str, text: str, edit: Edit | None = None) -> None:
         """Have a job done by a device."""
-        record("phase", phase="fleet", text=f"{device}: {text}")
+        self.record_device(device, text)
         future = self.workers.submit(job, device)
         self.tasks.append(Task(device, future, text, time.monotonic(), source_hash(job.trainer), edit))
         self.show_phase()
+
+    def record_device(self, device: str, doing: str) -> None:
+        """Note in the log what a device does, "" for nothing, for who watches from elsewhere."""
+        record("device", device=device, doing=doing, last=self.last.get(device, ""))
 
     def look_for_workers(self) -> None:
         """Take the devices out of the night whose workers do not come back."""
@@ -310,6 +316,8 @@ class Fleet(Loop):
     def take_out(self, device: str, why: str) -> None:
         """Give a device no more work. Without any, the night ends."""
         self.devices.remove(device)
+        self.last[device] = f"it gets no more work: {why}"
+        self.record_device(device, "")
         self.panel.note(f"{device} gets no more work: {why}")
         if not self.devices:
             self.gave_up = f"no device is left: {device}: {why}"
@@ -322,9 +330,11 @@ class Fleet(Loop):
         Raises:
             TurnFailed: the edit failed its dry run.
         """
-        self.show_phase()
         self.hours.dry_seconds = answer.seconds or self.hours.dry_seconds
         row = self.row_of(answer.run)
+        self.last[task.device] = told_of(row) if row else f"{answer.status}: {answer.reason}"
+        self.record_device(task.device, "")
+        self.show_phase()
         self.count_failure(task, answer, row)
         if row and row.judged:
             self.take_row(task, row)
@@ -577,12 +587,25 @@ class Fleet(Loop):
 
     def show_phase(self) -> None:
         """Show how many devices and agents are at work."""
-        self.panel.phase = (
-            f"{self.panel.done + 1}{self.panel.of_all()}: {len(self.tasks)} of {len(self.devices)} devices "
-            f"and {len(self.turns)} agents at work"
-        )
+        text = f"{len(self.tasks)} of {len(self.devices)} devices and {len(self.turns)} agents at work"
+        if text != self.shown:
+            self.shown = text
+            record("phase", phase="fleet", text=text)
+        self.panel.phase = f"{self.panel.done + 1}{self.panel.of_all()}: {text}"
 
     def describe_devices(self) -> list[DeviceLine]:
         """Return what the devices do, for the panel."""
         now = time.monotonic()
-        return [(task.device, task.text, now - task.began) for task in [*self.tasks]]
+        tasks = {task.device: task for task in self.tasks}
+        lines = []
+        for device in self.devices:
+            task = tasks.get(device)
+            doing = (task.text, now - task.began) if task else ("", 0.0)
+            lines.append(DeviceLine(device, *doing, self.last.get(device, "")))
+        return lines
+
+
+def told_of(row: Row) -> str:
+    """Return a result in a few words."""
+    score = f" {row.val_bpb:.6f}" if row.scored else ""
+    return f"{row.status}{score} {row.description}"

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -18,12 +19,26 @@ from launcher.ledger import Row, single_line
 from launcher.progress import STARTING, Progress, Scored
 from night.state import NightCounts
 
-DeviceLine = tuple[str, str, float]  # its name, what it does, since how many seconds
 OF_NO_EXPERIMENT = ("check", "confirm")  # phases of a night that are part of no experiment
 REFRESHES_A_SECOND = 2.0
 LAST_RESULTS = 5
+MOST_DEVICES = 16  # that are shown
 BAR_WIDTH = 40  # columns
 STYLES = {"keep": "green", "discard": "dim"}  # of results; the others are red
+
+
+class DeviceLine(NamedTuple):
+    """What a device of a fleet does."""
+
+    name: str
+    doing: str  # "" for nothing
+    seconds: float  # since it does
+    last: str  # what came of what it did before, "" for nothing
+
+    def told(self) -> str:
+        """Return it in a line, without the name."""
+        doing = f"{minutes(self.seconds)}  {self.doing}" if self.doing else "free"
+        return f"{doing}; last: {self.last}" if self.last else doing
 
 
 class Panel:
@@ -133,8 +148,11 @@ class Panel:
         table.add_row("", Text(f"{self.clock()}  {self.detail or single_line(self.words())}"))
         if self.share is not None:
             table.add_row("", ProgressBar(total=1.0, completed=self.share, width=BAR_WIDTH))
-        for device, doing, seconds in self.devices():
-            table.add_row(device, Text(f"{minutes(seconds)}  {doing}"))
+        devices = self.devices()
+        for device in devices[:MOST_DEVICES]:
+            table.add_row(device.name, Text(device.told()))
+        if len(devices) > MOST_DEVICES:
+            table.add_row("", Text(f"and {len(devices) - MOST_DEVICES} more devices"))
         for number, row in enumerate(reversed(self.results)):
             table.add_row("" if number else "results", Text(self.told(row), STYLES.get(row.status, "red")))
         table.add_row("best", Text(best))

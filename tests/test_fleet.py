@@ -10,9 +10,12 @@ from dataclasses import replace
 
 import pytest
 from conftest import RESULT, ROOT, row
+from rich.console import Console
 
 from launcher.child import Outcome
 from launcher.ledger import CONFIRMED, Flag, Ledger
+from launcher.report.files import read_loop_log
+from launcher.report.timeline import devices_now
 from launcher.runs import home
 from launcher.setting import resolve
 from launcher.verdict import build_on_now, give_verdict, tried_since_moved
@@ -246,7 +249,12 @@ def night(repository, monkeypatch):
 
         what = Night(Agent("script", [sys.executable, str(script)]), resolve(), seed=seed, pause=0.0)
         what.experiments = experiments
-        return run_night(what, lambda night, panel: Stepping(night, panel, workers, agents))
+
+        def make(night, panel):
+            workers.panel = panel
+            return Stepping(night, panel, workers, agents)
+
+        return run_night(what, make)
 
     return night
 
@@ -295,6 +303,27 @@ def test_every_device_begins_with_the_committed_trainer(night, capsys):
     assert night(IMPROVE, HereWorkers(TWO), 1) == 0
     assert [(one.seed, "noise" in one.flags) for one in rows()] == [(1, False), (2, True)]
     assert "two against one: +0.000000 bpb, 1.00 of its speed" in capsys.readouterr().err
+
+
+def test_who_watches_sees_what_each_device_does(night):
+    """On the night's own screen, and by the log, from elsewhere."""
+    workers = HereWorkers(TWO)
+    seen = []
+
+    def look(job):
+        console = Console(width=200)
+        with console.capture() as shown:
+            console.print(workers.panel.table())
+        seen.append((shown.get(), [device.told() for device in devices_now(read_loop_log())]))
+
+    workers.before_answer = look
+    assert night(IMPROVE, workers, 3) == 0
+    screen, lines = seen[-1]
+    assert re.search(r"^one +free; last: keep 1\.400000 improve A *$", screen, re.M), screen
+    assert re.search(r"^two +0:\d\d  improve B; last: ", screen, re.M), screen
+    assert lines[0] == "one: free; last: keep 1.400000 improve A"
+    assert lines[1].startswith("two: improve B, for ")
+    assert devices_now(read_loop_log()) == []  # the night is over
 
 
 def test_a_verdict_may_come_after_a_later_one(night):

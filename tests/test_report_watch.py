@@ -93,6 +93,9 @@ def test_a_line_of_the_loops_log_makes_another_version_and_tells_the_phase(house
         after = state_of(ask)
         assert before["phase"] == "" and after["phase"].startswith("training: an idea, for ")
         assert after["version"] != before["version"]
+        entry = {"time": now_utc(), "event": "device", "device": "gpu1", "doing": "", "last": "keep 0.97 it"}
+        append_json_line(loop_log_path(), entry)
+        assert state_of(ask)["phase"].splitlines()[1:] == ["gpu1: free; last: keep 0.97 it"]
         append_json_line(loop_log_path(), {"time": now_utc(), "event": "end"})
         assert state_of(ask)["phase"] == ""
 

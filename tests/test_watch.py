@@ -76,6 +76,8 @@ def test_the_log_the_ledger_and_the_run_make_the_panel(repository):
     ):
         assert part in text, text
     assert panel.share == 100 / 300 and (panel.tokens, panel.cost) == (1000, 0.25)
+    record("device", device="gpu1", doing="a smaller one", last="keep 0.97 it")
+    assert "a smaller one; last: keep 0.97 it" in shown(read_panel(LOOP))
     write_json(request_path(), {"token": "another"})
     assert "until 07:30" in shown(panel)
     write_json(request_path(), {"token": "token"})

@@ -1,13 +1,14 @@
 """The night as a time line: when the agent thought, and what the device did, for each device."""
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from launcher.report.data import Run, Series, finite
 from launcher.report.files import Entry, Folder, loop_lives
-from launcher.report.text import clock
+from launcher.report.text import clock, duration
 
 HOUR = 3600.0
 MOST_HOURS = 36  # the newest of a device that are drawn
@@ -177,6 +178,37 @@ def current_phase(log: Sequence[Entry]) -> Entry | None:
         if entry.event == "phase":
             return entry
     return None
+
+
+@dataclass(frozen=True)
+class DeviceNow:
+    """What a device of a night does."""
+
+    name: str
+    doing: str  # "" for nothing
+    since: float  # Unix seconds
+    last: str  # what came of what it did before, "" for nothing
+
+    def told(self) -> str:
+        """Return it in a line."""
+        doing = f"{self.doing}, for {duration(time.time() - self.since)}" if self.doing else "free"
+        return f"{self.name}: {doing}" + (f"; last: {self.last}" if self.last else "")
+
+
+def devices_now(log: Sequence[Entry]) -> list[DeviceNow]:
+    """Return what the devices do, by name, of the loop over several that runs; none where none does."""
+    newest: dict[str, Entry] = {}
+    for entry in reversed(log):
+        if entry.event == "end":
+            return []
+        if entry.event == "begin":
+            break
+        if entry.event == "device":
+            newest.setdefault(str(entry.data.get("device")), entry)
+    return [
+        DeviceNow(name, str(entry.data.get("doing") or ""), entry.time, str(entry.data.get("last") or ""))
+        for name, entry in sorted(newest.items())
+    ]
 
 
 # ---------------------------------------------------------------------------

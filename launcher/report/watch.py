@@ -25,7 +25,7 @@ from launcher.report.files import Entry, loop_log_path, read_loop_log
 from launcher.report.page import build_page, build_waiting_page
 from launcher.report.report import make_report
 from launcher.report.text import duration
-from launcher.report.timeline import current_phase, last_night
+from launcher.report.timeline import current_phase, devices_now, last_night
 from prepare import UserError
 
 COOKIE = "autoresearch-token"
@@ -73,13 +73,14 @@ class LiveReport:
         return build_page(report, version)
 
     def state(self) -> dict[str, Any]:
-        """Return the version, a line about what the loop does ("" where none runs), and if it is alive."""
+        """Return the version, what the loop and its devices do ("" where none runs), and if it is alive."""
         log = read_loop_log()
         night = last_night(log)
         is_gone = night is not None and night.is_cut_off
+        devices = [] if is_gone else [device.told() for device in devices_now(log)]
         return {
             "version": self.version(),
-            "phase": tell_phase(current_phase(log), is_gone),
+            "phase": "\n".join(filter(None, [tell_phase(current_phase(log), is_gone), *devices])),
             "alive": not is_gone,
         }
 
