@@ -157,6 +157,7 @@ def run_inside(count: int, results: int) -> None:
                 source = repo.content("HEAD", self.trainer.name) + f"# {text}\n".encode()
                 commit = repo.commit_alone(self.trainer.name, text, source)
                 self.waiting.add(Edit(commit, repo.head(), Answer(text), "made up"))
+            self.give_work()  # as after the end of an agent
 
         def record_experiment(self, row: Any) -> None:
             super().record_experiment(row)
