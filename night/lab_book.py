@@ -328,17 +328,16 @@ def details_of(one: Experiment, tried: Tried, setting: Setting) -> str:
 def change_lines(one: Experiment, tried: Tried, setting: Setting) -> list[str]:
     """Return how a trainer differs from the one that it was made from."""
     new = trainer_of(one.row)
-    old = copy_of(one.standing.parent, tried.rows)
+    old = a_copy(tried.by_source.get(one.standing.parent, ()))
     if new is None or old is None:
         return ["(its trainer or the one before it is not here)"]
     change = compare(read_text(old), read_text(new), setting.platform.start)
     return change.lines(f"runs/{one.row.run}/{new.name}")
 
 
-def copy_of(source: str, rows: Iterable[Row]) -> Path | None:
-    """Return a copy of the trainer with this content hash, None when no run left one."""
-    copies = (trainer_of(row) for row in rows if row.source == source)
-    return next(filter(None, copies), None)
+def a_copy(rows: Iterable[Row]) -> Path | None:
+    """Return the trainer that one of these runs left, None when none did."""
+    return next(filter(None, map(trainer_of, rows)), None)
 
 
 # ---------------------------------------------------------------------------

@@ -79,6 +79,14 @@ class Tried:
         return sorted(edits, key=lambda one: one.standing.effect)[:NEAR_MISSES]
 
     @cached_property
+    def by_source(self) -> dict[str, list[Row]]:
+        """Return the rows of each trainer, by its content hash."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.source, []).append(row)
+        return found
+
+    @cached_property
     def lessons(self) -> dict[str, str]:
         """Return {run: what it taught}: the agent of the turn after it said so."""
         lessons = {}

@@ -13,6 +13,7 @@ from night.agent import (
     Answer,
     TurnFailed,
     TurnFiles,
+    answers_read,
     parse,
     read_answer,
     read_saved_answer,
@@ -182,6 +183,9 @@ def test_an_answer_is_kept_with_its_run(house):
     save_answer("r1", answer)
     assert read_saved_answer("r1") == answer
     assert read_saved_answer("r2") is None
+    save_answer("r1", Answer("narrower"))
+    assert read_saved_answer("r1") == Answer("narrower")
     for damaged in ("", "[]", "{}", '{"description": "x", "more": 1}'):
         (house / "runs" / "r1" / "answer.json").write_text(damaged)
+        answers_read.clear()
         assert read_saved_answer("r1") is None

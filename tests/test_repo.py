@@ -158,6 +158,21 @@ def test_git_at_work_is_seen_by_its_folder(repository, tmp_path_factory):
             process.wait()
 
 
+def test_no_hook_runs(repository):
+    """Git calls one for each change of a ref."""
+    called = repository / "called"
+    for name in ("reference-transaction", "post-index-change", "post-checkout"):
+        hook = repo.git_path("HEAD").parent / "hooks" / name
+        hook.parent.mkdir(exist_ok=True)
+        hook.write_text(f"#!/bin/sh\necho {name} >> '{called}'\nexit 1\n")
+        hook.chmod(0o755)
+    ref = repo.save_ref("r1", repo.head())
+    (repository / "train_cuda.py").write_text("SCORE = 1.0\n")
+    repo.advance_branch(repo.commit_alone("train_cuda.py", "an edit"), "train_cuda.py")
+    assert git_output("rev-parse", ref, "HEAD~1").split() == 2 * [git_output("rev-parse", ref)]
+    assert not called.exists()
+
+
 def test_variables_of_a_hook_do_not_send_git_elsewhere(repository, monkeypatch, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     git_checked("init", "-q", str(other))
