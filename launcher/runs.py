@@ -40,6 +40,7 @@ from prepare import ROOT, UserError
 PACKAGES = ("torch", "triton", "mlx", "numpy", "tiktoken", "flash-attn-4", "quack-kernels", "kernels")
 
 SCRATCH = "scratch"  # the folder of temporary files, in runs/
+HOME_VARIABLE = "AUTORESEARCH_HOME"  # where the ledger and the runs lie, in place of the repository
 
 
 # ---------------------------------------------------------------------------
@@ -49,7 +50,7 @@ SCRATCH = "scratch"  # the folder of temporary files, in runs/
 
 def home() -> Path:
     """Return where results.tsv and runs/ lie: the repository, or $AUTORESEARCH_HOME."""
-    return Path(os.environ.get("AUTORESEARCH_HOME") or ROOT)
+    return Path(os.environ.get(HOME_VARIABLE) or ROOT)
 
 
 def ledger() -> Ledger:

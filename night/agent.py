@@ -17,7 +17,7 @@ from typing import Literal
 from backends.protocol import RUN_ID_VARIABLE, last_line, write_json
 from launcher.ledger import single_line
 from launcher.processes import Guarded, defer_signals, start_guarded
-from launcher.runs import home, run_dir
+from launcher.runs import HOME_VARIABLE, run_dir
 from night.agent_box import agent_policy
 from night.agents import Agent, Said, read_output
 from night.workspace import Workspace
@@ -38,7 +38,7 @@ ANSWER_BYTES = 2**20  # of what it printed, in whose end the answer is looked fo
 LONGEST_LOG = 2**28  # bytes; an agent that prints more is ended
 LONGEST_ARGUMENT = 120_000  # bytes; Linux takes 131,072
 POLL_SECONDS = 1.0  # between looks at the log's size
-answers_read: dict[tuple[str, str], "Answer | None"] = {}  # by home and run: see read_saved_answer
+answers_read: dict[tuple[str | None, str], "Answer | None"] = {}  # by home and run: see read_saved_answer
 
 
 # What a turn fails by: the agent (it failed, hung or changed nothing), its edit (it cannot be tried), a
@@ -245,7 +245,7 @@ def plain_lines(text: str) -> list[str]:
 def save_answer(run_id: str, answer: Answer) -> None:
     """Write what the agent said of an edit to the folder of its run."""
     write_json(answer_path(run_id), asdict(answer))
-    answers_read.pop((str(home()), run_id), None)
+    answers_read.pop((os.environ.get(HOME_VARIABLE), run_id), None)
 
 
 def read_saved_answer(run_id: str) -> Answer | None:
@@ -253,7 +253,7 @@ def read_saved_answer(run_id: str) -> Answer | None:
 
     Each is read once: every turn asks for those of all runs.
     """
-    key = (str(home()), run_id)
+    key = (os.environ.get(HOME_VARIABLE), run_id)
     if key not in answers_read:
         answers_read[key] = load_answer(answer_path(run_id))
     return answers_read[key]
