@@ -66,8 +66,10 @@ def compiled_code() -> Iterator[Item]:
     A run under way needs them.
     """
     needed = bool(runs_under_way()) or device_is_held()
-    of_devices = sorted(cache_dir().glob(f"{compiled.NAME}*"))
-    for folder in dict.fromkeys([compiled.folder(), *of_devices, compiled.bytecode_folder()]):
+    ours = [
+        path for name in (compiled.NAME, compiled.BYTECODE) for path in sorted(cache_dir().glob(f"{name}*"))
+    ]
+    for folder in dict.fromkeys([compiled.folder(), *ours]):
         if folder.is_dir():
             yield Item(folder, needed, folder_size(folder))
 

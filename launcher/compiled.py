@@ -4,10 +4,12 @@ The compiled code of earlier runs: a folder for each device, which its next run 
 A dry run compiles an edit, and the run that follows finds its code here. The system's folder for temporary
 files, where PyTorch would put it, is emptied by a reboot and grows without a bound. What a run writes here
 after it has seen training rows is forgotten: nothing that was learned reaches the next run. Devices share no
-folder: a run on one would forget what a run on another has just compiled.
+folder, of bytecode neither: a run on one would forget what a run on another has just compiled, or read what
+that has written since it saw training rows.
 """
 
 import getpass
+import hashlib
 import os
 import re
 import shutil
@@ -25,13 +27,14 @@ TRIMMED_BYTES = 6 * 2**30  # that are left when it held more
 CLOCK_TICK = 0.02  # seconds by which the time of a change may lie behind the clock
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # what torch.compile makes, its Triton kernels too
 NAME = "compiled"  # of the folder, with the part of the machine behind it
+BYTECODE = "bytecode"  # likewise
 LONGEST_NAME = 60  # of a part, in characters
 KERNELS = "kernels"  # below that folder: what the trainer's own kernels are compiled to
 
 
 def folder() -> Path:
-    """Return where compiled code is kept: the user's own place, or ours."""
-    return Path(os.environ.get(VARIABLE) or cache_dir() / f"{NAME}{part_of_machine()}")
+    """Return where compiled code is kept: the user's own place, or ours. Each part of a machine has one."""
+    return Path(f"{os.environ.get(VARIABLE) or cache_dir() / NAME}{part_of_machine()}")
 
 
 def part_of_machine() -> str:
@@ -41,12 +44,19 @@ def part_of_machine() -> str:
     parts = [gpus] if gpus else []
     if cores:
         parts.append("cpu" + "-".join(map(str, cores)))
-    return "".join(f"-{re.sub(r'[^A-Za-z0-9-]', '-', part)}"[:LONGEST_NAME] for part in parts)
+    return "".join(f"-{shortened(re.sub(r'[^A-Za-z0-9-]', '-', part))}" for part in parts)
+
+
+def shortened(name: str) -> str:
+    """Return a name that is not too long, and another one for another name."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def bytecode_folder() -> Path:
     """Return where Python keeps the bytecode of what boxed processes import: they cannot write beside it."""
-    return cache_dir() / "bytecode"
+    return cache_dir() / f"{BYTECODE}{part_of_machine()}"
 
 
 def environment(place: Path | None = None) -> dict[str, str]:

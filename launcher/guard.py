@@ -117,8 +117,8 @@ class Process(NamedTuple):
 
     @property
     def runs(self) -> bool:
-        """Whether it can start others."""
-        return self.state not in "TtZX"
+        """Whether it can start others. One in D waits in the kernel, where it cannot be stopped either."""
+        return self.state not in "TtZXD"
 
 
 class Guard:
@@ -195,10 +195,13 @@ class Guard:
     def _kill_everything(self) -> bool:
         """Kill all that descends from this process, until nothing is left. Returns whether nothing is.
 
-        All are stopped before one is killed: where many start others, each that dies makes room for another.
+        The command goes first. Of what it started all are stopped before one is killed: where many start
+        others, each that dies makes room for another.
         """
         self._poll.unregister(self._control)
         began = time.monotonic()
+        if not LINUX:
+            self._descendants()  # while the command lives, its children lead to their groups
         self._kill_command()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # what ends is gone: nothing has to be noted any more
         while self._something_is_left():
@@ -208,7 +211,7 @@ class Guard:
                 return False
             if seconds < STOP_SECONDS and any(process.runs for process in found):
                 stop(found)
-                self._stop_orphans()
+                self._stop_orphans(began + STOP_SECONDS)
                 continue
             for process in found:
                 send(signal.SIGKILL, process.pid)
@@ -226,14 +229,14 @@ class Guard:
             else:
                 self._wait(LOOK_SECONDS)
 
-    def _stop_orphans(self) -> None:
-        """Stop the children of this process, until no new one comes.
+    def _stop_orphans(self, deadline: float) -> None:
+        """Stop the children of this process, until no new one comes, or time.monotonic() is at the deadline.
 
         A process that lives for a moment has ended before a look at the whole system finds it. Its own child
         became one of this process then, and those are found quickly.
         """
         known: set[int] = set()
-        while self._something_is_left():
+        while self._something_is_left() and time.monotonic() < deadline:
             children = set(own_children()) if LINUX else known
             if children <= known:
                 return

@@ -92,7 +92,11 @@ def parse_list(text: str) -> list[Device]:
             known = ", ".join(gpus) or "none"
             raise UserError(f"--devices: there is no GPU {part!r}; this machine has: {known} (or cpu:N)", 2)
         found.append(gpus[part])
-    return list(dict.fromkeys(found))
+    devices = list(dict.fromkeys(found))
+    names = [device.name for device in devices]
+    if len(names) != len(set(names)):
+        raise UserError(f"--devices {text}: parts of the CPU that overlap", 2)
+    return devices
 
 
 def share_cores(parts: int) -> list[Device]:

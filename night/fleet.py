@@ -18,7 +18,7 @@ from typing import Any
 from backends.platforms import cpu_facts
 from launcher.belief import PRIOR
 from launcher.harness import source_hash
-from launcher.ledger import MOVED, STATUSES, Flag, Row
+from launcher.ledger import MOVED, STATUSES, Flag, Row, single_line
 from launcher.processes import defer_signals
 from launcher.runs import ledger, now_utc, record_killed_runs
 from launcher.verdict import build_on_now, fresh_seed, survey_board
@@ -31,7 +31,7 @@ from night.loop import BASELINE, NO_VERDICT_TRIES, Loop, run_night
 from night.panel import DeviceLine, Panel
 from night.plan import Night
 from night.state import Edit, LoopState, loop_folder, read_state, record
-from night.trial import lab_message, put_on_branch
+from night.trial import lab_message, put_on_branch, scored_before
 from night.turn import Turn, end_turn
 from night.workers import WORKER_SECONDS, Future, Workers, result_of
 from prepare import UserError, first_line
@@ -39,6 +39,8 @@ from prepare import UserError, first_line
 POLL_SECONDS = 0.2  # between looks whether a device or an agent has ended
 LOOK_SECONDS = 5.0  # between looks at all else: the clock, `autoresearch stop`, what a person edits
 MOST_FAILURES = 3  # of a device in a row, while others give scores
+LONGEST_REASON = 120  # characters that are shown
+OF_AGENTS = ("agent", "edit")  # failures that another edit may not have
 FAR_ERRORS = 3.0  # standard errors between two devices, from which on a line warns of it
 MOST_MESSAGES = 3  # about failed turns, that the next agent gets
 UNDER_WAY = "These edits are run now or wait for it, and there is no result yet. Do something else:"
@@ -106,10 +108,13 @@ class Fleet(Loop):
         self.branch = repo.branch()
         self.baselines: dict[str, Row] = {}  # a scored run of the committed trainer, by device
         self.tries: Counter[str] = Counter()  # runs without a verdict, by the key of the task
+        self.without_verdict = 0  # runs in a row, whatever they were of
         self.failed: Counter[str] = Counter()  # jobs in a row without a score, by device
         self.not_before: dict[str, float] = {}  # when a task may be done again, by its key
         self.no_agents_before = 0.0  # of time.monotonic()
+        self.no_work_before = 0.0  # likewise
         self.last: dict[str, str] = {}  # what came of the last job, by device
+        self.out: dict[str, str] = {}  # why a device gets no more work
         self.missing_since: dict[str, float] = {}  # devices without a worker
         self.messages: list[str] = []  # about failed turns, for the next agent
         self.shown = ""  # as the phase of the night
@@ -143,6 +148,8 @@ class Fleet(Loop):
                     enough = self.gave_up or self.why_over()
                     if enough and not self.tasks:
                         return enough, 1 if self.gave_up else 0
+                    if time.monotonic() < self.no_work_before:
+                        continue
                     self.drop_judged()
                     if not enough and self.give_work():
                         self.ask_agents()
@@ -150,6 +157,8 @@ class Fleet(Loop):
                     time.sleep(POLL_SECONDS)
             except Exception as error:
                 self.take_failure(error)
+                if kind_of(error) in OF_AGENTS:
+                    looked = -LOOK_SECONDS  # there may be another edit for the device
                 time.sleep(POLL_SECONDS)
 
     def collect(self) -> bool:
@@ -166,16 +175,23 @@ class Fleet(Loop):
         return False
 
     def take_failure(self, error: Exception) -> None:
-        """Tell of a failed turn. Agents rest for a while, devices do not; too many failures end the night.
+        """Tell of a failed turn. Too many end the night.
 
-        Several agents that fail at once, as they do where their model refuses, count once.
+        After one of an agent or an edit, agents rest for a while, and devices do not. Several agents that
+        fail at once, as they do where their model refuses, count once. After any other nothing new is begun
+        for a while: a person may undo what they changed.
         """
-        if kind_of(error) in ("agent", "edit") and time.monotonic() < self.no_agents_before:
+        is_of_agents = kind_of(error) in OF_AGENTS
+        if is_of_agents and time.monotonic() < self.no_agents_before:
             self.panel.add("turns_lost")
             self.panel.note(f"no experiment: {first_line(error)}")
             self.messages.append(str(error))
             return
-        self.no_agents_before = time.monotonic() + self.record_failure(error)
+        then = time.monotonic() + self.record_failure(error)
+        if is_of_agents:
+            self.no_agents_before = then
+        else:
+            self.no_work_before = then
         self.messages.append(self.complaint)
         if self.failures.are_too_many:
             self.gave_up = self.describe_giving_up(error)
@@ -210,6 +226,7 @@ class Fleet(Loop):
         self.take_from_tree()
         if needs_baseline:  # nothing can be said of an edit before
             return False
+        self.test_devices()
         for device in self.free_devices():
             edit = next(iter(self.idle_edits()), None)
             if edit is None or self.is_full():
@@ -222,10 +239,8 @@ class Fleet(Loop):
         lying = repo.lying_blob(self.trainer.name)
         if lying in ("", repo.committed_blob(self.trainer.name)):
             return
-        running = [
-            repo.committed_blob(self.trainer.name, task.edit.commit) for task in self.tasks if task.edit
-        ]
-        if lying not in running:
+        running = [self.waiting.texts_of(task.edit) for task in self.tasks if task.edit]
+        if not any(lying in texts for texts in running):
             self.waiting.take_from_tree()
 
     def is_baseline_held_back(self) -> bool:
@@ -239,16 +254,32 @@ class Fleet(Loop):
         seed = max(self.night.seed, fresh_seed(ledger().rows(), [source_hash(source)]))
         for number, device in enumerate(self.free_devices()):
             text = f"the committed trainer on {device}" if number else BASELINE
-            flags = (Flag.NOISE,) if number else ()
-            job = self.make_job(
-                seed=seed + number,
-                description=text,
-                trainer=source,
-                commit=repo.head(),
-                parent=source,
-                flags=flags,
-            )
-            self.submit(job, device, text)
+            self.run_committed(device, text, source, seed + number)
+
+    def run_committed(self, device: str, text: str, source: bytes, seed: int) -> None:
+        """Run the committed trainer, given its source, on a device."""
+        job = self.make_job(
+            seed=seed,
+            description=text,
+            trainer=source,
+            commit=repo.head(),
+            parent=source,
+            flags=() if text == BASELINE else (Flag.NOISE,),
+        )
+        self.submit(job, device, text)
+
+    def test_devices(self) -> None:
+        """Run the committed trainer on each free device that gave no score for long: is it the device?
+
+        Only one that was scored can tell.
+        """
+        suspects = [device for device in self.free_devices() if self.failed[device] >= MOST_FAILURES]
+        source = repo.content("HEAD", self.trainer.name) if suspects else b""
+        known = scored_before(source, self.setting) if suspects else None
+        for number, device in enumerate(suspects):
+            if known and known.scored:
+                seed = fresh_seed(ledger().rows(), [known.source]) + number
+                self.run_committed(device, f"is it {device}? the committed trainer", source, seed)
 
     def make_job(self, **more: Any) -> Job:
         """Return a job of this night."""
@@ -274,6 +305,8 @@ class Fleet(Loop):
         rebased = self.waiting.rebase(edit)
         if rebased is None:
             raise self.refuse(edit, "it does not go together with what was kept meanwhile")
+        if rebased != edit:
+            self.tries[rebased.commit] = self.tries.pop(edit.commit, 0)
         edit = rebased
         source = self.read_new_source(edit)
         if any(task.source == source_hash(source) for task in self.tasks):
@@ -316,8 +349,8 @@ class Fleet(Loop):
     def take_out(self, device: str, why: str) -> None:
         """Give a device no more work. Without any, the night ends."""
         self.devices.remove(device)
-        self.last[device] = f"it gets no more work: {why}"
-        self.record_device(device, "")
+        self.out[device] = f"no more work: {why}"
+        self.record_device(device, self.out[device])
         self.panel.note(f"{device} gets no more work: {why}")
         if not self.devices:
             self.gave_up = f"no device is left: {device}: {why}"
@@ -332,8 +365,9 @@ class Fleet(Loop):
         """
         self.hours.dry_seconds = answer.seconds or self.hours.dry_seconds
         row = self.row_of(answer.run)
-        self.last[task.device] = told_of(row) if row else f"{answer.status}: {answer.reason}"
-        self.record_device(task.device, "")
+        if task.device in self.devices:
+            self.last[task.device] = told_of(row) if row else f"{answer.status}: {words(answer.reason)}"
+            self.record_device(task.device, "")
         self.show_phase()
         self.count_failure(task, answer, row)
         if row and row.judged:
@@ -352,22 +386,32 @@ class Fleet(Loop):
         return next((row for row in reversed(rows) if row.run == run_id and row.status in STATUSES), None)
 
     def count_failure(self, task: Task, answer: JobAnswer, row: Row | None) -> None:
-        """Count the jobs in a row that failed on a device. Where others give scores, it is then taken out."""
+        """Count the jobs in a row without a score on a device.
+
+        It may be their edits' fault. A device that does not score the committed trainer then is taken out:
+        see test_devices. A run without a verdict says nothing of the device.
+        """
         device = task.device
-        if row and row.scored and row.judged:
+        if row and not row.judged:
+            return
+        if row and row.scored:
             self.failed[device] = 0
             return
         self.failed[device] += 1
-        works_elsewhere = any(self.failed[other] == 0 for other in self.devices if other != device)
-        if self.failed[device] >= MOST_FAILURES and works_elsewhere and device in self.devices:
-            why = row.reason if row else answer.reason
-            self.take_out(device, f"{MOST_FAILURES} jobs in a row without a score, the last: {why}")
+        is_test = task.edit is None and self.failed[device] > MOST_FAILURES
+        if is_test and device in self.devices:
+            why = words(row.reason if row else answer.reason)
+            count = self.failed[device]
+            self.take_out(
+                device, f"{count} jobs in a row without a score, the last of the committed trainer: {why}"
+            )
 
     def take_row(self, task: Task, row: Row) -> None:
         """Take a run that has its verdict."""
         self.failures.clear()
         self.no_agents_before = 0.0
-        self.tries.clear()
+        self.without_verdict = 0
+        self.tries.pop(task.key, None)
         if task.edit is None:
             if task.text == BASELINE:
                 self.record_experiment(row)
@@ -383,12 +427,13 @@ class Fleet(Loop):
         An edit that never gets one is stashed. Where nothing gets one, the night ends.
         """
         self.tries[task.key] += 1
+        self.without_verdict += 1
         self.not_before[task.key] = time.monotonic() + self.night.pause
         self.panel.note(f"no verdict on {task.device} on «{task.text}»: {why}")
         if task.edit and self.tries[task.key] >= NO_VERDICT_TRIES:
             self.waiting.stash(task.edit)
-        if self.tries.total() >= NO_VERDICT_TRIES * self.at_once():
-            count = self.tries.total()
+        if self.without_verdict >= NO_VERDICT_TRIES * self.at_once():
+            count = self.without_verdict
             self.gave_up = f"gave up after {count} runs without a verdict in a row: «{task.text}»: {why}"
 
     def compare_baselines(self, device: str, row: Row) -> None:
@@ -433,6 +478,7 @@ class Fleet(Loop):
         """Put the trainer to build on onto the branch, and merge an edit whose parent is not the best."""
         name = self.trainer.name
         self.notice_move()
+        self.take_from_tree()  # what a person wrote there was made on the branch as it is
         repo.save_ref(row.run, edit.commit)
         best = repo.content(self.head, name)  # before this verdict, also where it is followed once more
         there = repo.committed_source(name)
@@ -448,7 +494,7 @@ class Fleet(Loop):
         if is_gain and source_hash(best) != row.source and repo.content(edit.base, name) != best:
             self.merge(edit, best)
         # What a person had left in the working tree is judged: it goes, as in `try`.
-        repo.follow(name, {repo.committed_blob(name, edit.commit)})
+        repo.follow(name, self.waiting.texts_of(edit))
         self.head = repo.head()
         self.save_state()
 
@@ -468,7 +514,8 @@ class Fleet(Loop):
             text = f"merged: {description}"
             commit = repo.commit_alone(name, text, merged)
             both = Edit(commit, repo.head(), Answer(text), edit.agent)
-            others = [one for one in self.waiting if one.answer.description != text]
+            running = [task.edit for task in self.tasks]
+            others = [one for one in self.waiting if one.answer.description != text or one in running]
             self.waiting.change([both, *others])  # the first: both parts are gains already
 
     def notice_move(self) -> None:
@@ -598,9 +645,9 @@ class Fleet(Loop):
         now = time.monotonic()
         tasks = {task.device: task for task in self.tasks}
         lines = []
-        for device in self.devices:
+        for device in [*self.devices, *self.out]:
             task = tasks.get(device)
-            doing = (task.text, now - task.began) if task else ("", 0.0)
+            doing = (task.text, now - task.began) if task else (self.out.get(device, ""), 0.0)
             lines.append(DeviceLine(device, *doing, self.last.get(device, "")))
         return lines
 
@@ -609,3 +656,8 @@ def told_of(row: Row) -> str:
     """Return a result in a few words."""
     score = f" {row.val_bpb:.6f}" if row.scored else ""
     return f"{row.status}{score} {row.description}"
+
+
+def words(reason: str) -> str:
+    """Return a reason in a line that is not too long."""
+    return single_line(reason)[:LONGEST_REASON]

@@ -29,6 +29,7 @@ class WaitingEdits:
         self._edits: list[Edit] = []
         self._save = save
         self._left_alone: set[str] = set()  # texts in the working tree that are not tried again, by blob
+        self._texts: dict[str, set[str]] = {}  # by commit of an edit that was rebased: see texts_of
 
     def __iter__(self) -> Iterator[Edit]:
         return iter(self._edits)
@@ -77,34 +78,36 @@ class WaitingEdits:
         name: of the ref, below refs/autoresearch/
         """
         ref = repo.save_ref(name or f"stash/{new_run_id()}", edit.commit)
-        blob = repo.committed_blob(self.trainer, edit.commit)
-        lies = blob == repo.lying_blob(self.trainer)
+        lying = repo.lying_blob(self.trainer)
+        lies = lying in self.texts_of(edit)
         if lies:
-            self._left_alone.add(blob)
+            self._left_alone.add(lying)
         self.drop(edit)
         where = f"in {self.trainer}, and as {ref}" if lies else f"as {ref}"
         say(f"stashed «{edit.answer.description}»: it stays {where}")
 
+    def texts_of(self, edit: Edit) -> set[str]:
+        """Return the trainers that are this edit, by blob: its own, and what it was before it was rebased."""
+        return {repo.committed_blob(self.trainer, edit.commit), *self._texts.get(edit.commit, ())}
+
     def take_from_tree(self) -> None:
         """Let the edit that lies in the working tree be the first, where there is one."""
-        head = repo.head()
         blob = repo.lying_blob(self.trainer)
         if blob in ("", repo.committed_blob(self.trainer), *self._left_alone):
             return
-        known = [edit for edit in self._edits if repo.committed_blob(self.trainer, edit.commit) == blob]
-        others = [edit for edit in self._edits if edit not in known]
-        if known and known[0].base == head:
-            self.change([known[0], *others])
+        known = [edit for edit in self._edits if blob in self.texts_of(edit)]
+        if known:  # where the branch has moved since, it is put there before its run: see rebase
+            self.change([known[0], *(edit for edit in self._edits if edit not in known)])
             return
-        edit = Edit(repo.commit_alone(self.trainer, UNCOMMITTED), head, Answer(UNCOMMITTED))
-        if known:
-            edit = replace(known[0], commit=edit.commit, base=head)
-        self.change([edit, *others])
+        edit = Edit(repo.commit_alone(self.trainer, UNCOMMITTED), repo.head(), Answer(UNCOMMITTED))
+        self.change([edit, *self._edits])
 
     def rebase(self, edit: Edit) -> Edit | None:
         """Put an edit on the last commit, and return it so; None where it conflicts with what is there."""
         rebased = rebase(edit, self.trainer)
         if rebased is not None:
+            if rebased != edit:
+                self._texts[rebased.commit] = self.texts_of(edit)
             self.change([rebased if other == edit else other for other in self._edits])
         return rebased
 

@@ -51,7 +51,10 @@ def test_a_trainer_is_told_where_unless_its_user_did(house, monkeypatch):
     monkeypatch.delenv(compiled.VARIABLE, raising=False)
     assert environment()[compiled.VARIABLE] == str(folder())
     monkeypatch.setenv(compiled.VARIABLE, "/mine")
+    monkeypatch.setattr(compiled, "cores_if_some", list)
     assert environment()[compiled.VARIABLE] == "/mine" == str(folder())
+    monkeypatch.setattr(compiled, "cores_if_some", lambda: [0, 2])
+    assert str(folder()) == "/mine-cpu0-2" and compiled.bytecode_folder().name == "bytecode-cpu0-2"
 
 
 def test_every_library_keeps_its_kernels_below_the_place(tmp_path):

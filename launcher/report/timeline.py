@@ -207,7 +207,7 @@ def devices_now(log: Sequence[Entry]) -> list[DeviceNow]:
             newest.setdefault(str(entry.data.get("device")), entry)
     return [
         DeviceNow(name, str(entry.data.get("doing") or ""), entry.time, str(entry.data.get("last") or ""))
-        for name, entry in sorted(newest.items())
+        for name, entry in sorted(newest.items(), key=lambda item: (len(item[0]), item[0]))  # gpu2, gpu10
     ]
 
 
