@@ -16,7 +16,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE = 400  # runs in the ledger: more than the belief looks at
 JOB_SECONDS = 1.0
-FILES = ("devices.py", "rows.py")
 
 
 def main() -> None:
@@ -53,18 +51,13 @@ def main() -> None:
 
 
 def measure(count: int, results: int, home: Path) -> tuple[float, float]:
-    """Run a night over so many devices in a clone. Returns the seconds a result of both."""
-    from rows import clone_project
+    """Run a night over so many devices. Returns the seconds a result of the driver, and of the device."""
+    from rows import run_in_clone
 
-    clone, variables = clone_project(home, f"night-{count}", *FILES)
-    command = [sys.executable, "benchmarks/devices.py", "--inside", str(count), "--results", str(results)]
-    done = subprocess.run(command, cwd=clone, env=variables, capture_output=True, text=True)
-    found = re.search(r"^result: ([\d.]+) s .*; ([\d.]+) s .*$", done.stdout, re.M)
-    if found is None:
-        raise SystemExit(f"the night over {count} devices failed:\n{done.stdout}{done.stderr}")
-    print(f"devices_{count}{found[0].removeprefix('result')}", flush=True)
-    shutil.rmtree(clone)
-    return float(found[1]), float(found[2])
+    said = run_in_clone(home, "devices.py", "--inside", str(count), "--results", str(results))
+    print(f"devices_{count}{said}", flush=True)
+    driver, device = re.findall(r"([\d.]+) s of", said)
+    return float(driver), float(device)
 
 
 def plot(counts: Sequence[int], costs: Sequence[tuple[float, float]], path: Path) -> None:
@@ -80,10 +73,64 @@ def plot(counts: Sequence[int], costs: Sequence[tuple[float, float]], path: Path
     figure.savefig(path)
 
 
+class MadeUpWorkers:
+    """Devices that do nothing but wait.
+
+    Attributes:
+        seconds: of CPU, for each job what the launcher on its device did.
+    """
+
+    def __init__(self, count: int) -> None:
+        from night.devices import Device
+
+        self.devices = [Device(f"cpu{number}", "cpu") for number in range(count)]
+        self.seconds: list[float] = []
+
+    def __enter__(self) -> "MadeUpWorkers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def missing(self) -> set[str]:
+        return set()
+
+    def submit(self, job: Any, device: str) -> "MadeUpFuture":
+        return MadeUpFuture(job, self.seconds)
+
+
+class MadeUpFuture:
+    """A job that is done a second after it was given. seconds: takes the CPU time of its device."""
+
+    def __init__(self, job: Any, seconds: list[float]) -> None:
+        self.job = job
+        self.seconds = seconds
+        self.began = time.monotonic()
+
+    def done(self) -> bool:
+        return time.monotonic() > self.began + JOB_SECONDS
+
+    def result(self) -> Any:
+        from night.job import work
+
+        began = cpu_seconds()
+        answer = work(self.job)
+        self.seconds.append(cpu_seconds() - began)
+        return answer
+
+    def cancel(self) -> None:
+        raise NotImplementedError
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process, and of its children that ended."""
+    return sum(os.times()[:4])
+
+
 def run_inside(count: int, results: int) -> None:
     """Run a night over so many devices in the clone that this process was started in."""
-    sys.path[0] = os.getcwd()  # it was benchmarks/, which has a night.py of its own
-    sys.path.append(str(ROOT / "benchmarks"))
+    benchmarks, sys.path[0] = sys.path[0], os.getcwd()  # benchmarks/ has a night.py of its own
+    sys.path.append(benchmarks)
     from rows import made_up_result, write_runs
 
     from launcher import run as runner
@@ -92,55 +139,12 @@ def run_inside(count: int, results: int) -> None:
     from night import repo
     from night.agent import Answer
     from night.agents import parse_agent
-    from night.devices import Device
     from night.fleet import Fleet
-    from night.job import Job, JobAnswer, work
     from night.loop import run_night
     from night.plan import Night
     from night.state import Edit
 
     chance = random.Random(3)
-    runner.supervise = lambda trainer, run_dir, *_: made_up_result(chance, run_dir)
-    runner.dry_run = lambda *_: (Outcome(), "")
-    on_devices: list[float] = []  # seconds that each job took of what a device does
-
-    class MadeUpFuture:
-        """A job that is done a second after it was given."""
-
-        def __init__(self, job: Job) -> None:
-            self.job = job
-            self.began = time.monotonic()
-
-        def done(self) -> bool:
-            return time.monotonic() > self.began + JOB_SECONDS
-
-        def result(self) -> JobAnswer:
-            began = sum(os.times()[:4])
-            answer = work(self.job)
-            on_devices.append(sum(os.times()[:4]) - began)
-            return answer
-
-        def cancel(self) -> None:
-            raise NotImplementedError
-
-    class MadeUpWorkers:
-        """Devices that do nothing but wait."""
-
-        def __init__(self, devices: Sequence[Device]) -> None:
-            self.devices = devices
-
-        def __enter__(self) -> "MadeUpWorkers":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            return
-
-        def missing(self) -> set[str]:
-            return set()
-
-        def submit(self, job: Job, device: str) -> MadeUpFuture:
-            return MadeUpFuture(job)
-
     ended: list[float] = []  # of each result: the CPU time so far
 
     class Timed(Fleet):
@@ -161,20 +165,21 @@ def run_inside(count: int, results: int) -> None:
 
         def record_experiment(self, row: Any) -> None:
             super().record_experiment(row)
-            ended.append(sum(os.times()[:4]))
+            ended.append(cpu_seconds())
 
+    runner.supervise = lambda trainer, run_dir, *_: made_up_result(chance, run_dir)
+    runner.dry_run = lambda *_: (Outcome(), "")
     setting = resolve("cpu")
     write_runs(BEFORE, setting)
-    devices = [Device(f"cpu{number}", "cpu") for number in range(count)]
-    workers = MadeUpWorkers(devices)
+    workers = MadeUpWorkers(count)
     most = max(count, results) + results
     night = Night(parse_agent("true"), setting, experiments=most, confirms=False, pause=0.0)
     code = run_night(night, lambda night, panel: Timed(night, panel, workers, count))
     if code or len(ended) != most:
         raise SystemExit(f"exit code {code} after {len(ended)} results")
-    device = sum(on_devices[-results:]) / results
+    device = sum(workers.seconds[-results:]) / results
     driver = (ended[-1] - ended[-results - 1]) / results - device
-    print(f"result: {driver:.3f} s of the driver; {device:.3f} s of the device for verdict and row")
+    print(f"measured: {driver:.3f} s of the driver; {device:.3f} s of the device for verdict and row")
 
 
 if __name__ == "__main__":

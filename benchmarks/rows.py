@@ -156,25 +156,19 @@ def made_up_rows(count: int, **values: Any) -> Iterator[Any]:
 
 def measure_turn(count: int, home: Path) -> None:
     """Take turns in a clone of the committed repository, with so many runs before them."""
-    clone, variables = clone_project(home, f"night-{count}", "rows.py")
-    command = [sys.executable, "benchmarks/rows.py", "--inside", str(count)]
-    done = subprocess.run(command, cwd=clone, env=variables, capture_output=True, text=True)
-    found = re.search(r"^turn: .*$", done.stdout, re.M)
-    if found is None:
-        raise SystemExit(f"the night with {count} rows failed:\n{done.stdout}{done.stderr}")
-    print(f"turn_after_{count}{found[0].removeprefix('turn')}", flush=True)
-    shutil.rmtree(clone)
+    said = run_in_clone(home, "rows.py", "--inside", str(count))
+    print(f"turn_after_{count}{said}", flush=True)
 
 
-def clone_project(home: Path, name: str, *benchmarks: str) -> tuple[Path, dict[str, str]]:
-    """Clone the committed repository, with these benchmarks as they lie here.
+def run_in_clone(home: Path, benchmark: str, *arguments: str) -> str:
+    """Run a benchmark's own part of a night in a clone of the committed repository.
 
-    Returns (the clone, the environment of a process in it).
+    The benchmarks there are as they lie here. Returns what it prints after the word "measured".
     """
-    clone = home / name
+    clone = home / "clone"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
-    for benchmark in benchmarks:
-        shutil.copy(ROOT / "benchmarks" / benchmark, clone / "benchmarks" / benchmark)
+    for name in (Path(__file__).name, benchmark):
+        shutil.copy(ROOT / "benchmarks" / name, clone / "benchmarks" / name)
     (home / "platforms.yaml").write_text(CONFIG)
     variables = {
         **{name: value for name, value in os.environ.items() if not name.startswith("AUTORESEARCH_")},
@@ -183,7 +177,13 @@ def clone_project(home: Path, name: str, *benchmarks: str) -> tuple[Path, dict[s
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(clone),
     }
-    return clone, variables
+    command = [sys.executable, f"benchmarks/{benchmark}", *arguments]
+    done = subprocess.run(command, cwd=clone, env=variables, capture_output=True, text=True)
+    found = re.search(r"^measured(.*)$", done.stdout, re.M)
+    if found is None:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    shutil.rmtree(clone)
+    return found[1]
 
 
 def made_up_result(chance: random.Random, run_dir: Any) -> Any:
@@ -238,7 +238,7 @@ def run_inside(count: int) -> None:
     own = [after[1] - before[1] for before, after in pairs]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"turn: {median(own):.3f} s of CPU ({min(own):.3f} to {max(own):.3f}), "
+        f"measured: {median(own):.3f} s of CPU ({min(own):.3f} to {max(own):.3f}), "
         f"{median(prompts[-COUNTED:]):.3f} of them for the prompt; "
         f"{median(seconds):.3f} s with git and the agent, {peak:.2f} GiB"
     )

@@ -66,10 +66,9 @@ def compiled_code() -> Iterator[Item]:
     A run under way needs them.
     """
     needed = bool(runs_under_way()) or device_is_held()
-    ours = [
-        path for name in (compiled.NAME, compiled.BYTECODE) for path in sorted(cache_dir().glob(f"{name}*"))
-    ]
-    for folder in dict.fromkeys([compiled.folder(), *ours]):
+    of_code = sorted(cache_dir().glob(f"{compiled.NAME}*"))
+    of_bytecode = sorted(cache_dir().glob(f"{compiled.BYTECODE}*"))
+    for folder in dict.fromkeys([compiled.folder(), *of_code, *of_bytecode]):
         if folder.is_dir():
             yield Item(folder, needed, folder_size(folder))
 

@@ -3,9 +3,9 @@ The compiled code of earlier runs: a folder for each device, which its next run 
 
 A dry run compiles an edit, and the run that follows finds its code here. The system's folder for temporary
 files, where PyTorch would put it, is emptied by a reboot and grows without a bound. What a run writes here
-after it has seen training rows is forgotten: nothing that was learned reaches the next run. Devices share no
-folder, of bytecode neither: a run on one would forget what a run on another has just compiled, or read what
-that has written since it saw training rows.
+after it has seen training rows is forgotten: nothing that was learned reaches the next run. Python's bytecode
+is kept in the same way, beside it. Devices share neither folder: a run on one would forget what a run on
+another has just compiled, or read what that one wrote after it had seen training rows.
 """
 
 import getpass
@@ -48,7 +48,7 @@ def part_of_machine() -> str:
 
 
 def shortened(name: str) -> str:
-    """Return a name that is not too long, and another one for another name."""
+    """Return a name, or a shorter one in its place, which no other name has."""
     if len(name) <= LONGEST_NAME:
         return name
     return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -89,8 +89,8 @@ def link_from(temporary: Path, process: str, place: Path | None = None) -> None:
     compiles for a CPU. A run's folder for temporary files goes with the run: each process would make it anew,
     which takes a core 13 to 20 s with PyTorch, and with MLX half a second for each kernel.
 
-    process: a name, which the processes of one run do not share: MLX loads a kernel that another process is
-        still writing
+    process: its name in the run. No two of a run share a place: MLX would load a kernel that the other one is
+        still writing.
     """
     place = place or folder()
     of_mlx = place / "mlx" / process

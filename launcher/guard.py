@@ -42,8 +42,9 @@ TERM_SECONDS = 5.0  # between the request to end and the kill
 LEFTOVER_SECONDS = 3.0  # that compile workers get to end by themselves
 STOP_SECONDS = 10.0  # after which the kill does not wait any more until everything is stopped
 KILL_SECONDS = 10.0  # after which a process is given up that does not die: it waits in the kernel
-REAPED_AT_ONCE = 10_000  # where they end faster than this notes it, there are other things to do too
+REAPED_AT_ONCE = 10_000  # processes; where they end faster than they are reaped, the launcher is heard too
 LOOK_SECONDS = 0.05  # between two looks at what is left
+KILLED_SECONDS = 0.01  # between two looks at what was killed
 LINUX = sys.platform.startswith("linux")
 
 PR_SET_PDEATHSIG = 1  # prctl
@@ -107,7 +108,7 @@ class Process(NamedTuple):
 
     Attributes:
         group: its process group.
-        state: the letter that ps has for it: T and t are stopped, Z and X have ended.
+        state: its letter in ps: T and t are stopped, Z and X have ended, D waits in the kernel.
     """
 
     pid: int
@@ -117,7 +118,7 @@ class Process(NamedTuple):
 
     @property
     def runs(self) -> bool:
-        """Whether it can start others. One in D waits in the kernel, where it cannot be stopped either."""
+        """Whether it can start others now. One in D cannot, and cannot be stopped either."""
         return self.state not in "TtZXD"
 
 
@@ -203,19 +204,20 @@ class Guard:
         if not LINUX:
             self._descendants()  # while the command lives, its children lead to their groups
         self._kill_command()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # what ends is gone: nothing has to be noted any more
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody has to reap what ends from here on
         while self._something_is_left():
             found = self._descendants()
             seconds = time.monotonic() - began
             if seconds > STOP_SECONDS + KILL_SECONDS:
                 return False
             if seconds < STOP_SECONDS and any(process.runs for process in found):
-                stop(found)
+                for process in found:
+                    stop(process.pid, process.group)
                 self._stop_orphans(began + STOP_SECONDS)
                 continue
             for process in found:
                 send(signal.SIGKILL, process.pid)
-            time.sleep(LOOK_SECONDS / 5)
+            time.sleep(KILLED_SECONDS)
         return True
 
     def _kill_command(self) -> None:
@@ -232,15 +234,16 @@ class Guard:
     def _stop_orphans(self, deadline: float) -> None:
         """Stop the children of this process, until no new one comes, or time.monotonic() is at the deadline.
 
-        A process that lives for a moment has ended before a look at the whole system finds it. Its own child
-        became one of this process then, and those are found quickly.
+        Some processes live only long enough to start the next one. A look at the whole system comes too late
+        for those. But when one ends, its child becomes a child of this process, and these are found quickly.
         """
         known: set[int] = set()
         while self._something_is_left() and time.monotonic() < deadline:
-            children = set(own_children()) if LINUX else known
+            children = set(own_children())
             if children <= known:
                 return
-            stop([Process(pid, os.getpid(), pid, "R") for pid in children - known])
+            for pid in children - known:
+                stop(pid, group=pid)  # most of those that go on forking lead a session of their own
             known = children
 
     def _descendants(self) -> list[Process]:
@@ -285,7 +288,7 @@ def processes() -> Iterator[Process]:
 
 
 def own_children() -> list[int]:
-    """Return the pids of this process's children on Linux; none where its kernel does not list them."""
+    """Return the pids of this process's children; none on a system that does not list them."""
     pid = os.getpid()
     try:
         with open(f"/proc/{pid}/task/{pid}/children") as file:
@@ -294,12 +297,11 @@ def own_children() -> list[int]:
         return []
 
 
-def stop(found: list[Process]) -> None:
-    """Stop processes, and their groups: of a group that is stopped at once, none can fork meanwhile."""
-    for process in found:
-        if process.group > 1:  # to -1 it would go to all processes
-            send(signal.SIGSTOP, -process.group)
-        send(signal.SIGSTOP, process.pid)
+def stop(pid: int, group: int) -> None:
+    """Stop a process, and its group: of one that is stopped at once, none can fork meanwhile."""
+    if group > 1:  # to -1 it would go to all processes
+        send(signal.SIGSTOP, -group)
+    send(signal.SIGSTOP, pid)
 
 
 def send(number: int, target: int) -> None:

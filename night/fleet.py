@@ -20,6 +20,7 @@ from launcher.belief import PRIOR
 from launcher.harness import source_hash
 from launcher.ledger import MOVED, STATUSES, Flag, Row, single_line
 from launcher.processes import defer_signals
+from launcher.report.timeline import DeviceNow
 from launcher.runs import ledger, now_utc, record_killed_runs
 from launcher.verdict import build_on_now, fresh_seed, survey_board
 from night import repo
@@ -27,8 +28,9 @@ from night.agent import Answer, prints_without_end, save_answer
 from night.devices import Device, keep_to_cores
 from night.failures import kind_of
 from night.job import Job, JobAnswer
+from night.lab_book import clip
 from night.loop import BASELINE, NO_VERDICT_TRIES, Loop, run_night
-from night.panel import DeviceLine, Panel
+from night.panel import Panel
 from night.plan import Night
 from night.state import Edit, LoopState, loop_folder, read_state, record
 from night.trial import lab_message, put_on_branch, scored_before
@@ -38,9 +40,9 @@ from prepare import UserError, first_line
 
 POLL_SECONDS = 0.2  # between looks whether a device or an agent has ended
 LOOK_SECONDS = 5.0  # between looks at all else: the clock, `autoresearch stop`, what a person edits
-MOST_FAILURES = 3  # of a device in a row, while others give scores
+MOST_FAILURES = 3  # jobs in a row without a score, after which a device is tested
 LONGEST_REASON = 120  # characters that are shown
-OF_AGENTS = ("agent", "edit")  # failures that another edit may not have
+OF_AGENTS = ("agent", "edit")  # kinds of failures that another edit may not have
 FAR_ERRORS = 3.0  # standard errors between two devices, from which on a line warns of it
 MOST_MESSAGES = 3  # about failed turns, that the next agent gets
 UNDER_WAY = "These edits are run now or wait for it, and there is no result yet. Do something else:"
@@ -112,14 +114,13 @@ class Fleet(Loop):
         self.failed: Counter[str] = Counter()  # jobs in a row without a score, by device
         self.not_before: dict[str, float] = {}  # when a task may be done again, by its key
         self.no_agents_before = 0.0  # of time.monotonic()
-        self.no_work_before = 0.0  # likewise
-        self.last: dict[str, str] = {}  # what came of the last job, by device
-        self.out: dict[str, str] = {}  # why a device gets no more work
+        self.no_work_before = 0.0  # likewise: until then nothing new is begun
+        self.now = {name: DeviceNow(name, "", 0.0, "") for name in self.devices}  # what they do, out or not
         self.missing_since: dict[str, float] = {}  # devices without a worker
         self.messages: list[str] = []  # about failed turns, for the next agent
-        self.shown = ""  # as the phase of the night
+        self.phase = ""  # as it stands in the log
         self.gave_up = ""  # why
-        panel.devices = self.describe_devices
+        panel.devices = lambda: list(self.now.values())
 
     # --- The turns ------------------------------------------------------------------------------------------
 
@@ -274,12 +275,15 @@ class Fleet(Loop):
         Only one that was scored can tell.
         """
         suspects = [device for device in self.free_devices() if self.failed[device] >= MOST_FAILURES]
-        source = repo.content("HEAD", self.trainer.name) if suspects else b""
-        known = scored_before(source, self.setting) if suspects else None
+        if not suspects:
+            return
+        source = repo.content("HEAD", self.trainer.name)
+        known = scored_before(source, self.setting)
+        if known is None or not known.scored:
+            return
+        seed = fresh_seed(ledger().rows(), [known.source])
         for number, device in enumerate(suspects):
-            if known and known.scored:
-                seed = fresh_seed(ledger().rows(), [known.source]) + number
-                self.run_committed(device, f"is it {device}? the committed trainer", source, seed)
+            self.run_committed(device, f"is it {device}? the committed trainer", source, seed + number)
 
     def make_job(self, **more: Any) -> Job:
         """Return a job of this night."""
@@ -325,14 +329,20 @@ class Fleet(Loop):
 
     def submit(self, job: Job, device: str, text: str, edit: Edit | None = None) -> None:
         """Have a job done by a device."""
-        self.record_device(device, text)
+        self.note_device(device, text)
         future = self.workers.submit(job, device)
         self.tasks.append(Task(device, future, text, time.monotonic(), source_hash(job.trainer), edit))
         self.show_phase()
 
-    def record_device(self, device: str, doing: str) -> None:
-        """Note in the log what a device does, "" for nothing, for who watches from elsewhere."""
-        record("device", device=device, doing=doing, last=self.last.get(device, ""))
+    def note_device(self, device: str, doing: str, last: str | None = None) -> None:
+        """Note what a device does: for the panel, and in the log for who watches from elsewhere.
+
+        doing: "" for nothing
+        last: what came of what it did before; as noted already if left out
+        """
+        last = self.now[device].last if last is None else last
+        self.now[device] = DeviceNow(device, doing, time.time(), last)
+        record("device", device=device, doing=doing, last=last)
 
     def look_for_workers(self) -> None:
         """Take the devices out of the night whose workers do not come back."""
@@ -349,8 +359,7 @@ class Fleet(Loop):
     def take_out(self, device: str, why: str) -> None:
         """Give a device no more work. Without any, the night ends."""
         self.devices.remove(device)
-        self.out[device] = f"no more work: {why}"
-        self.record_device(device, self.out[device])
+        self.note_device(device, f"no more work: {why}")
         self.panel.note(f"{device} gets no more work: {why}")
         if not self.devices:
             self.gave_up = f"no device is left: {device}: {why}"
@@ -366,8 +375,8 @@ class Fleet(Loop):
         self.hours.dry_seconds = answer.seconds or self.hours.dry_seconds
         row = self.row_of(answer.run)
         if task.device in self.devices:
-            self.last[task.device] = told_of(row) if row else f"{answer.status}: {words(answer.reason)}"
-            self.record_device(task.device, "")
+            last = told_of(row) if row else f"{answer.status}: {shown(answer.reason)}"
+            self.note_device(task.device, "", last)
         self.show_phase()
         self.count_failure(task, answer, row)
         if row and row.judged:
@@ -400,11 +409,10 @@ class Fleet(Loop):
         self.failed[device] += 1
         is_test = task.edit is None and self.failed[device] > MOST_FAILURES
         if is_test and device in self.devices:
-            why = words(row.reason if row else answer.reason)
             count = self.failed[device]
-            self.take_out(
-                device, f"{count} jobs in a row without a score, the last of the committed trainer: {why}"
-            )
+            why = shown(row.reason if row else answer.reason)
+            last = f"the last of the committed trainer: {why}"
+            self.take_out(device, f"{count} jobs in a row without a score, {last}")
 
     def take_row(self, task: Task, row: Row) -> None:
         """Take a run that has its verdict."""
@@ -635,21 +643,10 @@ class Fleet(Loop):
     def show_phase(self) -> None:
         """Show how many devices and agents are at work."""
         text = f"{len(self.tasks)} of {len(self.devices)} devices and {len(self.turns)} agents at work"
-        if text != self.shown:
-            self.shown = text
+        if text != self.phase:
+            self.phase = text
             record("phase", phase="fleet", text=text)
         self.panel.phase = f"{self.panel.done + 1}{self.panel.of_all()}: {text}"
-
-    def describe_devices(self) -> list[DeviceLine]:
-        """Return what the devices do, for the panel."""
-        now = time.monotonic()
-        tasks = {task.device: task for task in self.tasks}
-        lines = []
-        for device in [*self.devices, *self.out]:
-            task = tasks.get(device)
-            doing = (task.text, now - task.began) if task else (self.out.get(device, ""), 0.0)
-            lines.append(DeviceLine(device, *doing, self.last.get(device, "")))
-        return lines
 
 
 def told_of(row: Row) -> str:
@@ -658,6 +655,6 @@ def told_of(row: Row) -> str:
     return f"{row.status}{score} {row.description}"
 
 
-def words(reason: str) -> str:
+def shown(reason: str) -> str:
     """Return a reason in a line that is not too long."""
-    return single_line(reason)[:LONGEST_REASON]
+    return clip(single_line(reason), LONGEST_REASON)

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -17,6 +16,7 @@ from launcher.belief import Standing
 from launcher.console import is_quiet, say
 from launcher.ledger import Row, single_line
 from launcher.progress import STARTING, Progress, Scored
+from launcher.report.timeline import DeviceNow
 from night.state import NightCounts
 
 OF_NO_EXPERIMENT = ("check", "confirm")  # phases of a night that are part of no experiment
@@ -25,20 +25,6 @@ LAST_RESULTS = 5
 MOST_DEVICES = 16  # that are shown
 BAR_WIDTH = 40  # columns
 STYLES = {"keep": "green", "discard": "dim"}  # of results; the others are red
-
-
-class DeviceLine(NamedTuple):
-    """What a device of a fleet does."""
-
-    name: str
-    doing: str  # "" for nothing
-    seconds: float  # since it does
-    last: str  # what came of what it did before, "" for nothing
-
-    def told(self) -> str:
-        """Return it in a line, without the name."""
-        doing = f"{minutes(self.seconds)}  {self.doing}" if self.doing else "free"
-        return f"{doing}; last: {self.last}" if self.last else doing
 
 
 class Panel:
@@ -65,7 +51,7 @@ class Panel:
         self.detail = ""  # the progress of the phase
         self.share: float | None = None  # of the training that is over
         self.words: Callable[[], str] = str  # what the agent printed last
-        self.devices: Callable[[], list[DeviceLine]] = list  # what the devices of a fleet do
+        self.devices: Callable[[], list[DeviceNow]] = list  # what the devices of a fleet do
         self.is_stopping: Callable[[], bool] = bool  # somebody called `autoresearch stop`
         self._entered = time.monotonic()
         self._console = Console(stderr=True)
@@ -150,7 +136,8 @@ class Panel:
             table.add_row("", ProgressBar(total=1.0, completed=self.share, width=BAR_WIDTH))
         devices = self.devices()
         for device in devices[:MOST_DEVICES]:
-            table.add_row(device.name, Text(device.told()))
+            since = minutes(max(0.0, time.time() - device.since))
+            table.add_row(device.name, Text(device.told(f"{since}  {device.doing}")))
         if len(devices) > MOST_DEVICES:
             table.add_row("", Text(f"and {len(devices) - MOST_DEVICES} more devices"))
         for number, row in enumerate(reversed(self.results)):

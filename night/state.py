@@ -91,6 +91,7 @@ def read_edit(data: dict[str, Any]) -> Edit | None:
 
 
 def write_state(state: LoopState) -> None:
+    """Write the state file."""
     write_json(state_path(), asdict(state))
 
 

@@ -22,7 +22,7 @@ from launcher.report.timeline import devices_now
 from launcher.runs import ledger, run_dir, runs_dir
 from launcher.verdict import best_since_moved, survey_board
 from night.agent import TurnFiles, last_words
-from night.panel import OF_NO_EXPERIMENT, REFRESHES_A_SECOND, DeviceLine, Panel, RunDetail
+from night.panel import OF_NO_EXPERIMENT, REFRESHES_A_SECOND, Panel, RunDetail
 from night.plan import seconds_of_a_run
 from night.state import loop_folder, read_counts, read_state
 from night.stop import RunningLoop, read_token, request_path, running_loop
@@ -72,9 +72,7 @@ def read_panel(loop: RunningLoop) -> Panel:
     phases = [entry for entry in entries if entry.event == "phase"]
     if phases:
         show_phase(panel, phases[-1])
-    panel.devices = lambda: [
-        DeviceLine(one.name, one.doing, time.time() - one.since, one.last) for one in devices_now(entries)
-    ]
+    panel.devices = lambda: devices_now(entries)
     token = loop.token
     panel.is_stopping = lambda: read_token(request_path()) == token
     return panel

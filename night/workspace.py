@@ -18,7 +18,7 @@ from pathlib import Path
 from backends.protocol import IN_LOOP_VARIABLE
 from launcher.harness import read_trainer, without_git_variables
 from launcher.processes import remove_tree
-from launcher.runs import home, run_dir
+from launcher.runs import HOME_VARIABLE, home, run_dir
 from night import repo
 from night.notes import NOTES, notes_path
 from prepare import ROOT, UserError, cache_dir
@@ -47,7 +47,7 @@ class Workspace:
         programs = os.path.dirname(sys.executable)
         return {
             **variables,
-            "AUTORESEARCH_HOME": str(home()),
+            HOME_VARIABLE: str(home()),
             IN_LOOP_VARIABLE: str(self.folder),
             # A git command finds no repository above, should an agent remove its own.
             "GIT_CEILING_DIRECTORIES": str(self.top.parent),

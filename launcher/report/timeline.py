@@ -1,14 +1,13 @@
 """The night as a time line: when the agent thought, and what the device did, for each device."""
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from launcher.report.data import Run, Series, finite
 from launcher.report.files import Entry, Folder, loop_lives
-from launcher.report.text import clock, duration
+from launcher.report.text import clock
 
 HOUR = 3600.0
 MOST_HOURS = 36  # the newest of a device that are drawn
@@ -189,14 +188,16 @@ class DeviceNow:
     since: float  # Unix seconds
     last: str  # what came of what it did before, "" for nothing
 
-    def told(self) -> str:
-        """Return it in a line."""
-        doing = f"{self.doing}, for {duration(time.time() - self.since)}" if self.doing else "free"
-        return f"{self.name}: {doing}" + (f"; last: {self.last}" if self.last else "")
+    def told(self, doing: str) -> str:
+        """Return it in a line, without the name.
+
+        doing: in words, with the time since when; not used where it does nothing
+        """
+        return (doing if self.doing else "free") + (f"; last: {self.last}" if self.last else "")
 
 
 def devices_now(log: Sequence[Entry]) -> list[DeviceNow]:
-    """Return what the devices do, by name, of the loop over several that runs; none where none does."""
+    """Return what each device of the loop that runs does; none where none runs, or one without --devices."""
     newest: dict[str, Entry] = {}
     for entry in reversed(log):
         if entry.event == "end":

@@ -25,7 +25,7 @@ from launcher.report.files import Entry, loop_log_path, read_loop_log
 from launcher.report.page import build_page, build_waiting_page
 from launcher.report.report import make_report
 from launcher.report.text import duration
-from launcher.report.timeline import current_phase, devices_now, last_night
+from launcher.report.timeline import DeviceNow, current_phase, devices_now, last_night
 from prepare import UserError
 
 COOKIE = "autoresearch-token"
@@ -77,7 +77,7 @@ class LiveReport:
         log = read_loop_log()
         night = last_night(log)
         is_gone = night is not None and night.is_cut_off
-        devices = [] if is_gone else [device.told() for device in devices_now(log)]
+        devices = [] if is_gone else [tell_device(device) for device in devices_now(log)]
         return {
             "version": self.version(),
             "phase": "\n".join(filter(None, [tell_phase(current_phase(log), is_gone), *devices])),
@@ -97,6 +97,11 @@ def tell_phase(phase: Entry | None, is_gone: bool) -> str:
     if is_gone:
         return f"the loop is gone: it was killed, or the power was cut. Last, {duration(seconds)} ago: {text}"
     return f"{text}, for {duration(seconds)}"
+
+
+def tell_device(device: DeviceNow) -> str:
+    """Return a line about what a device does."""
+    return f"{device.name}: " + device.told(f"{device.doing}, for {duration(time.time() - device.since)}")
 
 
 class Server(ThreadingHTTPServer):
