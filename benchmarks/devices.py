@@ -92,6 +92,9 @@ class MadeUpWorkers:
     def __exit__(self, *_: object) -> None:
         return
 
+    def tend(self) -> list[str]:
+        return []
+
     def missing(self) -> set[str]:
         return set()
 

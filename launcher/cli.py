@@ -19,9 +19,11 @@ from launcher.options import (
     budget_option,
     experiment_options,
     filter_options,
+    hosts_option,
     json_option,
     ledgers_argument,
     message_option,
+    open_option,
     platform_option,
     run_argument,
     seed_option,
@@ -314,10 +316,17 @@ def try_(
     help="Run experiments on several devices at once: all, or GPUs by number (0,1), or cpu:2 for the halves "
     "of a CPU (docs/fleet.md).",
 )
+@hosts_option
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Run experiments on the devices that have joined a scheduler of dask's: tls://HOST:PORT.",
+)
+@open_option
 @click.option(
     "--agents",
     type=click.IntRange(1, 64),
-    help="Agents that may work at once, with --devices; as many as there are devices if left out.",
+    help="Agents that may work at once on several devices; as many as there are devices if left out.",
 )
 def loop(
     agent: str,
@@ -334,12 +343,15 @@ def loop(
     boxed: bool,
     no_confirm: bool,
     devices: str | None,
+    hosts: Path | None,
+    scheduler: str | None,
+    is_open: bool,
     agents: int | None,
 ) -> None:
     """Let an agent edit, run and keep what is better, all night.
 
-    A night is on one device, or on those of --devices. An edit that fails its dry run is refused; what was
-    not kept stays under a ref.
+    A night is on one device, or on those of --devices and --hosts, or --scheduler. An edit that fails its dry
+    run is refused; what was not kept stays under a ref.
 
     \b
     autoresearch loop --experiments 20
@@ -349,15 +361,17 @@ def loop(
     from night.loop import run_night
     from night.plan import Night, parse_until
 
-    if agents and not devices:
+    is_fleet = bool(devices or hosts or scheduler)
+    if agents and not is_fleet:
         raise click.UsageError("--agents goes with --devices: on one device, one agent is enough.")
-    chosen = []
-    if devices:
-        from night.devices import parse_devices, see_only
+    if scheduler and (devices or hosts):
+        raise click.UsageError("--scheduler has its own devices: leave --devices and --hosts out.")
+    if is_fleet:
+        from night.pool import find_pool
 
-        chosen = parse_devices(devices)
-        see_only(chosen[0])
-    setting = setting_of(platform, track, budget)
+        pool, setting = find_pool(devices or "", hosts, scheduler or "", is_open, platform, track, budget)
+    else:
+        setting = setting_of(platform, track, budget)
     night = Night(
         agent=parse_agent(agent).for_trainer(setting.trainer.name),
         setting=setting,
@@ -366,16 +380,49 @@ def loop(
         until=parse_until(until) if until is not None else None,
         agent_seconds=agent_seconds,
         pause=pause,
-        confirms=not no_confirm,
+        confirms=not no_confirm and (not is_fleet or bool(pool.here)),
         when_busy=when_busy,
         boxed=boxed,
         ahead=ahead,
+        is_here=not is_fleet or bool(pool.here),
     )
-    if chosen:
+    if is_fleet:
         from night.fleet import run_fleet
 
-        sys.exit(run_fleet(night, chosen, agents))
+        sys.exit(run_fleet(night, pool, agents))
     sys.exit(run_night(night))
+
+
+@main.command(section=RESEARCH)
+@click.argument("scheduler", metavar="ADDRESS")
+@click.option(
+    "--devices",
+    metavar="LIST",
+    default="all",
+    show_default=True,
+    help="GPUs by number (0,1), or cpu:2 for the halves of a CPU.",
+)
+@click.option("--name", metavar="NAME", help="Of this machine; its own if left out.")
+@open_option
+def lend(scheduler: str, devices: str, name: str | None, is_open: bool) -> None:
+    """Lend this machine's devices to a night elsewhere.
+
+    They join a scheduler of dask's at ADDRESS, and `autoresearch loop --scheduler ADDRESS` uses them. Ctrl-C
+    ends it. Over SSH nothing need be started by hand: `autoresearch loop --hosts`.
+
+    \b
+    uv run --extra fleet autoresearch lend tls://gpubox:8786
+    """
+    from launcher.processes import stop_on_signals
+    from night.devices import parse_devices
+    from night.workers import security_for
+
+    security = security_for(scheduler, is_open)
+    chosen = parse_devices(devices)
+    with stop_on_signals():
+        from night.lend import lend_by_hand
+
+        lend_by_hand(scheduler, name or os.uname().nodename, chosen, security)
 
 
 @main.command(section=RESEARCH)
@@ -426,13 +473,16 @@ def noise(repeats: int, platform: str, track: str, budget: float | None, as_json
     metavar="LIST",
     default="all",
     show_default=True,
-    help="GPUs by number (0,1), cpu, or cpu:2 for the halves of a CPU; separated by commas.",
+    help="GPUs by number (0,1), cpu, or cpu:2 for the halves of a CPU; separated by commas; or none.",
 )
+@hosts_option
 @track_option
 @budget_option
 @seed_option
 @json_option
-def compare(trainer: str, devices: str, track: str, budget: float | None, seed: int, as_json: bool) -> None:
+def compare(
+    trainer: str, devices: str, hosts: Path | None, track: str, budget: float | None, seed: int, as_json: bool
+) -> None:
     """Run one trainer on several devices, and compare them.
 
     The trainer is a file or that of a run, or each platform's own. It needs the extra fleet.
@@ -442,7 +492,7 @@ def compare(trainer: str, devices: str, track: str, budget: float | None, seed: 
     """
     from night.compare import compare_devices
 
-    sys.exit(compare_devices(trainer, devices, track, budget, seed, as_json))
+    sys.exit(compare_devices(trainer, devices, hosts, track, budget, seed, as_json))
 
 
 @main.command(section=RESEARCH)

@@ -147,6 +147,17 @@ def experiment_options(command: Command) -> Command:
     return setting_options(seed_option(busy_option(command)))
 
 
+def hosts_option(command: Command) -> Command:
+    text = "Use the devices of other machines too, over SSH: a file that names them (docs/fleet.md)."
+    kind = click.Path(exists=True, dir_okay=False, path_type=Path)
+    return click.option("--hosts", metavar="FILE", type=kind, default=None, help=text)(command)
+
+
+def open_option(command: Command) -> Command:
+    text = "Talk to a scheduler without encryption: whoever reaches that network runs code as you."
+    return click.option("--open", "is_open", is_flag=True, help=text)(command)
+
+
 def ledgers_argument(command: Command) -> Command:
     kind = click.Path(exists=True, dir_okay=False, path_type=Path)
     return click.argument("ledgers", nargs=-1, type=kind)(command)

@@ -89,7 +89,12 @@ def remove_old_scratch() -> None:
 
 def now_utc() -> str:
     """Return the time as the ledger writes it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return format_time(time.time())
+
+
+def format_time(moment: float) -> str:
+    """Return a moment, given in Unix seconds, as the ledger writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
 def id_time() -> str:
@@ -176,6 +181,14 @@ def lowest_runs(rows: Sequence[Row]) -> dict[BoardKey, Row]:
     return lowest
 
 
+def find_row(run_id: str) -> Row | None:
+    """Return the row of a run itself, None where the ledger has none."""
+    if not run_id:
+        return None
+    rows = reversed(ledger().rows())
+    return next((row for row in rows if row.run == run_id and row.status in STATUSES), None)
+
+
 def trainer_of(row: Row) -> Path | None:
     """Return the copy of the trainer that made a run, None when it is not here."""
     return run_dir(row.run).trainer() if row.run else None
@@ -246,9 +259,12 @@ def append_row(row: Row) -> None:
     try:
         with recording():
             if run.path.is_dir():
-                if read_row(run):
+                held = read_row(run)
+                if held and find_row(row.run):
                     return
-                write_json(run.row, asdict(row))
+                row = held or row  # the first word about a run stands
+                if not held:
+                    write_json(run.row, asdict(row))
             ledger().append(row)
     except (OSError, UserError) as error:
         reason = describe_os_error(error) if isinstance(error, OSError) else error

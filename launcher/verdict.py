@@ -173,7 +173,7 @@ def tried_since_moved(rows: Sequence[Row], board: BoardKey, head: str) -> set[st
                 sources = {build_on}
         if not row.comparable or not row.parent or row.flags & EVIDENCE:
             continue
-        if Flag.PARALLEL in row.flags:
+        if Flag.PARALLEL in row.flags and sources:
             if row.parent not in sources:
                 continue
         elif row.parent != build_on:

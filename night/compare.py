@@ -1,5 +1,5 @@
 """
-`autoresearch compare`: one trainer on every device of this machine, for the choice of hardware.
+`autoresearch compare`: one trainer on every device of this machine and of others, for the choice of hardware.
 
 The runs stand in the ledger as any others.
 """
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import click
 
+from launcher.carried import unpack_run
 from launcher.console import print_object, say
 from launcher.device import awake
 from launcher.exit_codes import EXIT_DONE, EXIT_FAILED
@@ -18,11 +19,12 @@ from launcher.harness import read_trainer
 from launcher.ledger import STATUSES, Row
 from launcher.processes import stop_on_signals
 from launcher.runs import find_run, ledger, trainer_of
-from launcher.setting import resolve
-from night.devices import Device, parse_list
+from launcher.setting import Setting, resolve
+from night.devices import Device
 from night.job import Job, JobAnswer
+from night.pool import find_any
 from night.state import loop_folder
-from night.workers import Future, Workers, result_of
+from night.workers import WORKER_SECONDS, Future, Workers, result_of
 from prepare import TIME_BUDGET, UserError
 
 POLL_SECONDS = 0.5
@@ -57,7 +59,13 @@ class DeviceScore(NamedTuple):
 
 
 def compare_devices(
-    trainer: str, devices: str, track: str, budget: float | None, seed: int, as_json: bool
+    trainer: str,
+    devices: str,
+    hosts: Path | None,
+    track: str,
+    budget: float | None,
+    seed: int,
+    as_json: bool,
 ) -> int:
     """Run a trainer on devices, and print how they compare. Returns the exit code.
 
@@ -65,7 +73,8 @@ def compare_devices(
 
     Args:
         trainer: a file, or a run; "" for each platform's own.
-        devices: as parse_list takes it.
+        devices: of this machine, as parse_list takes it; "none" for none.
+        hosts: a file of machines whose devices take part too.
         track: "" for each platform's own.
         budget: seconds of training, that of the rules if left out.
         seed: of every run.
@@ -74,11 +83,24 @@ def compare_devices(
     Raises:
         UserError: there is no such trainer or device, or dask is missing.
     """
-    chosen = parse_list(devices)
+    budget = budget or float(TIME_BUDGET)
     source = find_source(trainer)
-    jobs = {device: make_job(device, source, track, budget or float(TIME_BUDGET), seed) for device in chosen}
+    pool = find_any(devices, hosts, track, budget)
+    chosen = pool.devices
+    jobs = {}
+    for device in pool.here:
+        platform = "cpu" if device.kind == "cpu" else ""  # a GPU has its own, which its job finds
+        setting = resolve(platform, track, budget)
+        setting.data  # noqa: B018  prepares it, once for all devices
+        jobs[device] = make_job(device, platform, setting, source, track, seed)
+    for lent in pool.lent:
+        setting = resolve(lent.platform, track, budget)
+        for device in lent.devices:
+            jobs[device] = make_job(device, lent.platform, setting, source, track, seed)
+    if not chosen:
+        raise UserError("no device takes part: --devices or --hosts", 2)
     answers: dict[Device, JobAnswer] = {}
-    with stop_on_signals(), awake(), Workers(chosen, loop_folder()) as workers:
+    with stop_on_signals(), awake(), Workers(pool, loop_folder()) as workers:
         for kind in ("gpu", "cpu"):
             futures = {
                 device: workers.submit(job, device.name)
@@ -87,7 +109,7 @@ def compare_devices(
             }
             if futures:
                 say("training on " + ", ".join(device.name for device in futures))
-            answers |= {device: wait_for(future) for device, future in futures.items()}
+            answers |= {device: wait_for(future, device, workers) for device, future in futures.items()}
     scores = make_scores(chosen, [answers[device] for device in chosen], ledger().rows())
     if as_json:
         print_object({"devices": [score._asdict() for score in scores]})
@@ -108,20 +130,33 @@ def find_source(trainer: str) -> bytes | None:
     return copy.read_bytes()
 
 
-def make_job(device: Device, source: bytes | None, track: str, budget: float, seed: int) -> Job:
-    """Return the run of a trainer, the platform's own if left out, on a device."""
-    platform = "cpu" if device.kind == "cpu" else ""  # a GPU has its own platform, which its job finds
-    setting = resolve(platform, track, budget)
-    setting.data  # noqa: B018  prepares it, once for all devices
+def make_job(
+    device: Device, platform: str, setting: Setting, source: bytes | None, track: str, seed: int
+) -> Job:
+    """Return the run of a trainer on a device. source: the platform's own if left out"""
     trainer = source if source is not None else read_trainer(setting.trainer)
-    return Job(platform, track, budget, seed, f"compare: {device.name}", trainer, commit="")
+    text = f"compare: {device.name}"
+    return Job(platform, track, setting.budget, seed, text, trainer, commit="")
 
 
-def wait_for(future: Future) -> JobAnswer:
-    """Return the answer of a job when it is done."""
+def wait_for(future: Future, device: Device, workers: Workers) -> JobAnswer:
+    """Return the answer of a job when it is done; an error where its worker does not come back.
+
+    A run of another machine is then among those of this one.
+    """
+    seen = time.monotonic()
     while not future.done():
         time.sleep(POLL_SECONDS)
-    return result_of(future)
+        for line in workers.tend():
+            say(line)
+        if device.name not in workers.missing():
+            seen = time.monotonic()
+        elif time.monotonic() - seen > WORKER_SECONDS:
+            future.cancel()
+    answer = result_of(future)
+    if answer.files:
+        unpack_run(answer.run, answer.files)
+    return answer
 
 
 def make_scores(

@@ -2,10 +2,12 @@
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from backends.platforms import DeviceKind, output_of, usable_cores
+from backends.platforms import DeviceKind, cpu_facts, output_of, usable_cores
+from launcher.setting import Setting, resolve
 from prepare import UserError
 
 CORES_VARIABLE = "AUTORESEARCH_CORES"  # the numbers of the cores that a job keeps to, separated by commas
@@ -21,9 +23,15 @@ class Device:
     uuid: str = ""  # of an NVIDIA GPU
     model: str = ""  # likewise
     cores: tuple[int, ...] = ()  # of a part of a CPU; (): all
+    host: str = ""  # that lends it; "": this machine
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Device":
+        """Return a device as asdict and JSON made it."""
+        return cls(**{**data, "cores": tuple(data["cores"])})
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that bind a process to the device."""
+        """Return the variables that bind a process of its machine to the device."""
         if self.kind == "gpu":
             return {"CUDA_VISIBLE_DEVICES": self.uuid} if self.uuid else {}
         return {CORES_VARIABLE: ",".join(map(str, self.cores))} if self.cores else {}
@@ -33,6 +41,24 @@ def see_only(device: Device) -> None:
     """Let this process, and what it starts, see one GPU alone. It must come before the machine's facts."""
     if device.kind == "gpu":
         os.environ.update(device.environment())
+
+
+def setting_on(devices: Sequence[Device], platform: str, track: str, budget: float) -> Setting:
+    """Return the setting of the runs on devices of this machine, which are of one kind.
+
+    From here on this process sees the first of them alone, where they are GPUs.
+
+    Raises:
+        UserError: the platform is for other devices, or as setting.resolve.
+    """
+    see_only(devices[0])
+    setting = resolve(platform, track, budget)
+    kind = setting.platform.device_kind
+    if devices[0].kind != kind:
+        raise UserError(f"--devices: platform {setting.platform.name} runs on a {kind} (--platform)", 2)
+    if devices[0].cores:  # a run sees so many cores, and is ranked with such runs
+        setting = replace(setting, facts=cpu_facts(len(devices[0].cores)))
+    return setting
 
 
 def keep_to_cores(environment: Mapping[str, str] = os.environ) -> None:

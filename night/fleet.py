@@ -11,33 +11,33 @@ One process decides: it alone moves the branch, from one verdict to the next. A 
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backends.platforms import cpu_facts
 from launcher.belief import PRIOR
+from launcher.carried import unpack_run
 from launcher.harness import source_hash
-from launcher.ledger import MOVED, STATUSES, Flag, Row, single_line
+from launcher.ledger import MOVED, Flag, Row, single_line
 from launcher.processes import defer_signals
 from launcher.report.timeline import DeviceNow
-from launcher.runs import ledger, now_utc, record_killed_runs
+from launcher.runs import find_row, ledger, now_utc, record_killed_runs
 from launcher.verdict import build_on_now, fresh_seed, survey_board
 from night import repo
 from night.agent import Answer, prints_without_end, save_answer
-from night.devices import Device, keep_to_cores
+from night.devices import keep_to_cores
 from night.failures import kind_of
 from night.job import Job, JobAnswer
-from night.lab_book import clip
+from night.lab_book import clip, remember_shares
 from night.loop import BASELINE, NO_VERDICT_TRIES, Loop, run_night
 from night.panel import Panel
 from night.plan import Night
 from night.state import Edit, LoopState, loop_folder, read_state, record
 from night.trial import lab_message, put_on_branch, scored_before
 from night.turn import Turn, end_turn
-from night.workers import WORKER_SECONDS, Future, Workers, result_of
+from night.workers import WORKER_SECONDS, Future, Pool, Workers, result_of
 from prepare import UserError, first_line
 
+LOST_SECONDS = 1800.0  # that a night waits for machines that lend devices, while it has none
 POLL_SECONDS = 0.2  # between looks whether a device or an agent has ended
 LOOK_SECONDS = 5.0  # between looks at all else: the clock, `autoresearch stop`, what a person edits
 MOST_FAILURES = 3  # jobs in a row without a score, after which a device is tested
@@ -57,8 +57,13 @@ class Task:
     future: Future
     text: str
     began: float  # of time.monotonic()
-    source: str  # content hash of the trainer
+    job: Job
     edit: Edit | None = None  # None: it is the committed trainer
+
+    @property
+    def source(self) -> str:
+        """Return the content hash of its trainer."""
+        return source_hash(self.job.trainer)
 
     @property
     def key(self) -> str:
@@ -74,24 +79,20 @@ class AgentAtWork:
     place: int
 
 
-def run_fleet(night: Night, devices: Sequence[Device], agents: int | None = None) -> int:
+def run_fleet(night: Night, pool: Pool, agents: int | None = None) -> int:
     """Run a night over several devices. Returns the exit code: see run_night.
 
     Args:
-        night: its setting is that of the first device (devices.see_only).
-        devices: of one kind.
+        night: its setting is that of the devices (pool.find_pool).
+        pool: the devices.
         agents: that may work at once, as many as there are devices if left out.
 
     Raises:
-        UserError: the platform is for other devices, dask is missing, or as run_night.
+        UserError: dask is missing, or as run_night.
     """
-    kind = night.setting.platform.device_kind
-    if devices[0].kind != kind:
-        raise UserError(f"--devices: platform {night.setting.platform.name} runs on a {kind} (--platform)", 2)
-    if devices[0].cores:  # a run sees so many cores, and is ranked with such runs
-        night.setting = replace(night.setting, facts=cpu_facts(len(devices[0].cores)))
-    workers = Workers(devices, loop_folder())
-    return run_night(night, lambda night, panel: Fleet(night, panel, workers, agents or len(devices)))
+    workers = Workers(pool, loop_folder())
+    count = agents or len(workers.devices)
+    return run_night(night, lambda night, panel: Fleet(night, panel, workers, count))
 
 
 class Fleet(Loop):
@@ -102,6 +103,7 @@ class Fleet(Loop):
         super().__init__(night, panel)
         self.workers = workers
         self.devices = [device.name for device in workers.devices]  # that get work
+        self.hosts = {device.name: device.host for device in workers.devices}  # "": this machine
         self.agents = agents
         self.tasks: list[Task] = []
         self.turns: list[AgentAtWork] = []
@@ -117,6 +119,7 @@ class Fleet(Loop):
         self.no_work_before = 0.0  # likewise: until then nothing new is begun
         self.now = {name: DeviceNow(name, "", 0.0, "") for name in self.devices}  # what they do, out or not
         self.missing_since: dict[str, float] = {}  # devices without a worker
+        self.lost: set[str] = set()  # those of them that got no more work
         self.messages: list[str] = []  # about failed turns, for the next agent
         self.phase = ""  # as it stands in the log
         self.gave_up = ""  # why
@@ -214,7 +217,7 @@ class Fleet(Loop):
 
     def free_devices(self) -> list[str]:
         """Return the devices that do nothing."""
-        busy = {task.device for task in self.tasks}
+        busy = {task.device for task in self.tasks} | self.missing_since.keys()
         return [device for device in self.devices if device not in busy]
 
     def give_work(self) -> bool:
@@ -331,7 +334,7 @@ class Fleet(Loop):
         """Have a job done by a device."""
         self.note_device(device, text)
         future = self.workers.submit(job, device)
-        self.tasks.append(Task(device, future, text, time.monotonic(), source_hash(job.trainer), edit))
+        self.tasks.append(Task(device, future, text, time.monotonic(), job, edit))
         self.show_phase()
 
     def note_device(self, device: str, doing: str, last: str | None = None) -> None:
@@ -345,23 +348,33 @@ class Fleet(Loop):
         record("device", device=device, doing=doing, last=last)
 
     def look_for_workers(self) -> None:
-        """Take the devices out of the night whose workers do not come back."""
+        """Take the devices out of the night whose workers do not come back, and in again when they do."""
+        for line in self.workers.tend():
+            self.panel.note(line)
         now = time.monotonic()
         missing = self.workers.missing()
         self.missing_since = {device: self.missing_since.get(device, now) for device in missing}
         for device, since in self.missing_since.items():
             if device in self.devices and now - since > WORKER_SECONDS:
+                self.lost.add(device)
                 self.take_out(device, f"its worker was not started again within {WORKER_SECONDS:.0f} s")
                 for task in self.tasks:
                     if task.device == device:
                         task.future.cancel()
+        for device in sorted(self.lost - missing):
+            self.lost.remove(device)
+            self.devices.append(device)
+            self.note_device(device, "")
+            self.panel.note(f"{device} is back")
+        if not self.devices and now - min(self.missing_since.values(), default=now) > LOST_SECONDS:
+            self.gave_up = f"no device came back within {LOST_SECONDS / 60:.0f} minutes"
 
     def take_out(self, device: str, why: str) -> None:
-        """Give a device no more work. Without any, the night ends."""
+        """Give a device no more work. Without any, the night ends, or waits for machines that lend some."""
         self.devices.remove(device)
         self.note_device(device, f"no more work: {why}")
         self.panel.note(f"{device} gets no more work: {why}")
-        if not self.devices:
+        if not self.devices and not any(self.hosts[one] for one in self.lost):
             self.gave_up = f"no device is left: {device}: {why}"
 
     # --- What the devices answer ----------------------------------------------------------------------------
@@ -373,11 +386,19 @@ class Fleet(Loop):
             TurnFailed: the edit failed its dry run.
         """
         self.hours.dry_seconds = answer.seconds or self.hours.dry_seconds
-        row = self.row_of(answer.run)
+        row = find_row(answer.run)
+        if answer.files:  # made on another machine
+            remember_shares(task.source, answer.step_shares)
+            row = unpack_run(answer.run, answer.files)
         if task.device in self.devices:
             last = told_of(row) if row else f"{answer.status}: {shown(answer.reason)}"
             self.note_device(task.device, "", last)
         self.show_phase()
+        if row and Flag.REPEAT in row.flags:  # here a job repeats its run itself
+            self.panel.note(row.reason)
+            again = replace(task.job, seed=row.seed + 1, has_dry_run=False)
+            self.submit(again, task.device, task.text, task.edit)
+            return
         self.count_failure(task, answer, row)
         if row and row.judged:
             self.take_row(task, row)
@@ -388,11 +409,6 @@ class Fleet(Loop):
             ledger().append(refused)
             why = f"failed its dry run on {task.device} ({answer.status}): {answer.reason}\n{answer.log_tail}"
             raise self.refuse(task.edit, why, refused.run)
-
-    def row_of(self, run_id: str) -> Row | None:
-        """Return the row of a run, None where there is none."""
-        rows = ledger().rows() if run_id else []
-        return next((row for row in reversed(rows) if row.run == run_id and row.status in STATUSES), None)
 
     def count_failure(self, task: Task, answer: JobAnswer, row: Row | None) -> None:
         """Count the jobs in a row without a score on a device.

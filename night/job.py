@@ -9,8 +9,8 @@ run. A job of an edit has a dry run before it.
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Job:
     agent: str = ""
     flags: Sequence[str] = ()
     has_dry_run: bool = False
+    is_lent: bool = False  # the night's ledger is on another machine: there its run is judged, and repeated
 
     def to_json(self) -> dict[str, Any]:
         """Return the job as JSON holds it: sources need not be UTF-8."""
@@ -57,6 +58,8 @@ class JobAnswer:
     reason: str = ""
     log_tail: str = ""
     seconds: float = 0.0  # that the dry run took
+    step_shares: Mapping[str, float] = field(default_factory=dict)  # that it measured
+    files: Mapping[str, bytes] = field(default_factory=dict)  # of a run on another machine: carried.pack_run
 
 
 def as_text(source: bytes) -> str:
@@ -71,7 +74,7 @@ def work(job: Job) -> JobAnswer:
     """Do a job on the device that this process is bound to."""
     from launcher.harness import source_hash
     from launcher.ledger import Flag
-    from launcher.run import Request, dry_run
+    from launcher.run import Request, dry_run, run_experiment, run_once
     from launcher.runs import record_killed_runs
     from launcher.setting import resolve
     from night.lab_book import remember_shares
@@ -85,11 +88,13 @@ def work(job: Job) -> JobAnswer:
         if earlier:  # by this very job, whose worker was killed before it answered
             return JobAnswer(earlier.run)
         seconds = 0.0
+        step_shares: Mapping[str, float] = {}
         if job.has_dry_run:
             outcome, log_tail = dry_run(setting, job.trainer, job.seed)
             seconds = outcome.total_seconds
             if outcome.status:
                 return JobAnswer("", outcome.status, outcome.reason, log_tail, seconds)
+            step_shares = outcome.step_shares
             remember_shares(source_hash(job.trainer), outcome.step_shares)
         request = Request(
             setting,
@@ -99,7 +104,9 @@ def work(job: Job) -> JobAnswer:
             parent=job.parent,
             agent=job.agent,
         )
-        return JobAnswer(run_source(request, job.trainer, job.commit).run, seconds=seconds)
+        experiment = run_once if job.is_lent else run_experiment
+        row = run_source(request, job.trainer, job.commit, experiment)
+        return JobAnswer(row.run, seconds=seconds, step_shares=step_shares)
     except (UserError, OSError) as error:
         return JobAnswer(status="error", reason=str(error))
 

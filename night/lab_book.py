@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from launcher.belief import visible_change
@@ -177,10 +177,10 @@ def shares_path() -> Path:
     return runs_dir() / "loop" / "step_shares.jsonl"
 
 
-def remember_shares(source: str, shares: dict[str, float]) -> None:
+def remember_shares(source: str, shares: Mapping[str, float]) -> None:
     """Keep what a dry run measured of a trainer, given by its content hash."""
     if shares:
-        append_json_line(shares_path(), {"source": source, "shares": shares})
+        append_json_line(shares_path(), {"source": source, "shares": dict(shares)})
 
 
 def shares_of(source: str) -> dict[str, float]:

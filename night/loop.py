@@ -73,15 +73,17 @@ def run_night(night: Night, make_loop: Callable[[Night, Panel], "Loop"] | None =
     Raises:
         UserError: no result of the night would count, the agent is not ready, or as trial.hold_repository.
     """
-    night.setting.require_device()
-    require_power()
+    if night.is_here:
+        night.setting.require_device()
+        require_power()
     if night.boxed and missing_walls():
         raise UserError(f"--box: {missing_walls()}", 2)
     panel = Panel(night.experiments, night.until)
     try:
         with hold_repository(), announced() as is_stopping, stop_on_signals(), awake(), saying_once(), panel:
             panel.is_stopping = is_stopping
-            look_around(night.setting.platform.device_kind, night.when_busy)
+            if night.is_here:
+                look_around(night.setting.platform.device_kind, night.when_busy)
             check_harness(night.setting.trainer.name)
             loop = (make_loop or Loop)(night, panel)
             loop.resume()

@@ -36,6 +36,7 @@ class Night:
     confirms: bool = True  # the end of a night with an `until` is for the claim
     when_busy: WhenBusy = "go-on"  # what to do where other processes compute when it begins
     boxed: bool = False  # the agent works in a box
+    is_here: bool = True  # experiments run on this machine, and not on others alone
     ahead: bool = False  # the agent thinks of the next edit while an experiment runs
 
     def seconds_left(self) -> float:

@@ -130,12 +130,17 @@ def run_trial(
     return row
 
 
-def run_source(request: Request, source: bytes, commit: str) -> Row:
-    """Run the trainer of a commit, given its source. Returns the row that decides."""
+def run_source(
+    request: Request, source: bytes, commit: str, experiment: Callable[[Request], Row] | None = None
+) -> Row:
+    """Run the trainer of a commit, given its source. Returns the row that decides.
+
+    experiment: what runs it; run_experiment if left out
+    """
     with scratch_folder() as scratch:
         copy = scratch / request.setting.trainer.name
         copy.write_bytes(source)
-        return run_experiment(replace(request, trainer=copy, commit=commit[:7]))
+        return (experiment or run_experiment)(replace(request, trainer=copy, commit=commit[:7]))
 
 
 def check_harness(trainer: str) -> None:

@@ -126,6 +126,16 @@ def test_what_was_made_on_an_older_trainer_is_judged_against_the_best():
     assert tried_since_moved(rows, rows[0].board, "d") == {"a", "b", "c", "d"}
 
 
+def test_a_night_goes_on_from_a_run_that_was_made_outside_git():
+    """`autoresearch run` made it, before the first night: its row names no parent."""
+    rows = []
+    judged(rows, "a", "", 1.5)
+    late = {"marks": "parallel"}
+    assert judged(rows, "b", "a", 1.3, **late).build_on == "b"
+    assert judged(rows, "c", "a", 1.1, **late).build_on == "c"
+    assert tried_since_moved(rows, rows[0].board, "c") == {"a", "b", "c"}
+
+
 def test_a_claim_about_an_earlier_trainer_moves_nothing():
     rows = []
     judged(rows, "a", "a", 1.5)
@@ -186,6 +196,9 @@ class HereWorkers:
 
     def __exit__(self, *_):
         self.jobs.clear()
+
+    def tend(self):
+        return []
 
     def missing(self):
         return self.gone

@@ -1,0 +1,50 @@
+"""The certificate of one night: its scheduler, workers and client know each other by it, and nobody else."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+YEAR = timedelta(days=365)
+NAME = "autoresearch"
+
+
+def make_certificate() -> dict[str, str]:
+    """Return a new key and a certificate that it signed itself, as PEM: {"key": ..., "cert": ...}.
+
+    dask's own (Security.temporary) holds from now on: a host whose clock is behind would refuse it.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NAME)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - YEAR)
+        .not_valid_after(now + YEAR)
+        .sign(key, hashes.SHA256())
+    )
+    form = serialization.PrivateFormat.PKCS8
+    secret = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    return {
+        "key": secret.decode(),
+        "cert": certificate.public_bytes(serialization.Encoding.PEM).decode(),
+    }
+
+
+def make_security(certificate: dict[str, str]) -> Any:
+    """Return dask's Security in which all roles have one certificate, and which takes no other."""
+    from distributed.security import Security
+
+    roles = {
+        f"tls_{role}_{part}": certificate[part]
+        for role in ("client", "scheduler", "worker")
+        for part in ("key", "cert")
+    }
+    return Security(require_encryption=True, tls_ca_file=certificate["cert"], **roles)
