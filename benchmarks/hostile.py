@@ -15,6 +15,7 @@ the training: trainer, scorer and agent are stand-ins that take a second (stand_
     git       the same and kill -9, aimed at a call of git or at the start of a trainer
     twice     four launchers started together after a killed one
     fleet     kill -9 or a signal for a part of a night over two halves of the CPU
+    hosts     the same for a night over three hosts by SSH, which vanish, have a full disk or another time
     absolute  acts of an agent that goes into the person's repository by its path; counted by itself
 
 A case fails where
@@ -26,8 +27,8 @@ A case fails where
 - a run stands in the ledger twice, or not at all;
 - a temporary file is left.
 
-Linux only: it finds processes that hide by being their subreaper. The last lines are for grep, and the exit
-code is 1 where a case failed.
+Linux only: it finds processes that hide by being their subreaper. The part hosts needs root and an sshd, and
+is left out elsewhere (lab.py). The last lines are for grep, and the exit code is 1 where a case failed.
 """
 
 import argparse
@@ -49,7 +50,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ from house import (
     survivors,
     temporary_faults,
 )
+from lab import Lab, LabHost, build_lab, why_not
 from stand_ins.agent import ACTS, DAEMONIC, HONEST, OVER, PROJECT, SLOW_VARIABLE, THERE
 from stand_ins.person import STATES, add_belongings, edit_trainer
 from stand_ins.trainer import SLOW
@@ -89,7 +91,20 @@ PHASE_SECONDS = 60.0  # until a phase is reached
 DELAY_SECONDS = 0.7  # at most, from the beginning of a phase to a kill
 PARTS_OF_A_FLEET = {"worker": "spawn_main", "job": "night.job", "trainer": TRAINER, "agent": "agent.py"}
 FLEET_EXPERIMENTS = 5  # of a night over two devices
+HOSTS_EXPERIMENTS = 5  # of a night over three hosts
 FLEET_SECONDS = 25.0  # in which it is struck
+HOSTS_SECONDS = 35.0  # in which a night over hosts is struck
+AWAY_SECONDS = 45.0  # that a host is away at most, where it comes back
+LEASE_SECONDS = 60.0  # in which a host that was cut off has ended what it did
+CLOCKS = (3 * 3600, -3 * 3600, -400 * 86400)  # seconds, by which the hosts' clocks are off
+PARTS_OF_A_HOST = {
+    "ssh": "night.lend lend",
+    "lender": "night.lend",
+    "worker": "spawn_main",
+    "job": "night.job",
+    "trainer": TRAINER,
+}
+HOST_FAULTS = ("loop", *PARTS_OF_A_HOST, "sshd", "gone", "gone and back", "disk", "clock")
 TRIES = 0.25  # share of the nights that are `try` instead, where that is the same
 SHARED_MEMORY = Path("/dev/shm/hostile-agent")  # acts.sh leaves it
 SHOWN = 4  # differences in a row of the table
@@ -129,12 +144,12 @@ class Result:
         self.add([f"{what}: {fault}"] if fault else [])
 
 
-def loop(house: House, act: str = HONEST, experiments: int = EXPERIMENTS, devices: str = "") -> list[str]:
-    """Return the arguments of a night whose agent does an act. devices: as --devices takes it"""
+def loop(house: House, act: str = HONEST, experiments: int = EXPERIMENTS, **more: str) -> list[str]:
+    """Return the arguments of a night whose agent does an act. more: its options, by name"""
     doing = ACTS[act]
     agent = [sys.executable, str(STAND_INS / "agent.py"), str(house.folder), act, *doing.arguments]
     options = ["--experiments", str(experiments), "--pause", "0", "--agent-seconds", f"{doing.seconds:g}"]
-    options += ["--devices", devices] if devices else []
+    options += [word for name, value in more.items() for word in (f"--{name}", value)]
     return ["loop", *options, "--agent", shlex.join(agent)]
 
 
@@ -216,12 +231,24 @@ def run_state(task: Task, house: House, rng: random.Random) -> Result:
 Strike = Callable[[Sequence[str]], tuple[Ended, str]]
 
 
-def cut_off(task: Task, house: House, what: str, command: str, strike: Strike, **more: Any) -> Result:
+def cut_off(
+    task: Task,
+    house: House,
+    what: str,
+    command: str,
+    strike: Strike,
+    before_restart: Callable[[], object] = lambda: None,
+    **more: Any,
+) -> Result:
     """Cut a command off, look at what is left, and run a night after it.
 
-    command: "try", or the act of a night's agent
-    strike: starts the command and ends it. Returns (how it ended, what is wrong with that)
-    more: arguments of `loop`, for the nights
+    Args:
+        task, house: the case.
+        what: is done.
+        command: "try", or the act of a night's agent.
+        strike: starts the command and ends it. Returns (how it ended, what is wrong with that).
+        before_restart: is called before the night after it.
+        more: arguments of `loop`, for the nights.
     """
     result = Result(task.part, f"{task.name}: {what}")
     if command == "try":
@@ -233,6 +260,7 @@ def cut_off(task: Task, house: House, what: str, command: str, strike: Strike, *
     result.add_end("ended", fault)
     check(result, house, before, task.patience)
     result.faults = [fault for fault in result.faults if not mends_itself(fault, house)]
+    before_restart()
     restart(result, house, before, task.patience, loop(house, **more))
     return result
 
@@ -438,6 +466,76 @@ def run_fleet(task: Task, house: House, rng: random.Random) -> Result:
     return cut_off(task, house, what, HONEST, strike, experiments=FLEET_EXPERIMENTS, devices="cpu:2")
 
 
+def run_hosts(task: Task, house: House, rng: random.Random) -> Result:
+    """Strike a night over three hosts, or one of the hosts."""
+    victim = HOST_FAULTS[int(task.name) % len(HOST_FAULTS)]
+    name = rng.choice(("KILL", *SIGNALS)) if victim == "loop" else "KILL"
+    moment = rng.uniform(0, HOSTS_SECONDS)
+    away = rng.uniform(1, AWAY_SECONDS)
+    clocks = CLOCKS if victim == "clock" else ()
+    folder = task.folder.with_name(f"{task.folder.name}-hosts")
+    with build_lab(house, folder, clocks=clocks) as lab:
+        host = rng.choice(lab.hosts)
+        if victim == "disk":
+            host.limit_disk()
+
+        def strike(arguments: Sequence[str]) -> tuple[Ended, str]:
+            process = house.start(*arguments)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(moment)
+            if process.poll() is None:
+                strike_host(victim, name, process, host, rng, away)
+            ended = house.wait(process)
+            if victim == "loop":
+                return ended, fault_of_signal(ended, name)
+            return ended, ended.fault((0,))
+
+        what = f"{name} for the {victim} of {host.name} after {moment:.1f} s"
+        patient = replace(task, patience=LEASE_SECONDS if victim.startswith("gone") else task.patience)
+        more = {"experiments": HOSTS_EXPERIMENTS, "hosts": str(lab.file)}
+        result = cut_off(patient, house, what, HONEST, strike, before_restart=host.heal, **more)
+        result.add(faults_of_hosts(lab))
+    remove_house(folder)
+    return result
+
+
+def strike_host(
+    victim: str, name: str, process: subprocess.Popen[bytes], host: LabHost, rng: random.Random, away: float
+) -> None:
+    """Do what a case is about. process: the loop's"""
+    if victim == "loop":
+        send(process, name, False)
+    elif victim == "sshd":
+        host.kill_sessions()
+    elif victim == "disk":
+        host.fill_disk()
+    elif victim.startswith("gone"):
+        host.cut()
+        if victim == "gone and back":
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(away)
+            host.mend()
+    elif victim in PARTS_OF_A_HOST:
+        found = [
+            pid
+            for pid in wait_for_command(process, PARTS_OF_A_HOST[victim])
+            if (psutil.Process(pid).name() == "ssh") == (victim == "ssh")
+        ]
+        if found:
+            with suppress(ProcessLookupError):
+                os.kill(rng.choice(found), signal.SIGKILL)
+
+
+def faults_of_hosts(lab: Lab) -> list[str]:
+    """Return what is wrong with the ledgers that the hosts have of what they ran for the night."""
+    found = []
+    for host in lab.hosts:
+        lent = House(host.house.folder, host.ledger.parent)
+        if host.ledger.exists():
+            found += [f"{host.name}: {fault}" for fault in ledger_faults(lent)]
+    return found
+
+
 # ---------------------------------------------------------------------------
 # The parts
 # ---------------------------------------------------------------------------
@@ -463,6 +561,7 @@ PARTS = {
     "git": Part(run_git, numbered(100)),
     "twice": Part(run_twice, numbered(100)),
     "fleet": Part(run_fleet, numbered(100)),
+    "hosts": Part(run_hosts, numbered(100)),
     "absolute": Part(run_act, [name for name in ACTS if name.startswith(THERE)]),
 }
 APART = "absolute"  # is asked for by name
@@ -541,7 +640,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    usual = [name for name in PARTS if name != APART]
+    usual = [name for name in PARTS if name != APART and not (name == "hosts" and why_not())]
     parser.add_argument(
         "--part", nargs="+", choices=PARTS, default=usual, help=f"all but {APART} if left out"
     )

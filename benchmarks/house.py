@@ -491,10 +491,12 @@ def adopt_orphans() -> None:
 
 
 def living() -> list[psutil.Process]:
-    """Return all that this process started, with what came of it, and that lives."""
+    """Return all that this process started, with what came of it, and that lives. An sshd is a lab's own."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
+            if process.name() == "sshd":
+                continue
             if process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
             elif process.ppid() == os.getpid():

@@ -15,12 +15,45 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import yaml
 from house import House
 
 SSHD = "/usr/sbin/sshd"
 START_SECONDS = 10.0
-FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))  # Debian: libfaketime
+# Debian's libfaketime needs shared memory, which a boxed trainer has not.
+CLOCK = """
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static time_t by(void) { const char *seconds = getenv("LAB_CLOCK"); return seconds ? atol(seconds) : 0; }
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int failed = syscall(SYS_clock_gettime, clock, now);
+    if (!failed && clock == CLOCK_REALTIME) now->tv_sec += by();
+    return failed;
+}
+
+time_t time(time_t *now) {
+    struct timespec found;
+    clock_gettime(CLOCK_REALTIME, &found);
+    if (now) *now = found.tv_sec;
+    return found.tv_sec;
+}
+
+int gettimeofday(struct timeval *now, void *zone) {
+    struct timespec found;
+    clock_gettime(CLOCK_REALTIME, &found);
+    now->tv_sec = found.tv_sec;
+    now->tv_usec = found.tv_nsec / 1000;
+    return 0;
+}
+"""
+DISK_BYTES = 2**22  # of a small disk
 # A link that is cut: what waits for an answer through it hears nothing.
 SSHD_CONFIG = """
 ListenAddress {address}
@@ -76,6 +109,33 @@ class LabHost:
         """Undo cut."""
         call(["ip", "link", "set", self.wire, "up"])
 
+    def kill_sessions(self) -> None:
+        """Kill what sshd started for those who are connected."""
+        for process in psutil.Process(self.sshd.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if process.name() == "sshd":
+                    process.kill()
+
+    @property
+    def disk(self) -> Path:
+        """Where its runs lie."""
+        return self.house.project / "runs"
+
+    def limit_disk(self) -> None:
+        """Give it a small disk for its runs."""
+        self.disk.mkdir()
+        call(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "lab", str(self.disk)])
+
+    def fill_disk(self) -> None:
+        """Leave no space on its disk."""
+        with suppress(OSError), open(self.disk / "full", "wb") as file:
+            file.write(bytes(2 * DISK_BYTES))
+
+    def heal(self) -> None:
+        """Undo what was done to it."""
+        self.mend()
+        (self.disk / "full").unlink(missing_ok=True)
+
 
 @dataclass(frozen=True)
 class Lab:
@@ -90,14 +150,14 @@ class Lab:
 
 
 @contextmanager
-def build_lab(house: House, folder: Path, count: int = 3, clocks: Sequence[str] = ()) -> Iterator[Lab]:
+def build_lab(house: House, folder: Path, count: int = 3, clocks: Sequence[int] = ()) -> Iterator[Lab]:
     """Yield hosts that have the checkout of a house.
 
     Args:
         house: where the night is.
         folder: a new one, for the hosts.
         count: of hosts.
-        clocks: how far the clock of each is off, as faketime takes it: "+3h"; "" for not at all.
+        clocks: seconds by which the clock of each is off. It needs a C compiler.
     """
     folder.mkdir(parents=True)
     for name in ("key", "host_key"):
@@ -106,7 +166,7 @@ def build_lab(house: House, folder: Path, count: int = 3, clocks: Sequence[str] 
     hosts: list[LabHost] = []
     try:
         for number in range(count):
-            clock = clocks[number] if number < len(clocks) else ""
+            clock = clocks[number] if number < len(clocks) else 0
             hosts.append(build_host(house, folder, number, clock))
         write_files(folder, hosts)
         yield Lab(folder, tuple(hosts))
@@ -115,7 +175,7 @@ def build_lab(house: House, folder: Path, count: int = 3, clocks: Sequence[str] 
             remove_host(host)
 
 
-def build_host(house: House, folder: Path, number: int, clock: str) -> LabHost:
+def build_host(house: House, folder: Path, number: int, clock: int) -> LabHost:
     """Build a host. number: from 0, of those of the lab"""
     name = f"h{number}"
     place = folder / name
@@ -142,7 +202,7 @@ def build_host(house: House, folder: Path, number: int, clock: str) -> LabHost:
     environment = {key: value for key, value in mine.environment().items() if key in kept}
     environment["CUDA_VISIBLE_DEVICES"] = "-1"  # an empty value is none to sshd
     if clock:
-        environment |= {"LD_PRELOAD": str(FAKETIME[0]), "FAKETIME": clock, "DONT_FAKE_MONOTONIC": "1"}
+        environment |= {"LD_PRELOAD": str(build_clock(mine.project)), "LAB_CLOCK": str(clock)}
     words = " ".join(f"{key}={value}" for key, value in environment.items())
     config = place / "sshd_config"
     config.write_text(SSHD_CONFIG.format(address=theirs, folder=folder, environment=words))
@@ -152,6 +212,14 @@ def build_host(house: House, folder: Path, number: int, clock: str) -> LabHost:
         )
     (place / "address").write_text(theirs)
     return LabHost(name, mine, namespace, outside, sshd)
+
+
+def build_clock(folder: Path) -> Path:
+    """Build the library that shifts the time of day of a process, in a folder that a trainer may read."""
+    source, library = folder / "clock.c", folder / "clock.so"
+    source.write_text(CLOCK)
+    call(["cc", "-shared", "-fPIC", "-o", str(library), str(source)])
+    return library
 
 
 def write_files(folder: Path, hosts: Sequence[LabHost]) -> None:
@@ -180,5 +248,7 @@ def remove_host(host: LabHost) -> None:
     with suppress(ProcessLookupError):
         host.sshd.send_signal(signal.SIGTERM)
     host.sshd.wait()
+    if host.disk.is_mount():
+        call(["umount", "-l", str(host.disk)], check=False)
     call(["ip", "netns", "del", host.namespace], check=False)
     call(["ip", "link", "del", host.wire], check=False)

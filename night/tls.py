@@ -1,9 +1,11 @@
 """The certificate of one night: its scheduler, workers and client know each other by it, and nobody else."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
-YEAR = timedelta(days=365)
+# The certificate is for one night. What limits it is that no other process has the key, not the time.
+FROM = datetime(1970, 1, 2, tzinfo=UTC)
+UNTIL = datetime(2100, 1, 1, tzinfo=UTC)
 NAME = "autoresearch"
 
 
@@ -19,15 +21,14 @@ def make_certificate() -> dict[str, str]:
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NAME)])
-    now = datetime.now(UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - YEAR)
-        .not_valid_after(now + YEAR)
+        .not_valid_before(FROM)
+        .not_valid_after(UNTIL)
         .sign(key, hashes.SHA256())
     )
     form = serialization.PrivateFormat.PKCS8
