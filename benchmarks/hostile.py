@@ -468,7 +468,7 @@ def run_fleet(task: Task, house: House, rng: random.Random) -> Result:
 
 def run_hosts(task: Task, house: House, rng: random.Random) -> Result:
     """Strike a night over three hosts, or one of the hosts."""
-    victim = HOST_FAULTS[int(task.name) % len(HOST_FAULTS)]
+    victim = task.name.rpartition(" ")[0]
     name = rng.choice(("KILL", *SIGNALS)) if victim == "loop" else "KILL"
     moment = rng.uniform(0, HOSTS_SECONDS)
     away = rng.uniform(1, AWAY_SECONDS)
@@ -561,7 +561,7 @@ PARTS = {
     "git": Part(run_git, numbered(100)),
     "twice": Part(run_twice, numbered(100)),
     "fleet": Part(run_fleet, numbered(100)),
-    "hosts": Part(run_hosts, numbered(100)),
+    "hosts": Part(run_hosts, [f"{fault} {number}" for number in range(10) for fault in HOST_FAULTS]),
     "absolute": Part(run_act, [name for name in ACTS if name.startswith(THERE)]),
 }
 APART = "absolute"  # is asked for by name

@@ -23,7 +23,7 @@ from launcher.harness import harness_hash
 from launcher.runs import HOME_VARIABLE, runs_dir
 from night.devices import Device, parse_devices, setting_on
 from night.tls import make_security
-from night.workers import nanny_options, require_dask
+from night.workers import nanny_options, prepare_dask
 from prepare import UserError
 
 LENT = "lent"  # the folder in runs/ of what was run for others
@@ -43,7 +43,7 @@ def describe(asked: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: it cannot take part, or is not asked for a device that it has.
     """
-    require_dask()
+    prepare_dask()
     named = asked["devices"]
     devices = parse_devices(named) if isinstance(named, str) else [Device.from_json(one) for one in named]
     setting = setting_on(devices, asked["platform"], asked["track"], asked["budget"])
@@ -125,6 +125,7 @@ async def lend(
 def lend_over_ssh() -> None:
     """Lend what the first line of stdin orders, until the night ends."""
     order = json.loads(sys.stdin.readline())
+    prepare_dask()
     devices = parse_devices(order["devices"])
     security = make_security(order["certificate"])
     beat = Beat()

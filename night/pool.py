@@ -10,7 +10,7 @@ from launcher.console import warn_once
 from launcher.setting import Setting, resolve
 from night.devices import Device, parse_devices, parse_list, setting_on
 from night.hosts import Host, LentDevices, Unreachable, ask_host, read_hosts, require_same_board
-from night.workers import Pool, ask_scheduler, require_dask, security_for
+from night.workers import Pool, ask_scheduler, prepare_dask, security_for
 from prepare import TIME_BUDGET, UserError
 
 
@@ -26,7 +26,7 @@ def find_lent(hosts: Path | None, scheduler: str, is_open: bool, asked: dict[str
     Raises:
         UserError: a machine is not as this one.
     """
-    require_dask()
+    prepare_dask()
     if scheduler:
         security_for(scheduler, is_open)
         return Pool(scheduler=scheduler, joined=ask_scheduler(scheduler, asked))

@@ -37,6 +37,7 @@ from prepare import ROOT, UserError, first_line
 NAME_VARIABLE = "AUTORESEARCH_WORKER"  # the name of a worker's device
 WORKER_SECONDS = 60.0  # in which all workers must be there
 CERTIFICATES = ("ca-file", "client.cert", "client.key", "worker.cert", "worker.key")
+JOIN_SECONDS = 15.0  # in which a scheduler that exists answers
 ASK_SECONDS = 1800.0  # in which a lent machine says what it is: it may have to prepare the track
 DEVICE_VARIABLE = "AUTORESEARCH_DEVICE"  # a worker's device, as JSON
 LONGEST_ERROR = 300  # characters of what a program printed
@@ -74,8 +75,13 @@ class Pool:
         return [*self.here, *(device for lent in self.lent for device in lent.devices)]
 
 
-def require_dask() -> None:
-    """Raise UserError where what this needs is not installed."""
+def prepare_dask() -> None:
+    """Have dask print nothing of its own. It must come before dask is imported.
+
+    Raises:
+        UserError: what several devices need is not installed.
+    """
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
     for package in ("distributed", "cryptography"):
         if importlib.util.find_spec(package) is None:
             raise UserError("several devices need the extra fleet: uv sync --extra fleet", 2)
@@ -140,7 +146,7 @@ class Workers:
 
         folder: for what the jobs print, a file for each device
         """
-        require_dask()
+        prepare_dask()
         self.pool = pool
         self.devices = pool.devices
         self.folder = folder
@@ -165,7 +171,6 @@ class Workers:
 
     def _start(self, stack: ExitStack) -> None:
         """Start a scheduler and the workers, or join the scheduler that exists."""
-        os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")  # dask reads it when it is imported
         from distributed import Client
 
         if self.pool.scheduler:
@@ -225,7 +230,7 @@ def security_for(address: str, is_open: bool) -> Any:
     Raises:
         UserError: there are none, or the address is not of this machine and has no encryption.
     """
-    require_dask()
+    prepare_dask()
     from distributed.security import Security
 
     parts = urlsplit(address)
@@ -263,7 +268,7 @@ def join_scheduler(address: str) -> Any:
     """Return a client of a scheduler that exists. Raises OSError, TimeoutError."""
     from distributed import Client
 
-    return Client(address, security=security_for(address, True), timeout=WORKER_SECONDS)
+    return Client(address, security=security_for(address, True), timeout=JOIN_SECONDS)
 
 
 def ask_scheduler(address: str, asked: dict[str, Any]) -> list[LentDevices]:
@@ -272,7 +277,6 @@ def ask_scheduler(address: str, asked: dict[str, Any]) -> list[LentDevices]:
     Raises:
         UserError: it cannot be reached, none has joined, or one is not as this checkout.
     """
-    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
     try:
         with join_scheduler(address) as client:
             names = sorted(name for name in names_of_workers(client) if "/" in name)
