@@ -95,6 +95,9 @@ class MadeUpWorkers:
     def tend(self) -> list[str]:
         return []
 
+    def is_shaky(self, device: str) -> bool:
+        return False
+
     def missing(self) -> set[str]:
         return set()
 

@@ -94,6 +94,7 @@ FLEET_EXPERIMENTS = 5  # of a night over two devices
 HOSTS_EXPERIMENTS = 5  # of a night over three hosts
 FLEET_SECONDS = 25.0  # in which it is struck
 HOSTS_SECONDS = 35.0  # in which a night over hosts is struck
+HOSTS_PATIENCE = 300.0  # after which such a night is said to hang
 AWAY_SECONDS = 45.0  # that a host is away at most, where it comes back
 LEASE_SECONDS = 60.0  # in which a host that was cut off has ended what it did
 CLOCKS = (3 * 3600, -3 * 3600, -400 * 86400)  # seconds, by which the hosts' clocks are off
@@ -485,7 +486,7 @@ def run_hosts(task: Task, house: House, rng: random.Random) -> Result:
                 process.wait(moment)
             if process.poll() is None:
                 strike_host(victim, name, process, host, rng, away)
-            ended = house.wait(process)
+            ended = house.wait(process, HOSTS_PATIENCE)
             if victim == "loop":
                 return ended, fault_of_signal(ended, name)
             return ended, ended.fault((0,))

@@ -162,10 +162,13 @@ class House:
         self.launcher.write_text(str(process.pid))
         return process
 
-    def wait(self, process: subprocess.Popen[bytes]) -> "Ended":
-        """Wait for a command that was started here, and return how it ended. One that hangs is killed."""
+    def wait(self, process: subprocess.Popen[bytes], seconds: float = NIGHT_SECONDS) -> "Ended":
+        """Wait for a command that was started here, and return how it ended. One that hangs is killed.
+
+        seconds: after which it is said to hang
+        """
         try:
-            code: int | None = process.wait(NIGHT_SECONDS)
+            code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
             process.kill()
@@ -495,7 +498,7 @@ def living() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if process.name() == "sshd":
+            if process.name().startswith("sshd"):
                 continue
             if process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)

@@ -54,7 +54,6 @@ int gettimeofday(struct timeval *now, void *zone) {
 }
 """
 DISK_BYTES = 2**22  # of a small disk
-# A link that is cut: what waits for an answer through it hears nothing.
 SSHD_CONFIG = """
 ListenAddress {address}
 HostKey {folder}/host_key
@@ -113,7 +112,7 @@ class LabHost:
         """Kill what sshd started for those who are connected."""
         for process in psutil.Process(self.sshd.pid).children(recursive=True):
             with suppress(psutil.Error):
-                if process.name() == "sshd":
+                if process.name().startswith("sshd"):  # OpenSSH 9.8 has sshd-session
                     process.kill()
 
     @property

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from backends.protocol import RunDir, write_json
 from launcher.ledger import RUN_ID, Flag, Row
@@ -33,18 +34,24 @@ def pack_run(run_id: str) -> dict[str, bytes]:
     for path in sorted(run.path.iterdir()):
         if path.name not in weights and path.is_file() and not path.is_symlink():
             with open(path, "rb") as file:
-                files[path.name] = file.read(LARGEST_FILE)
+                file.seek(max(0, path.stat().st_size - LARGEST_FILE))  # of a log its end is wanted
+                files[path.name] = file.read()
     return files
 
 
-def unpack_run(run_id: str, files: Mapping[str, bytes]) -> Row:
+def unpack_run(run_id: str, files: Mapping[str, bytes], expected: Mapping[str, Any]) -> Row:
     """Add a run of another machine to the runs and to the ledger, once. Returns its row.
 
     What it counts for is decided here and now: that machine's ledger does not have the runs of the others.
     Its row gets a time by this machine's clock, so that the rows of several machines are in order.
 
+    Args:
+        run_id: its id there.
+        files: as pack_run made them.
+        expected: what was to be run, by the attributes of its row.
+
     Raises:
-        UserError: it is no whole run.
+        UserError: it is no whole run, or another one than was asked for.
         OSError: it cannot be written.
     """
     if not RUN_ID.fullmatch(run_id) or any(Path(name).name != name for name in files):
@@ -52,7 +59,7 @@ def unpack_run(run_id: str, files: Mapping[str, bytes]) -> Row:
     record_killed_runs()  # this run may have come when the disk was full, or when this process was killed
     known = find_row(run_id)
     if known:
-        return known
+        return require_expected(known, expected)
     with scratch_folder() as scratch:
         arrived = RunDir(scratch / run_id)
         arrived.path.mkdir()
@@ -61,6 +68,7 @@ def unpack_run(run_id: str, files: Mapping[str, bytes]) -> Row:
         row = read_row(arrived)
         if row is None:
             raise UserError(f"another machine sent run {run_id} without its row")
+        require_expected(row, expected)
         row.time = format_time(time.time() - row.total_seconds)
         with judging():
             if row.comparable:
@@ -69,6 +77,16 @@ def unpack_run(run_id: str, files: Mapping[str, bytes]) -> Row:
             write_json(arrived.row, asdict(row))
             os.rename(arrived.path, run_dir(run_id).path)
             append_row(row)
+    return row
+
+
+def require_expected(row: Row, expected: Mapping[str, Any]) -> Row:
+    """Return a row as it is. Raises UserError where it is of another run than was asked for."""
+    for name, value in expected.items():
+        if getattr(row, name) != value:
+            raise UserError(
+                f"another machine sent run {row.run}, whose {name} is {getattr(row, name)}, not {value}"
+            )
     return row
 
 

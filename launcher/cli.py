@@ -366,6 +366,8 @@ def loop(
         raise click.UsageError("--agents goes with --devices: on one device, one agent is enough.")
     if scheduler and (devices or hosts):
         raise click.UsageError("--scheduler has its own devices: leave --devices and --hosts out.")
+    if is_open and not scheduler:
+        raise click.UsageError("--open goes with --scheduler.")
     if is_fleet:
         from night.pool import find_pool
 

@@ -15,17 +15,17 @@ from launcher.carried import unpack_run
 from launcher.console import print_object, say
 from launcher.device import awake
 from launcher.exit_codes import EXIT_DONE, EXIT_FAILED
-from launcher.harness import read_trainer
-from launcher.ledger import STATUSES, Row
+from launcher.harness import read_trainer, source_hash
+from launcher.ledger import STATUSES, Flag, Row
 from launcher.processes import stop_on_signals
 from launcher.runs import find_run, ledger, trainer_of
 from launcher.setting import Setting, resolve
-from night.devices import Device
+from night.devices import Device, parse_list
 from night.job import Job, JobAnswer
-from night.pool import find_any
+from night.pool import find_lent
 from night.state import loop_folder
 from night.workers import WORKER_SECONDS, Future, Workers, result_of
-from prepare import TIME_BUDGET, UserError
+from prepare import TIME_BUDGET, UserError, first_line
 
 POLL_SECONDS = 0.5
 COLUMNS = (
@@ -85,7 +85,8 @@ def compare_devices(
     """
     budget = budget or float(TIME_BUDGET)
     source = find_source(trainer)
-    pool = find_any(devices, hosts, track, budget)
+    here = [] if devices == "none" else parse_list(devices)
+    pool = find_lent(here, hosts, "", False, {"platform": "", "track": track, "budget": budget})
     chosen = pool.devices
     jobs = {}
     for device in pool.here:
@@ -109,7 +110,9 @@ def compare_devices(
             }
             if futures:
                 say("training on " + ", ".join(device.name for device in futures))
-            answers |= {device: wait_for(future, device, workers) for device, future in futures.items()}
+            answers |= {
+                device: wait_for(future, jobs[device], device, workers) for device, future in futures.items()
+            }
     scores = make_scores(chosen, [answers[device] for device in chosen], ledger().rows())
     if as_json:
         print_object({"devices": [score._asdict() for score in scores]})
@@ -136,10 +139,11 @@ def make_job(
     """Return the run of a trainer on a device. source: the platform's own if left out"""
     trainer = source if source is not None else read_trainer(setting.trainer)
     text = f"compare: {device.name}"
-    return Job(platform, track, setting.budget, seed, text, trainer, commit="")
+    flags = (Flag.NOISE,)  # it is no experiment of a search: it decides nothing, and is not repeated
+    return Job(platform, track, setting.budget, seed, text, trainer, commit="", flags=flags)
 
 
-def wait_for(future: Future, device: Device, workers: Workers) -> JobAnswer:
+def wait_for(future: Future, job: Job, device: Device, workers: Workers) -> JobAnswer:
     """Return the answer of a job when it is done; an error where its worker does not come back.
 
     A run of another machine is then among those of this one.
@@ -155,7 +159,10 @@ def wait_for(future: Future, device: Device, workers: Workers) -> JobAnswer:
             future.cancel()
     answer = result_of(future)
     if answer.files:
-        unpack_run(answer.run, answer.files)
+        try:
+            unpack_run(answer.run, answer.files, {"source": source_hash(job.trainer), "seed": job.seed})
+        except (UserError, OSError, TypeError, ValueError) as error:
+            return JobAnswer(status="error", reason=first_line(error))
     return answer
 
 

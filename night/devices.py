@@ -52,7 +52,8 @@ def setting_on(devices: Sequence[Device], platform: str, track: str, budget: flo
         UserError: the platform is for other devices, or as setting.resolve.
     """
     see_only(devices[0])
-    setting = resolve(platform, track, budget)
+    on_cpu = "cpu" if devices[0].kind == "cpu" else ""
+    setting = resolve(platform or on_cpu, track, budget)
     kind = setting.platform.device_kind
     if devices[0].kind != kind:
         raise UserError(f"--devices: platform {setting.platform.name} runs on a {kind} (--platform)", 2)

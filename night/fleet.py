@@ -26,7 +26,7 @@ from night import repo
 from night.agent import Answer, prints_without_end, save_answer
 from night.devices import keep_to_cores
 from night.failures import kind_of
-from night.job import Job, JobAnswer
+from night.job import LOST, Job, JobAnswer
 from night.lab_book import clip, remember_shares
 from night.loop import BASELINE, NO_VERDICT_TRIES, Loop, run_night
 from night.panel import Panel
@@ -37,6 +37,7 @@ from night.turn import Turn, end_turn
 from night.workers import WORKER_SECONDS, Future, Pool, Workers, result_of
 from prepare import UserError, first_line
 
+RESTART_SECONDS = 20.0  # that a worker has to come back, before its task is done elsewhere
 LOST_SECONDS = 1800.0  # that a night waits for machines that lend devices, while it has none
 POLL_SECONDS = 0.2  # between looks whether a device or an agent has ended
 LOOK_SECONDS = 5.0  # between looks at all else: the clock, `autoresearch stop`, what a person edits
@@ -110,7 +111,10 @@ class Fleet(Loop):
         self.turns_begun = 0
         self.head = read_state().head  # the commit that this loop left the branch on
         self.branch = repo.branch()
-        self.baselines: dict[str, Row] = {}  # a scored run of the committed trainer, by device
+        self.baseline = b""  # that this night ran, where its board had none
+        self.baseline_seed = 0
+        self.compared: list[str] = []  # devices that it was given to
+        self.baselines: dict[str, Row] = {}  # scored runs of it, by device
         self.tries: Counter[str] = Counter()  # runs without a verdict, by the key of the task
         self.without_verdict = 0  # runs in a row, whatever they were of
         self.failed: Counter[str] = Counter()  # jobs in a row without a score, by device
@@ -137,7 +141,9 @@ class Fleet(Loop):
         finally:
             self.tasks.clear()
             self.end_turns()
-            keep_to_cores(self.workers.devices[0].environment())  # a claim is tested on the first device
+            here = [device for device in self.workers.devices if not device.host]
+            if here:
+                keep_to_cores(here[0].environment())  # a claim is tested on the first device
 
     def work(self) -> tuple[str, int]:
         """Do what take_turns does, while there are workers."""
@@ -225,7 +231,8 @@ class Fleet(Loop):
         self.notice_move()
         needs_baseline = self.needs_baseline()
         if needs_baseline and not self.is_baseline_held_back():
-            self.run_baselines()
+            self.begin_board()
+        self.run_on_others()
         self.require_harness()
         self.take_from_tree()
         if needs_baseline:  # nothing can be said of an edit before
@@ -252,13 +259,28 @@ class Fleet(Loop):
         is_under_way = any(task.text == BASELINE for task in self.tasks)
         return is_under_way or self.not_before.get(BASELINE, 0.0) > time.monotonic()
 
-    def run_baselines(self) -> None:
-        """Run the committed trainer on every free device at once: do they give the same?"""
-        source = repo.content("HEAD", self.trainer.name)
-        seed = max(self.night.seed, fresh_seed(ledger().rows(), [source_hash(source)]))
-        for number, device in enumerate(self.free_devices()):
-            text = f"the committed trainer on {device}" if number else BASELINE
-            self.run_committed(device, text, source, seed + number)
+    def begin_board(self) -> None:
+        """Run the committed trainer on a free device: the board has no run of it."""
+        for device in self.free_devices()[:1]:
+            self.baseline = repo.content("HEAD", self.trainer.name)
+            seed = fresh_seed(ledger().rows(), [source_hash(self.baseline)])
+            self.baseline_seed = max(self.night.seed, seed)
+            self.compared = list(dict.fromkeys([*self.compared, device]))
+            self.run_committed(device, BASELINE, self.baseline, self.baseline_seed)
+
+    def run_on_others(self) -> None:
+        """Run the baseline of this night on each free device that has not: do they give the same?
+
+        Hosts may join later than the first look.
+        """
+        if not self.baseline:
+            return
+        for device in self.free_devices():
+            text = f"the committed trainer on {device}"
+            if device not in self.compared and self.not_before.get(text, 0.0) <= time.monotonic():
+                self.compared.append(device)
+                seed = self.baseline_seed + len(self.compared) - 1
+                self.run_committed(device, text, self.baseline, seed)
 
     def run_committed(self, device: str, text: str, source: bytes, seed: int) -> None:
         """Run the committed trainer, given its source, on a device."""
@@ -319,7 +341,7 @@ class Fleet(Loop):
         if any(task.source == source_hash(source) for task in self.tasks):
             raise self.refuse(edit, "the same source is run now")
         job = self.make_job(
-            seed=self.night.seed,
+            seed=max(self.night.seed, fresh_seed(ledger().rows(), [source_hash(source)])),
             description=edit.answer.description,
             trainer=source,
             commit=edit.commit,
@@ -355,12 +377,13 @@ class Fleet(Loop):
         missing = self.workers.missing()
         self.missing_since = {device: self.missing_since.get(device, now) for device in missing}
         for device, since in self.missing_since.items():
+            if now - since > RESTART_SECONDS:
+                for task in self.tasks:
+                    if task.device == device:  # it was given away before the worker was missed
+                        task.future.cancel()
             if device in self.devices and now - since > WORKER_SECONDS:
                 self.lost.add(device)
                 self.take_out(device, f"its worker was not started again within {WORKER_SECONDS:.0f} s")
-                for task in self.tasks:
-                    if task.device == device:
-                        task.future.cancel()
         for device in sorted(self.lost - missing):
             self.lost.remove(device)
             self.devices.append(device)
@@ -386,10 +409,9 @@ class Fleet(Loop):
             TurnFailed: the edit failed its dry run.
         """
         self.hours.dry_seconds = answer.seconds or self.hours.dry_seconds
-        row = find_row(answer.run)
         if answer.files:  # made on another machine
-            remember_shares(task.source, answer.step_shares)
-            row = unpack_run(answer.run, answer.files)
+            answer = self.take_run(task, answer)
+        row = find_row(answer.run)
         if task.device in self.devices:
             last = told_of(row) if row else f"{answer.status}: {shown(answer.reason)}"
             self.note_device(task.device, "", last)
@@ -399,16 +421,36 @@ class Fleet(Loop):
             again = replace(task.job, seed=row.seed + 1, has_dry_run=False)
             self.submit(again, task.device, task.text, task.edit)
             return
+        if answer.status == LOST and self.workers.is_shaky(task.device):
+            self.panel.note(f"{task.device} was lost with «{task.text}»: it is done again")
+            self.hold_back(task)
+            self.look_for_workers()
+            return
         self.count_failure(task, answer, row)
         if row and row.judged:
             self.take_row(task, row)
-        elif row or answer.run or answer.status == "error" or task.edit is None:
+        elif row or answer.run or answer.status in ("error", LOST) or task.edit is None:
             self.try_again(task, row.reason if row else answer.reason or "its row is missing")
         else:
             refused = self.refused_row(task.edit, answer.status, answer.reason, answer.seconds)
             ledger().append(refused)
             why = f"failed its dry run on {task.device} ({answer.status}): {answer.reason}\n{answer.log_tail}"
             raise self.refuse(task.edit, why, refused.run)
+
+    def take_run(self, task: Task, answer: JobAnswer) -> JobAnswer:
+        """Add a run of another machine to those of this one. Returns an error where it is another run."""
+        remember_shares(task.source, answer.step_shares)
+        expected = {
+            "source": task.source,
+            "seed": task.job.seed,
+            "commit": task.job.commit[:7],
+            "board": self.setting.board,
+        }
+        try:
+            unpack_run(answer.run, answer.files, expected)
+        except (UserError, OSError, TypeError, ValueError) as error:
+            return JobAnswer(status="error", reason=first_line(error))
+        return answer
 
     def count_failure(self, task: Task, answer: JobAnswer, row: Row | None) -> None:
         """Count the jobs in a row without a score on a device.
@@ -452,13 +494,19 @@ class Fleet(Loop):
         """
         self.tries[task.key] += 1
         self.without_verdict += 1
-        self.not_before[task.key] = time.monotonic() + self.night.pause
+        self.hold_back(task)
         self.panel.note(f"no verdict on {task.device} on «{task.text}»: {why}")
         if task.edit and self.tries[task.key] >= NO_VERDICT_TRIES:
             self.waiting.stash(task.edit)
         if self.without_verdict >= NO_VERDICT_TRIES * self.at_once():
             count = self.without_verdict
             self.gave_up = f"gave up after {count} runs without a verdict in a row: «{task.text}»: {why}"
+
+    def hold_back(self, task: Task) -> None:
+        """Have a task done again, after a pause."""
+        self.not_before[task.key] = time.monotonic() + self.night.pause
+        if task.edit is None and task.device in self.compared:
+            self.compared.remove(task.device)
 
     def compare_baselines(self, device: str, row: Row) -> None:
         """Say how a device compares with the first one that ran the committed trainer."""

@@ -10,20 +10,24 @@ All goes through one ssh process for each host: the scheduler's port is forwarde
 workers' ports to here. On the host it is night/lend.py that talks.
 """
 
+import hashlib
 import json
+import math
 import os
 import random
+import re
 import shlex
 import subprocess
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from backends.protocol import last_line
+from launcher.console import say
 from launcher.harness import harness_hash
 from launcher.ledger import BoardKey
 from launcher.processes import Guarded, defer_signals, start_guarded
@@ -32,7 +36,10 @@ from prepare import ROOT, STRICT, UserError, read_entries
 
 BEAT_SECONDS = 5.0  # between the lines that tell a host that this night goes on
 SSH_OPTIONS = (
+    "-T",
     "-oBatchMode=yes",  # nobody is there to type a password
+    "-oControlMaster=no",  # the ports of a shared connection would outlive the night
+    "-oControlPath=none",
     "-oConnectTimeout=10",
     "-oServerAliveInterval=5",  # after three without an answer ssh ends, and with it the host's workers here
     "-oExitOnForwardFailure=yes",
@@ -41,8 +48,9 @@ FIRST_PAUSE = 5.0  # seconds before a connection is made anew; they double
 LONGEST_PAUSE = 60.0
 STEADY_SECONDS = 60.0  # a connection that held for so long was a good one
 PORTS = range(20_000, 32_000)  # below those that a system gives away by itself
-CLOCK_SECONDS = 60.0  # by which a host's clock may be off without a word
-DIFFERENCES = {  # parts of a board, and what to do where a host has another
+SSH_FAILED = 255  # the exit code that is ssh's own
+NAME_RULE = "the name of a host has letters, digits, dots and hyphens"
+REMEDIES = {  # parts of a board, and what to do where a host has another
     "fingerprint": "uv run autoresearch prepare --force there, or the same files",
     "boxed": "one of the two has no sandbox: autoresearch doctor",
     "device": "it is another device: give it a night of its own",
@@ -68,10 +76,13 @@ class Host:
 
     def command(self, *forwards: str, do: str) -> list[str]:
         """Return the command that does something on the host. do: "describe" or "lend", see night/lend.py"""
-        # The shell there replaces a ~ that no quotes keep from it.
-        home, folder = ("~/", self.folder[2:]) if self.folder.startswith("~/") else ("", self.folder)
-        there = f"cd {home}{shlex.quote(folder)} && exec {shlex.quote(self.python)} -m night.lend {do}"
+        there = f"cd {quote_path(self.folder)} && exec {quote_path(self.python)} -m night.lend {do}"
         return ["ssh", *SSH_OPTIONS, *self.options, *forwards, self.ssh or self.name, there]
+
+
+def quote_path(path: str) -> str:
+    """Return a path as a shell takes it. A ~ at its beginning stays the home of the user there."""
+    return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") else shlex.quote(path)
 
 
 @dataclass(frozen=True)
@@ -88,12 +99,15 @@ class LentDevices:
 def read_hosts(path: Path) -> list[Host]:
     """Return the hosts of a file. Raises UserError, which names the line."""
 
-    def check(host: Host) -> tuple[str, str] | None:
-        if not host.name.replace("-", "").replace(".", "").isalnum():
-            return "folder", "the name of a host has letters, digits, dots and hyphens"
-        return None
+    def check(host: Host) -> tuple[tuple[str, ...], str] | None:
+        return None if is_name(host.name) else ((), NAME_RULE)
 
     return list(read_entries(path, "hosts", Host, check).values())
+
+
+def is_name(text: str) -> bool:
+    """Return whether a host may be called so."""
+    return re.fullmatch(r"\w[\w.-]*", text) is not None
 
 
 def ask_host(host: Host, asked: dict[str, Any]) -> LentDevices:
@@ -106,18 +120,31 @@ def ask_host(host: Host, asked: dict[str, Any]) -> LentDevices:
         UserError: its checkout is not as this one.
     """
     question = json.dumps({**asked, "devices": host.devices})
+    said = ""
     try:
-        done = subprocess.run(
-            host.command(do="describe"), cwd=ROOT, input=question, stdout=subprocess.PIPE, text=True
-        )
+        with subprocess.Popen(
+            host.command(do="describe"),
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as child:
+            assert child.stdin and child.stdout and child.stderr
+            with suppress(BrokenPipeError):
+                child.stdin.write(question)
+                child.stdin.close()
+            for line in child.stderr:
+                said = line.strip() or said
+                say(f"{host.name}: {said}")
+            answer = child.stdout.read().strip().splitlines()[-1:]
     except OSError as error:
         raise UserError(f"ssh: {error}") from None
-    answer = done.stdout.strip().splitlines()[-1:]
-    if done.returncode or not answer:
-        raise Unreachable(
-            f"host {host.name}: no answer (exit code {done.returncode}): does "
-            f"`{shlex.join(['ssh', *host.options, host.ssh or host.name, 'ls', host.folder])}` work?"
-        )
+    if child.returncode == SSH_FAILED:
+        try_it = shlex.join(["ssh", *host.options, host.ssh or host.name, "ls", host.folder])
+        raise Unreachable(f"host {host.name} does not answer ({said}): does `{try_it}` work?")
+    if child.returncode or not answer:
+        raise UserError(f"host {host.name}: exit code {child.returncode}: {said or 'it said nothing'}")
     return read_answer(host.name, answer[0])
 
 
@@ -131,30 +158,43 @@ def read_answer(name: str, text: str) -> LentDevices:
         said = json.loads(text)
         if said["error"]:
             raise UserError(f"host {name}: {said['error']}")
-        if said["harness"] != harness_hash():
-            raise UserError(
-                f"host {name}: its harness is {said['harness']}, here it is {harness_hash()}: bring both to "
-                "one commit, and platforms.yaml to one text"
-            )
+        for what, theirs, ours in (
+            ("harness", said["harness"], harness_hash()),
+            ("code of the night", said["night"], night_hash()),
+        ):
+            if theirs != ours:
+                raise UserError(
+                    f"host {name}: its {what} is {theirs}, here it is {ours}: bring both to one commit, and "
+                    "platforms.yaml to one text"
+                )
         devices = map(Device.from_json, said["devices"])
         return LentDevices(
             name,
-            tuple(replace(one, name=f"{name}/{one.name}", host=name) for one in devices),
+            tuple(replace(one, name=f"{name}/{one.name.rpartition('/')[2]}", host=name) for one in devices),
             BoardKey(**said["board"]),
             said["facts"],
             said["platform"],
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"host {name}: it speaks another language ({type(error).__name__}: {error})"
+            f"host {name}: its answer is not understood ({type(error).__name__}: {error}): is its checkout "
+            "of another version?"
         ) from None
+
+
+def night_hash() -> str:
+    """Return the content hash of the code that does what a night asks for."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "night").glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def require_same_board(lent: LentDevices, board: BoardKey) -> None:
     """Raise UserError where the runs of a host do not stand on the board of the night."""
     for name, theirs, ours in zip(BoardKey._fields, lent.board, board, strict=True):
         if theirs != ours:
-            remedy = DIFFERENCES.get(name, "bring both to one commit")
+            remedy = REMEDIES.get(name, "bring both to one commit")
             raise UserError(f"host {lent.host}: {name} {theirs} there, {ours} here: {remedy}")
 
 
@@ -183,46 +223,54 @@ class Link:
         self.child: Guarded | None = None
         self.began = 0.0  # of time.monotonic()
         self.not_before = 0.0  # likewise
+        self.broke = -math.inf  # likewise: when a connection ended last
         self.pause = FIRST_PAUSE
+        self.why = ""  # the last connection ended, as it was told
+
+    @property
+    def is_shaky(self) -> bool:
+        """There is no connection, or it is a new one: what failed there may be its fault."""
+        is_up = self.child is not None and self.child.poll() is None
+        return not is_up or time.monotonic() - self.broke < STEADY_SECONDS
 
     def tend(self) -> str:
-        """Connect where there is no connection. Returns why the last one ended, when it has just ended."""
+        """Connect where there is no connection. Returns why the last one ended, when that is new."""
         now = time.monotonic()
         if self.child and self.child.poll() is None:
             return ""
-        why = ""
+        news = ""
         if self.child:
+            code = self.child.returncode
             self.end()
-            why = f"host {self.host.name}: the connection ended: {last_line(self.log, 'ssh said nothing')}"
-            self.pause = FIRST_PAUSE if now - self.began > STEADY_SECONDS else self.pause * 2
-            self.pause = min(self.pause, LONGEST_PAUSE)
+            why = f"host {self.host.name}: the connection ended ({code}): {last_line(self.log)}"
+            was_steady = now - self.began > STEADY_SECONDS
+            news = why if was_steady or why != self.why else ""
+            self.why = why
+            self.broke = now
+            self.pause = FIRST_PAUSE if was_steady else min(2 * self.pause, LONGEST_PAUSE)
             self.not_before = now + self.pause
         if now >= self.not_before:
             self.connect()
-        return why
+        return news
 
     def connect(self) -> None:
         """Start ssh, and tell the host what to lend to whom."""
-        there = random.choice(PORTS)
-        forwards = [f"-R127.0.0.1:{there}:127.0.0.1:{self.port}"]
+        count = len(self.lent.devices)
+        scheduler_port, *ports_there = random.sample(PORTS, count + 1)
+        ports_here = random.sample(PORTS, count)
+        forwards = [f"-R127.0.0.1:{scheduler_port}:127.0.0.1:{self.port}"]
         workers = []
-        for device, listens, reached in zip(
-            self.lent.devices,
-            random.sample(PORTS, len(self.lent.devices)),
-            random.sample(PORTS, len(self.lent.devices)),
-            strict=True,
-        ):
-            forwards.append(f"-L127.0.0.1:{reached}:127.0.0.1:{listens}")
-            workers.append({"name": device.name, "listens": listens, "reached": reached})
+        for device, port_there, port_here in zip(self.lent.devices, ports_there, ports_here, strict=True):
+            forwards.append(f"-L127.0.0.1:{port_here}:127.0.0.1:{port_there}")
+            workers.append({"device": asdict(device), "port_there": port_there, "port_here": port_here})
         order = {
-            "scheduler": f"tls://127.0.0.1:{there}",
+            "scheduler": f"tls://127.0.0.1:{scheduler_port}",
             "certificate": self.certificate,
-            "devices": self.host.devices,
             "workers": workers,
         }
         reading, writing = os.pipe()
         self.began = time.monotonic()
-        with defer_signals(), open(self.log, "ab") as said:
+        with defer_signals(), open(self.log, "wb") as said:
             self.child = start_guarded(
                 self.host.command(*forwards, do="lend"),
                 cwd=ROOT,

@@ -17,6 +17,8 @@ from typing import Any
 from backends.protocol import write_json
 from night.devices import keep_to_cores
 
+LOST = "lost"  # of a job: its worker ended, or the connection to it
+
 
 @dataclass(frozen=True)
 class Job:
@@ -54,7 +56,7 @@ class JobAnswer:
     """What became of a job. Without a run, status and reason say why: those of the dry run, or "error"."""
 
     run: str = ""  # id of the run that decides, "" when none was made
-    status: str = ""
+    status: str = ""  # of the dry run, "error" or LOST
     reason: str = ""
     log_tail: str = ""
     seconds: float = 0.0  # that the dry run took
@@ -85,7 +87,7 @@ def work(job: Job) -> JobAnswer:
         setting = resolve(job.platform, job.track, job.budget)
         record_killed_runs()
         earlier = scored_before(job.trainer, setting) if job.has_dry_run else None
-        if earlier:  # by this very job, whose worker was killed before it answered
+        if earlier and earlier.commit == job.commit[:7]:  # this very job, whose worker was killed then
             return JobAnswer(earlier.run)
         seconds = 0.0
         step_shares: Mapping[str, float] = {}

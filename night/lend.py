@@ -16,15 +16,19 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from launcher.console import say
+from launcher.device import awake
 from launcher.harness import harness_hash
 from launcher.runs import HOME_VARIABLE, runs_dir
 from night.devices import Device, parse_devices, setting_on
+from night.hosts import NAME_RULE, is_name, night_hash
+from night.plan import require_power
 from night.tls import make_security
 from night.workers import nanny_options, prepare_dask
-from prepare import UserError
+from prepare import UserError, first_line
 
 LENT = "lent"  # the folder in runs/ of what was run for others
 LEASE_SECONDS = 30.0  # without a beat, after which the night is taken for gone, and its runs are ended
@@ -48,14 +52,15 @@ def describe(asked: dict[str, Any]) -> dict[str, Any]:
     devices = parse_devices(named) if isinstance(named, str) else [Device.from_json(one) for one in named]
     setting = setting_on(devices, asked["platform"], asked["track"], asked["budget"])
     setting.require_device()
+    require_power()
     return {
         "error": "",
         "harness": harness_hash(),
+        "night": night_hash(),
         "platform": setting.platform.name,
         "board": setting.board._asdict(),
         "facts": asdict(setting.facts),
         "devices": [asdict(device) for device in devices],
-        "clock": time.time(),
     }
 
 
@@ -84,49 +89,52 @@ class Beat:
 
 
 async def lend(
-    scheduler: str,
-    devices: Sequence[Device],
-    workers: Sequence[dict[str, Any]],
-    security: Any,
-    beat: Beat | None = None,
+    scheduler: str, workers: Sequence[dict[str, Any]], security: Any, beat: Beat | None = None
 ) -> str:
     """Lend devices to the night of a scheduler until it is over. Returns why it is.
 
     Args:
         scheduler: its address.
-        devices: of this machine.
-        workers: the name of each device, and where SSH forwards ports, the one that its worker listens on
-            ("listens") and the one by which it is reached from the scheduler ("reached").
+        workers: for each device of this machine: "device", as JSON has it, with the name that it has in the
+            night. Where SSH forwards ports also the one that its worker listens on ("port_there") and the one
+            by which it is reached from the scheduler ("port_here").
         security: dask's.
         beat: of the night. None: a signal ends it.
+
+    Raises:
+        OSError, RuntimeError, ValueError, TimeoutError: a worker does not join the scheduler.
     """
     from distributed import Nanny
+    from distributed.core import Status
 
     scratch = runs_dir() / LENT
     scratch.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
-        for device, worker in zip(devices, workers, strict=True):
-            options = nanny_options(device, worker["name"], str(scratch), security)
+        nannies = {}
+        for worker in workers:
+            device = Device.from_json(worker["device"])
+            options = nanny_options(device, str(scratch), security)
             options["env"][HOME_VARIABLE] = str(scratch)
-            if "listens" in worker:
-                options["worker_port"] = worker["listens"]
+            if "port_there" in worker:
+                options["worker_port"] = worker["port_there"]
                 options["host"] = "127.0.0.1"
-                options["contact_address"] = f"tls://127.0.0.1:{worker['reached']}"
-            await stack.enter_async_context(Nanny(scheduler, name=worker["name"], **options))
-        print(f"lending {', '.join(worker['name'] for worker in workers)}", file=sys.stderr, flush=True)
+                options["contact_address"] = f"tls://127.0.0.1:{worker['port_here']}"
+            nanny = Nanny(scheduler, name=device.name, **options)
+            nannies[device.name] = await stack.enter_async_context(nanny)
+        say(f"lending {', '.join(nannies)}")
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            why = beat.why_over() if beat else ""
-            if why:
-                break
-    return why
+            for name, nanny in nannies.items():
+                if nanny.status in (Status.closed, Status.failed):
+                    return f"the worker of {name} has ended"
+            if beat and beat.why_over():
+                return beat.why_over()
 
 
 def lend_over_ssh() -> None:
     """Lend what the first line of stdin orders, until the night ends."""
     order = json.loads(sys.stdin.readline())
     prepare_dask()
-    devices = parse_devices(order["devices"])
     security = make_security(order["certificate"])
     beat = Beat()
 
@@ -137,14 +145,31 @@ def lend_over_ssh() -> None:
         os._exit(1)
 
     threading.Thread(target=give_up, daemon=True).start()
-    why = asyncio.run(lend(order["scheduler"], devices, order["workers"], security, beat))
-    print(f"not lending any more: {why}", file=sys.stderr, flush=True)
+    with awake():
+        try:
+            why = asyncio.run(lend(order["scheduler"], order["workers"], security, beat))
+        except Exception as error:  # the last line is what the night shows
+            why = f"{type(error).__name__}: {error}"
+    say(f"not lending any more: {why}")
 
 
 def lend_by_hand(scheduler: str, name: str, devices: Sequence[Device], security: Any) -> None:
-    """Lend devices to a scheduler that exists, until a signal comes. name: of this machine"""
-    workers = [{"name": f"{name}/{device.name}"} for device in devices]
-    asyncio.run(lend(scheduler, devices, workers, security))
+    """Lend devices to a scheduler that exists, until a signal comes.
+
+    name: of this machine
+
+    Raises:
+        UserError: the scheduler does not take them, or has ended.
+    """
+    if not is_name(name):
+        raise UserError(f"--name {name!r}: {NAME_RULE}", 2)
+    workers = [{"device": asdict(replace(device, name=f"{name}/{device.name}"))} for device in devices]
+    try:
+        with awake():
+            why = asyncio.run(lend(scheduler, workers, security))
+    except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+        why = first_line(error)
+    raise UserError(f"nothing is lent to {scheduler}: {why}")
 
 
 def main() -> None:

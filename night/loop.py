@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 
-from backends.platforms import mac_state
 from launcher.belief import PRIOR, REPEATS, visible_change
 from launcher.box import missing_walls
 from launcher.child import Outcome
@@ -29,7 +28,7 @@ from launcher.harness import source_hash
 from launcher.ledger import MOVED, Flag, Row
 from launcher.processes import Stopped, defer_signals, end_leftovers, stop_on_signals
 from launcher.report import write_report
-from launcher.run import POWER_FLAGS, Request, dry_run
+from launcher.run import Request, dry_run
 from launcher.runs import home, ledger, new_run_id, now_utc, record_killed_runs, run_dir
 from launcher.verdict import best_since_moved, claim_of, fresh_seed, runs_of, survey_board
 from night import repo
@@ -37,7 +36,7 @@ from night.agent import TurnFailed, last_words, read_said, save_answer
 from night.failures import Failures, kind_of
 from night.lab_book import remember_shares
 from night.panel import OF_NO_EXPERIMENT, Panel, RunDetail
-from night.plan import Hours, Night, find_contest
+from night.plan import Hours, Night, find_contest, require_power
 from night.program import write_turn
 from night.state import Edit, LoopState, read_state, record, state_path, write_state
 from night.stop import REASON, announced, rest
@@ -94,16 +93,6 @@ def run_night(night: Night, make_loop: Callable[[Night, Panel], "Loop"] | None =
         code = EXIT_INTERRUPTED
     panel.print_summary(ended)
     return code
-
-
-def require_power() -> None:
-    """Raise UserError on a Mac whose results would not count."""
-    laptop = mac_state()
-    for key, flag in POWER_FLAGS.items():
-        if laptop.get(key):
-            raise UserError(
-                f"no result of the night would count ({flag}): plug this Mac in and leave low-power mode"
-            )
 
 
 # ---------------------------------------------------------------------------

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from backends.platforms import mac_state
 from launcher.confirm import Contest, seconds_to_first_look
 from launcher.device import WhenBusy
 from launcher.ledger import BoardKey, Row
+from launcher.run import POWER_FLAGS
 from launcher.runs import ledger
 from launcher.setting import Setting
 from launcher.verdict import best_since_moved, board_runs
@@ -55,6 +57,16 @@ def parse_until(text: str) -> datetime:
     now = datetime.now()
     today = datetime.combine(now, clock)
     return today if today > now else today + timedelta(days=1)
+
+
+def require_power() -> None:
+    """Raise UserError on a Mac whose results would not count."""
+    laptop = mac_state()
+    for key, flag in POWER_FLAGS.items():
+        if laptop.get(key):
+            raise UserError(
+                f"no result of the night would count ({flag}): plug this Mac in and leave low-power mode"
+            )
 
 
 class Hours:

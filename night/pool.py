@@ -1,5 +1,6 @@
 """Which devices a night or a comparison has, here and on other machines, and the setting of its runs."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -8,16 +9,19 @@ from typing import Any
 from backends.platforms import Facts
 from launcher.console import warn_once
 from launcher.setting import Setting, resolve
-from night.devices import Device, parse_devices, parse_list, setting_on
+from night.devices import Device, parse_devices, setting_on
 from night.hosts import Host, LentDevices, Unreachable, ask_host, read_hosts, require_same_board
 from night.workers import Pool, ask_scheduler, prepare_dask, security_for
 from prepare import TIME_BUDGET, UserError
 
 
-def find_lent(hosts: Path | None, scheduler: str, is_open: bool, asked: dict[str, Any]) -> Pool:
-    """Return what other machines lend.
+def find_lent(
+    here: Sequence[Device], hosts: Path | None, scheduler: str, is_open: bool, asked: dict[str, Any]
+) -> Pool:
+    """Return devices of this machine, and what other machines lend.
 
     Args:
+        here: of this machine.
         hosts: a file of hosts.
         scheduler: the address of one that exists, "" for none.
         is_open: the scheduler may be without encryption.
@@ -28,17 +32,17 @@ def find_lent(hosts: Path | None, scheduler: str, is_open: bool, asked: dict[str
     """
     prepare_dask()
     if scheduler:
-        security_for(scheduler, is_open)
-        return Pool(scheduler=scheduler, joined=ask_scheduler(scheduler, asked))
+        security = security_for(scheduler, is_open)
+        return Pool(scheduler=scheduler, joined=ask_scheduler(scheduler, security, asked))
     if hosts is None:
-        return Pool()
+        return Pool(here)
     named = read_hosts(hosts)
     with ThreadPoolExecutor(len(named)) as threads:
         answers = list(threads.map(lambda host: try_to_ask(host, asked), named))
     found = [(host, lent) for host, lent in zip(named, answers, strict=True) if lent]
-    if not found:
+    if not found and not here:
         raise UserError(f"none of the hosts in {hosts} can be reached")
-    return Pool(hosts=found)
+    return Pool(here, found)
 
 
 def try_to_ask(host: Host, asked: dict[str, Any]) -> LentDevices | None:
@@ -79,17 +83,11 @@ def find_pool(
         "track": setting.track.name if setting else track,
         "budget": budget,
     }
-    pool = replace(find_lent(hosts, scheduler, is_open, asked), here=here)
+    pool = find_lent(here, hosts, scheduler, is_open, asked)
     if setting is None:
         first = pool.lent[0]
-        setting = replace(resolve(first.platform, track, budget), facts=Facts(**first.facts))
+        resolved = resolve(first.platform, track, budget)
+        setting = replace(resolved, facts=Facts(**first.facts), boxed=first.board.boxed)
     for lent in pool.lent:
         require_same_board(lent, setting.board)
     return pool, setting
-
-
-def find_any(devices: str, hosts: Path | None, track: str, budget: float) -> Pool:
-    """Return the devices of a comparison, which may be of several kinds. As find_pool; "none": none here."""
-    here = [] if devices == "none" else parse_list(devices)
-    pool = find_lent(hosts, "", False, {"platform": "", "track": track, "budget": budget})
-    return replace(pool, here=here)

@@ -30,7 +30,7 @@ from launcher.processes import start_guarded
 from launcher.runs import scratch_folder
 from night.devices import Device
 from night.hosts import Host, LentDevices, Link, end_links, read_answer
-from night.job import Job, JobAnswer
+from night.job import LOST, Job, JobAnswer
 from night.tls import make_certificate, make_security
 from prepare import ROOT, UserError, first_line
 
@@ -87,17 +87,14 @@ def prepare_dask() -> None:
             raise UserError("several devices need the extra fleet: uv sync --extra fleet", 2)
 
 
-def nanny_options(device: Device, name: str, scratch: str, security: Any) -> dict[str, Any]:
-    """Return the options of dask's Nanny for the worker of a device, which the night knows by a name.
-
-    scratch: a folder
-    """
+def nanny_options(device: Device, scratch: str, security: Any) -> dict[str, Any]:
+    """Return the options of dask's Nanny for the worker of a device. scratch: a folder"""
     return {
         "nthreads": 1,
-        "resources": {name: 1},
+        "resources": {device.name: 1},
         "env": {
             **device.environment(),
-            NAME_VARIABLE: name,
+            NAME_VARIABLE: device.name,
             DEVICE_VARIABLE: json.dumps(asdict(device)),
             "DASK_TEMPORARY_DIRECTORY": scratch,
         },
@@ -121,8 +118,7 @@ def start_cluster(devices: Sequence[Device], security: Any, stack: ExitStack) ->
     # A job that failed with its worker is the loop's to repeat: it knows whether there is time.
     dask.config.set({"temporary-directory": scratch, "distributed.scheduler.allowed-failures": 0})
     workers = {
-        device.name: {"cls": Nanny, "options": nanny_options(device, device.name, scratch, security)}
-        for device in devices
+        device.name: {"cls": Nanny, "options": nanny_options(device, scratch, security)} for device in devices
     }
     options = {
         "host": "127.0.0.1",
@@ -174,7 +170,8 @@ class Workers:
         from distributed import Client
 
         if self.pool.scheduler:
-            self._client = stack.enter_context(join_scheduler(self.pool.scheduler))
+            security = security_for(self.pool.scheduler, is_open=True)  # that was asked at the door
+            self._client = stack.enter_context(join_scheduler(self.pool.scheduler, security))
             return
         certificate = make_certificate()
         security = make_security(certificate)
@@ -187,20 +184,29 @@ class Workers:
         ]
         stack.callback(end_links, self._links)
         self.tend()
-        if self.pool.here:
-            self._client.wait_for_workers(len(self.pool.here), timeout=WORKER_SECONDS)
 
     def __exit__(self, *_: object) -> None:
         """End the workers, and with them what they do."""
         self._stack.close()
 
     def tend(self) -> list[str]:
-        """Connect to hosts whose connection ended. Returns a line for each that did since the last call."""
+        """Connect to hosts whose connection ended. Returns a line for each that did since the last call.
+
+        Raises:
+            UserError: the scheduler has ended.
+        """
+        if self._client.status in ("closed", "closing"):
+            raise UserError(f"the scheduler {self.pool.scheduler} has ended")
         return [why for why in (link.tend() for link in self._links) if why]
 
     def missing(self) -> set[str]:
         """Return the names of the devices that have no worker now."""
         return {device.name for device in self.devices} - names_of_workers(self._client)
+
+    def is_shaky(self, device: str) -> bool:
+        """Return whether what failed on a device may be the fault of the connection to its host."""
+        host = device.partition("/")[0]
+        return any(link.is_shaky for link in self._links if link.host.name == host)
 
     def submit(self, job: Job, device: str) -> Future:
         """Have a job done by the worker of a device, given its name."""
@@ -212,9 +218,9 @@ class Workers:
 
 
 def names_of_workers(client: Any) -> set[str]:
-    """Return the names of the workers that a scheduler has now."""
-    found = client.scheduler_info(n_workers=-1)["workers"]
-    return {str(worker["name"]) for worker in found.values()}
+    """Return the names of the devices that have a worker now. A scheduler may have other workers too."""
+    found = client.scheduler_info(n_workers=-1)["workers"].values()
+    return {str(worker["name"]) for worker in found if worker["name"] in worker["resources"]}
 
 
 # ---------------------------------------------------------------------------
@@ -233,7 +239,10 @@ def security_for(address: str, is_open: bool) -> Any:
     prepare_dask()
     from distributed.security import Security
 
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme not in ("tcp", "tls") or not parts.hostname:
         raise UserError(f"{address!r} is no address of a scheduler: tls://HOST:PORT, as dask prints it", 2)
     if parts.scheme == "tls":
@@ -264,28 +273,35 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(each[4][0])).is_loopback for each in found)
 
 
-def join_scheduler(address: str) -> Any:
+def join_scheduler(address: str, security: Any) -> Any:
     """Return a client of a scheduler that exists. Raises OSError, TimeoutError."""
     from distributed import Client
 
-    return Client(address, security=security_for(address, True), timeout=JOIN_SECONDS)
+    return Client(address, security=security, timeout=JOIN_SECONDS)
 
 
-def ask_scheduler(address: str, asked: dict[str, Any]) -> list[LentDevices]:
-    """Return what the machines say of themselves that have joined a scheduler. asked: as lend.describe
+def ask_scheduler(address: str, security: Any, asked: dict[str, Any]) -> list[LentDevices]:
+    """Return what the machines say of themselves that have joined a scheduler.
+
+    Args:
+        address: of the scheduler.
+        security: dask's.
+        asked: as lend.describe takes it.
 
     Raises:
         UserError: it cannot be reached, none has joined, or one is not as this checkout.
     """
     try:
-        with join_scheduler(address) as client:
-            names = sorted(name for name in names_of_workers(client) if "/" in name)
+        with join_scheduler(address, security) as client:
+            names = sorted(names_of_workers(client))
             if not names:
                 raise UserError(f"no device has joined {address}: autoresearch lend {address}")
             futures = [client.submit(describe_here, asked, pure=False, resources={name: 1}) for name in names]
             told = [future.result(timeout=ASK_SECONDS) for future in futures]
-    except (OSError, TimeoutError) as error:
-        raise UserError(f"the scheduler {address} does not answer: {first_line(error)}") from None
+    except UserError:
+        raise
+    except Exception as error:  # of dask's, or of a worker that died
+        raise UserError(f"the scheduler {address} or a device of it fails: {first_line(error)}") from None
     return [read_answer(name.partition("/")[0], text) for name, text in zip(names, told, strict=True)]
 
 
@@ -313,7 +329,22 @@ def result_of(future: Future) -> JobAnswer:
     try:
         return future.result()
     except (Exception, CancelledError) as error:
-        return JobAnswer(status="error", reason=f"its worker ended: {type(error).__name__}")
+        return JobAnswer(status=LOST, reason=f"its worker ended: {type(error).__name__}")
+
+
+def is_wanted() -> bool:
+    """Return whether the night still waits for what this worker does.
+
+    Over a scheduler that exists a worker outlives the night.
+    """
+    from distributed import get_worker
+
+    try:
+        worker = get_worker()
+        task = worker.state.tasks.get(worker.get_current_task())
+    except ValueError:  # it is no worker
+        return True
+    return task is not None and task.state == "executing"
 
 
 def do_job(data: dict[str, Any], folder: str) -> JobAnswer:
@@ -332,7 +363,7 @@ def do_job(data: dict[str, Any], folder: str) -> JobAnswer:
                 stderr=said,
             )
         try:
-            while child.poll() is None:
+            while child.poll() is None and is_wanted():
                 time.sleep(POLL_SECONDS)
         finally:
             child.end()

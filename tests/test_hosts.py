@@ -19,7 +19,16 @@ from launcher.runs import append_row, ledger, record_killed_runs, run_dir
 from launcher.setting import resolve
 from night import hosts
 from night.devices import Device
-from night.hosts import Host, Link, Unreachable, ask_host, read_answer, read_hosts, require_same_board
+from night.hosts import (
+    Host,
+    Link,
+    Unreachable,
+    ask_host,
+    night_hash,
+    read_answer,
+    read_hosts,
+    require_same_board,
+)
 from night.lend import describe
 from night.pool import find_pool
 from night.tls import make_certificate
@@ -85,6 +94,7 @@ def answer(**more):
     told = {
         "error": "",
         "harness": harness_hash(),
+        "night": night_hash(),
         "platform": "cpu",
         "board": board._asdict(),
         "facts": asdict(resolve("cpu").facts),
@@ -108,7 +118,7 @@ def test_another_harness_or_board_is_refused_by_name():
     with pytest.raises(UserError, match="host box: no GPU"):
         read_answer("box", json.dumps({"error": "no GPU"}))
     for text in ("", "[]", "{}", answer(board={}), answer(devices=[{"name": "x"}])):
-        with pytest.raises(UserError, match="host box: it speaks another language"):
+        with pytest.raises(UserError, match="host box: its answer is not understood"):
             read_answer("box", text)
     lent = read_answer("box", answer())
     require_same_board(lent, lent.board)
@@ -128,13 +138,13 @@ def put_ssh(folder, script, monkeypatch):
 
 def test_a_host_that_does_not_answer_is_left_out(tmp_path, monkeypatch, capsys):
     put_ssh(tmp_path, "echo no route >&2\nexit 255", monkeypatch)
-    with pytest.raises(Unreachable, match=r"no answer \(exit code 255\): does `ssh box ls x` work?"):
+    with pytest.raises(Unreachable, match=r"box does not answer \(no route\): does `ssh box ls x` work"):
         ask_host(Host("box", "x"), {})
     file = tmp_path / "hosts.yaml"
     file.write_text("hosts:\n  box: {folder: x}\n")
     with pytest.raises(UserError, match="none of the hosts in"):
         find_pool("", file, "", False, "", "", None)
-    assert "host box: no answer" in capsys.readouterr().err
+    assert "host box does not answer (no route)" in capsys.readouterr().err
 
 
 def test_a_connection_that_ends_is_made_anew_after_a_pause_that_grows(tmp_path, monkeypatch):
@@ -149,12 +159,13 @@ def test_a_connection_that_ends_is_made_anew_after_a_pause_that_grows(tmp_path, 
         link.child and link.child.wait(30)
         why = link.tend()
         if why:
-            assert why == "host box: the connection ended: refused"
+            assert why == "host box: the connection ended (255): refused"
+        if link.pause not in pauses:
             pauses.append(link.pause)
     link.end()
-    assert pauses == [0.1, 0.2, 0.4]
+    assert pauses == [0.1, 0.2, 0.4] and link.is_shaky
     order = json.loads((tmp_path / "order").read_text())
-    assert order["devices"] == "0" and [one["name"] for one in order["workers"]] == ["box/gpu0"]
+    assert [one["device"]["name"] for one in order["workers"]] == ["box/gpu0"]
     assert order["scheduler"].startswith("tls://127.0.0.1:") and "BEGIN" in order["certificate"]["key"]
 
 
@@ -190,32 +201,42 @@ def test_a_run_of_another_machine_gets_its_verdict_here(carried):
     # There, where the other runs are not known, it was the first of all, and kept.
     files = carried(late(run="r2", status="keep", build_on="b"))
     assert "model.safetensors" not in files and files["train_cuda.py"] == b"A = 1\n"
-    judged = unpack_run("r2", files)
+    judged = unpack_run("r2", files, {})
     assert (judged.status, judged.build_on) == ("keep", "b") and judged.effect < 0
     assert judged.time < "2030", "the time is this machine's"
     assert run_dir("r2").trainer().read_text() == "A = 1\n"
-    assert unpack_run("r2", files).build_on == "b"
+    assert unpack_run("r2", files, {}).build_on == "b"
     assert [one.run for one in ledger().rows()] == ["r1", "r2"]
 
 
 def test_what_the_other_machine_found_out_of_order_counts_as_here(carried):
     ledger().append(row(run="r1", source="c", parent="c", build_on="c", val_bpb=1.1))
-    worse = unpack_run("r2", carried(late(run="r2", status="keep", build_on="b")))
+    worse = unpack_run("r2", carried(late(run="r2", status="keep", build_on="b")), {})
     assert worse.status == "discard" and "by hand" in worse.reason
-    failed = unpack_run("r3", carried(replace(late(run="r3"), status="crash", val_bpb=0.0, reason="no")))
+    failed = unpack_run("r3", carried(replace(late(run="r3"), status="crash", val_bpb=0.0, reason="no")), {})
     assert (failed.status, failed.reason) == ("crash", "no")
     undecided = late(run="r4", status="discard")
     undecided.add_flags(Flag.REPEAT)
-    assert Flag.REPEAT not in unpack_run("r4", carried(undecided)).flags
+    assert Flag.REPEAT not in unpack_run("r4", carried(undecided), {}).flags
+
+
+def test_another_run_than_was_asked_for_counts_for_nothing(carried):
+    files = carried(late(run="r7", status="keep"))
+    with pytest.raises(UserError, match="run r7, whose seed is 0, not 2"):
+        unpack_run("r7", files, {"source": "b", "seed": 2})
+    assert not ledger().rows() and not run_dir("r7").path.exists()
+    unpack_run("r7", files, {"source": "b", "board": late().board})
+    with pytest.raises(UserError, match="run r7, whose source is b, not c"):  # two of one name
+        unpack_run("r7", files, {"source": "c"})
 
 
 @pytest.mark.parametrize("name", ["../r5", ".", "a/b", ""])
 def test_a_run_lands_in_its_own_folder_alone(carried, name):
     files = carried(late(run="r5", status="keep"))
     with pytest.raises(UserError, match="another machine sent"):
-        unpack_run(name, files)
+        unpack_run(name, files, {})
     with pytest.raises(UserError, match="another machine sent"):
-        unpack_run("r5", {**files, f"../{name or 'x'}": b""})
+        unpack_run("r5", {**files, f"../{name or 'x'}": b""}, {})
     assert not ledger().path.exists() or not ledger().rows()
 
 
@@ -228,10 +249,10 @@ def test_a_run_that_came_when_the_process_was_killed_is_there_afterwards(carried
 
     with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
         during.setattr("launcher.carried.append_row", killed)
-        unpack_run("r6", files)
+        unpack_run("r6", files, {})
     assert len(ledger().rows()) == 1
     record_killed_runs()
-    assert unpack_run("r6", files).build_on == "b"
+    assert unpack_run("r6", files, {}).build_on == "b"
     assert [(one.run, one.status) for one in ledger().rows()] == [("r1", "keep"), ("r6", "keep")]
 
 
