@@ -494,12 +494,10 @@ def adopt_orphans() -> None:
 
 
 def living() -> list[psutil.Process]:
-    """Return all that this process started, with what came of it, and that lives. An sshd is a lab's own."""
+    """Return all that this process started, with what came of it, and that lives."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if process.name().startswith("sshd"):
-                continue
             if process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
             elif process.ppid() == os.getpid():
@@ -508,11 +506,22 @@ def living() -> list[psutil.Process]:
 
 
 def survivors(seconds: float) -> list[str]:
-    """Return a description of what lives on after a night. seconds: that it has to end."""
+    """Return a description of what lives on after a night, but for the sshd of a lab.
+
+    seconds: that it has to end
+    """
     deadline = time.monotonic() + seconds
-    while (left := living()) and time.monotonic() < deadline:
+    while True:
+        left = [process for process in living() if not is_sshd(process)]
+        if not left or time.monotonic() > deadline:
+            return [f"alive: {end_of_command(process)}" for process in left]
         time.sleep(0.05)
-    return [f"alive: {end_of_command(process)}" for process in left]
+
+
+def is_sshd(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.name().startswith("sshd")
+    return False
 
 
 def end_of_command(process: psutil.Process) -> str:
