@@ -10,6 +10,7 @@ another has just compiled, or read what that one wrote after it had seen trainin
 
 import getpass
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # what torch.compile makes, its Triton ker
 NAME = "compiled"  # of the folder, with the part of the machine behind it
 BYTECODE = "bytecode"  # likewise
 LONGEST_NAME = 60  # of a part, in characters
+TRITON_GROUP = "__grp__"  # begins the name of such a list
 KERNELS = "kernels"  # below that folder: what the trainer's own kernels are compiled to
 
 
@@ -80,6 +82,12 @@ def copy_kernels(place: Path) -> None:
     """Copy the GPU kernels of earlier runs to `place`, for a process that may not write to folder()."""
     with suppress(OSError, shutil.Error):  # another run removes some: they are compiled again
         shutil.copytree(folder() / KERNELS, place / KERNELS, dirs_exist_ok=True)
+    # Triton keeps with each kernel a list of its files, by their whole paths.
+    for path in (place / KERNELS).rglob(f"{TRITON_GROUP}*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            files = json.loads(path.read_text())["child_paths"]
+            moved = {name: str(path.parent / Path(file).name) for name, file in files.items()}
+            path.write_text(json.dumps({"child_paths": moved}))
 
 
 def link_from(temporary: Path, process: str, place: Path | None = None) -> None:

@@ -72,6 +72,26 @@ def test_kernels_of_earlier_runs_are_copied_not_linked(house, monkeypatch, tmp_p
     assert copies[0].stat().st_nlink == 1 and copies[0].read_bytes() == b"x" * 1024
 
 
+def test_a_copy_of_tritons_kernels_names_its_own_files(house, monkeypatch, tmp_path):
+    """A process that may not read the place of all runs else finds a kernel that it cannot load."""
+    cache = pytest.importorskip("triton.runtime.cache")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(house / "cache"))
+    places = []
+    for place in (folder(), tmp_path / "own"):
+        monkeypatch.setenv("TRITON_CACHE_DIR", f"{environment(place)['TRITON_HOME']}/.triton/cache")
+        if places:
+            compiled.copy_kernels(place)
+            remove_tree(folder())
+        else:
+            made = cache.FileCacheManager("AB" * 16)
+            file = made.put("{}", "gated.json", binary=False)
+            made.put_group("gated.json", {"gated.json": file})
+        places.append(cache.FileCacheManager("AB" * 16).get_group("gated.json"))
+    first, second = places
+    assert first["gated.json"].startswith(str(house)) and Path(second["gated.json"]).read_text() == "{}"
+    assert second["gated.json"].startswith(str(tmp_path / "own"))
+
+
 def test_a_process_with_a_place_of_its_own_is_led_there(house, monkeypatch, tmp_path):
     """The second process that scores may not write where all runs do."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
