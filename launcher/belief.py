@@ -620,6 +620,8 @@ def _reason(action: str, edit: Edit, tree: History, moves: bool) -> str:
         return f"worth another run: {numbers}"
     if action == "keep":
         return f"{'probably' if edit.effect < 0 else 'possibly'} better: {numbers}"
+    if edit.effect < 0 and tree.parent[node] not in (-1, tree.current):
+        return f"better than what it was made on, not than what is best by now: {numbers}{back}"
     return f"not better, as far as is known: {numbers}{back}"
 
 
