@@ -11,10 +11,12 @@ One process decides: it alone moves the branch, from one verdict to the next. A 
 
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
-from launcher.belief import PRIOR
+from launcher.belief import PRIOR, REPEATS
 from launcher.carried import unpack_run
 from launcher.harness import source_hash
 from launcher.ledger import MOVED, Flag, Row, single_line
@@ -113,8 +115,9 @@ class Fleet(Loop):
         self.branch = repo.branch()
         self.baseline = b""  # that this night ran, where its board had none
         self.baseline_seed = 0
-        self.compared: list[str] = []  # devices that it was given to
-        self.baselines: dict[str, Row] = {}  # scored runs of it, by device
+        self.compared: list[str] = []  # the device of each run of it
+        self.baselines: dict[str, list[Row]] = {}  # scored runs of it, by device
+        self.told: set[str] = set()  # how the devices compare
         self.tries: Counter[str] = Counter()  # runs without a verdict, by the key of the task
         self.without_verdict = 0  # runs in a row, whatever they were of
         self.failed: Counter[str] = Counter()  # jobs in a row without a score, by device
@@ -265,19 +268,24 @@ class Fleet(Loop):
             self.baseline = repo.content("HEAD", self.trainer.name)
             seed = fresh_seed(ledger().rows(), [source_hash(self.baseline)])
             self.baseline_seed = max(self.night.seed, seed)
-            self.compared = list(dict.fromkeys([*self.compared, device]))
+            self.compared.append(device)
             self.run_committed(device, BASELINE, self.baseline, self.baseline_seed)
 
     def run_on_others(self) -> None:
         """Run the baseline of this night on each free device that has not: do they give the same?
 
-        Hosts may join later than the first look.
+        Hosts may join later than the first look. On two devices one runs it once more: of two runs that
+        differ one may have gone wrong, so that they do not say how large the noise is.
         """
         if not self.baseline:
             return
+        wanted = max(len(self.devices), REPEATS) if len(self.devices) > 1 else 1
         for device in self.free_devices():
-            text = f"the committed trainer on {device}"
-            if device not in self.compared and self.not_before.get(text, 0.0) <= time.monotonic():
+            is_compared = device in self.compared
+            if is_compared and not len(self.devices) <= len(self.compared) < wanted:
+                continue
+            text = f"the committed trainer on {device}{', once more' if is_compared else ''}"
+            if self.not_before.get(text, 0.0) <= time.monotonic():
                 self.compared.append(device)
                 seed = self.baseline_seed + len(self.compared) - 1
                 self.run_committed(device, text, self.baseline, seed)
@@ -509,22 +517,23 @@ class Fleet(Loop):
             self.compared.remove(task.device)
 
     def compare_baselines(self, device: str, row: Row) -> None:
-        """Say how a device compares with the first one that ran the committed trainer."""
-        if not row.scored:
+        """Say how the devices compare with the first one that ran the committed trainer, when all have."""
+        if row.scored:
+            self.baselines.setdefault(device, []).append(row)
+        else:
             self.panel.note(f"{device}: the committed trainer has no score: {row.status} ({row.reason})")
-            return
-        self.baselines[device] = row
-        first_device, first = next(iter(self.baselines.items()))
-        if device == first_device:
+        if any(task.edit is None for task in self.tasks):
             return
         believed = survey_board(ledger().rows(), self.setting.board)
-        error = (believed.sigma if believed else PRIOR.sigma) * 2**0.5
-        difference = row.val_bpb - first.val_bpb
-        speed = row.tokens_per_second / max(first.tokens_per_second, 1.0)
-        line = f"{device} against {first_device}: {difference:+.6f} bpb, {speed:.2f} of its speed"
-        if abs(difference) > FAR_ERRORS * error:
-            line += f"; that is more than {FAR_ERRORS:g} errors apart: give each a night of its own"
-        self.panel.note(line)
+        sigma = believed.sigma if believed else PRIOR.sigma
+        runs = sum(map(len, self.baselines.values()))
+        for other in list(self.baselines)[1:]:
+            line, errors = compare_rows(self.baselines, other, sigma)
+            if runs >= REPEATS and abs(errors) > FAR_ERRORS:
+                line += f"; that is more than {FAR_ERRORS:g} errors apart: give each a night of its own"
+            if line not in self.told:
+                self.told.add(line)
+                self.panel.note(line)
 
     # --- The branch -----------------------------------------------------------------------------------------
 
@@ -711,6 +720,23 @@ class Fleet(Loop):
             self.phase = text
             record("phase", phase="fleet", text=text)
         self.panel.phase = f"{self.panel.done + 1}{self.panel.of_all()}: {text}"
+
+
+def compare_rows(runs: Mapping[str, Sequence[Row]], device: str, sigma: float) -> tuple[str, float]:
+    """Return how a device compares with the first one: (a line, the difference in standard errors).
+
+    Args:
+        runs: of one trainer, by device.
+        device: another than the first.
+        sigma: of val_bpb over seeds, in bpb.
+    """
+    first_device, first = next(iter(runs.items()))
+    mine = runs[device]
+    difference = fmean(row.val_bpb for row in mine) - fmean(row.val_bpb for row in first)
+    rates = [fmean(row.tokens_per_second for row in rows) for rows in (mine, first)]
+    speed = rates[0] / max(rates[1], 1.0)
+    errors = difference / (sigma * (1 / len(mine) + 1 / len(first)) ** 0.5)
+    return f"{device} against {first_device}: {difference:+.6f} bpb, {speed:.2f} of its speed", errors
 
 
 def told_of(row: Row) -> str:
