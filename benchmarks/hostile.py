@@ -517,11 +517,11 @@ def strike_host(
                 process.wait(away)
             host.mend()
     elif victim in PARTS_OF_A_HOST:
-        found = [
-            pid
-            for pid in wait_for_command(process, PARTS_OF_A_HOST[victim])
-            if (psutil.Process(pid).name() == "ssh") == (victim == "ssh")
-        ]
+        found = []
+        for pid in wait_for_command(process, PARTS_OF_A_HOST[victim]):
+            with suppress(psutil.Error):  # it has ended by itself
+                if (psutil.Process(pid).name() == "ssh") == (victim == "ssh"):
+                    found.append(pid)
         if found:
             with suppress(ProcessLookupError):
                 os.kill(rng.choice(found), signal.SIGKILL)
