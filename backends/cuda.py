@@ -231,10 +231,11 @@ def compute_dtype(platform: Platform) -> torch.dtype:
 
 
 def layer_times(device_kind: str, width: int, dtypes: Sequence[str]) -> LayerTimes:
-    """Return how long a layer's work takes in each dtype, in turn, at best.
+    """Return how long a layer's work takes in each dtype, in turn, at best, each of its parts for itself.
 
-    Each part of the work is timed for itself: what else the machine does leaves room for a short one sooner
-    than for the whole. Meanwhile it slows all dtypes down.
+    On a CPU that is the time that the process computed, by its threads: what else the machine does costs the
+    measurement time, and changes little. Two threads that wait for each other beside another load took a
+    hundred times as long by the clock (docs/benchmarks.md).
     """
     torch.set_float32_matmul_precision("high")  # as in the trainer
     device = torch.device("cuda" if device_kind == "gpu" else "cpu")
@@ -248,14 +249,17 @@ def layer_times(device_kind: str, width: int, dtypes: Sequence[str]) -> LayerTim
     best = dict.fromkeys(works, float("inf"))
     for work in works.values():
         work()  # the first call chooses kernels
-    began = time.monotonic()
-    while time.monotonic() - began < MEASURE_SECONDS or float("inf") in best.values():
+    on_cpu = device.type == "cpu"
+    threads = torch.get_num_threads() if on_cpu else 1
+    clock = time.process_time if on_cpu else time.perf_counter
+    began = clock()
+    while clock() - began < MEASURE_SECONDS * threads or float("inf") in best.values():
         for key, work in works.items():
-            t0 = time.perf_counter()
+            t0 = clock()
             work()
-            if device.type == "cuda":
+            if not on_cpu:
                 torch.cuda.synchronize()
-            best[key] = min(best[key], 1e3 * (time.perf_counter() - t0))
+            best[key] = min(best[key], 1e3 * (clock() - t0) / threads)
     sums: dict[str, float] = defaultdict(float)
     for (dtype, kind, _), milliseconds in best.items():
         sums[f"{dtype}_{kind}"] += milliseconds

@@ -152,8 +152,32 @@ def test_a_saved_model_is_built_again_in_the_size_of_its_run(house):
         assert setting_of(row).platform.start.n_layer == layers
 
 
+def compute(seconds):
+    """Keep this process busy."""
+    began = time.process_time()
+    while time.process_time() - began < seconds:
+        pass
+
+
+def test_time_in_which_a_cpu_waits_does_not_count(monkeypatch):
+    """Beside another load a product can take a hundred times as long by the clock."""
+    monkeypatch.setattr(cuda, "MEASURE_SECONDS", 0.02)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+    def layer_work(device, kind, rows, width):
+        def work():
+            compute(0.002)
+            time.sleep(0.02)
+
+        return {"products": [work], "elementwise": [work]}
+
+    monkeypatch.setattr(cuda, "layer_work", layer_work)
+    assert 2 <= cuda.layer_times("cpu", 64, ["float32"]).float32_products < 6
+
+
 def test_the_times_are_the_best_of_each_kind(monkeypatch):
     """A slow call in between, as on a machine that does other things, changes nothing."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     seconds = {torch.float32: 0.002, torch.bfloat16: 0.004}
     monkeypatch.setattr(cuda, "MEASURE_SECONDS", 0.1)
     calls = []
@@ -161,7 +185,7 @@ def test_the_times_are_the_best_of_each_kind(monkeypatch):
     def layer_work(device, kind, rows, width):
         def work():
             calls.append(kind)
-            time.sleep(seconds[kind] + (0.03 if len(calls) % 5 == 0 else 0))
+            compute(seconds[kind] + (0.03 if len(calls) % 5 == 0 else 0))
 
         return {"products": [work], "elementwise": [work]}
 
