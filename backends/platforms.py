@@ -239,8 +239,11 @@ def current_entries() -> tuple[Platform, Track]:
             return from_json(Platform, values["platform"]), from_json(Track, values["track"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError("AUTORESEARCH_ENTRIES holds no entries: only the launcher sets it", 2) from None
+    from backends.sizes import with_start  # it imports this module
+
     platform, _ = choose_platform(settings.platform)
-    return platform, load_track(settings.track or platform.track)
+    track = load_track(settings.track or platform.track)
+    return with_start(platform, track, facts_for(platform)), track
 
 
 def current_platform() -> Platform:
