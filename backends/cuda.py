@@ -3,8 +3,8 @@
 import hashlib
 import resource
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from backends import experiment
 from backends.device import SCORE_CHUNK, Device, check_logits
-from backends.dtype import BFLOAT16, MEASURE_SECONDS, LayerTimes, choose_dtype
+from backends.dtype import BFLOAT16, LAYER_ROWS, MEASURE_SECONDS, LayerTimes, choose_dtype
 from backends.platforms import Platform, current_platform, facts_for
 
 # What the trainer imports from here.
@@ -230,41 +230,47 @@ def compute_dtype(platform: Platform) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def layer_times(device: str, width: int) -> LayerTimes:
-    """Return how long a layer's work takes in float32 and in bfloat16, in turn, at best.
+def layer_times(device_kind: str, width: int, dtypes: Sequence[str]) -> LayerTimes:
+    """Return how long a layer's work takes in each dtype, in turn, at best, each of its parts for itself.
 
-    Whatever else the machine does meanwhile slows both down.
+    On a CPU that is the time that the process computed, by its threads: what else the machine does costs the
+    measurement time, and changes little. Two threads that wait for each other beside another load took a
+    hundred times as long by the clock (docs/benchmarks.md).
     """
     torch.set_float32_matmul_precision("high")  # as in the trainer
-    rows = 2**14 if device == "cuda" else 2**9
+    device = torch.device("cuda" if device_kind == "gpu" else "cpu")
+    rows = LAYER_ROWS[device_kind]
     works = {
-        (dtype, name): work
-        for dtype in (torch.float32, torch.bfloat16)
-        for name, work in layer_work(torch.device(device), dtype, rows, width).items()
+        (dtype, kind, i): work
+        for dtype in dtypes
+        for kind, parts in layer_work(device, getattr(torch, dtype), rows, width).items()
+        for i, work in enumerate(parts)
     }
     best = dict.fromkeys(works, float("inf"))
     for work in works.values():
         work()  # the first call chooses kernels
-    began = time.monotonic()
-    while time.monotonic() - began < MEASURE_SECONDS or float("inf") in best.values():
+    on_cpu = device.type == "cpu"
+    threads = torch.get_num_threads() if on_cpu else 1
+    clock = time.process_time if on_cpu else time.perf_counter
+    began = clock()
+    while clock() - began < MEASURE_SECONDS * threads or float("inf") in best.values():
         for key, work in works.items():
-            t0 = time.perf_counter()
+            t0 = clock()
             work()
-            if device == "cuda":
+            if not on_cpu:
                 torch.cuda.synchronize()
-            best[key] = min(best[key], 1e3 * (time.perf_counter() - t0))
-    return LayerTimes(
-        float32_products=best[torch.float32, "products"],
-        float32_elementwise=best[torch.float32, "elementwise"],
-        bfloat16_products=best[torch.bfloat16, "products"],
-        bfloat16_elementwise=best[torch.bfloat16, "elementwise"],
-    )
+            best[key] = min(best[key], 1e3 * (clock() - t0) / threads)
+    sums: dict[str, float] = defaultdict(float)
+    for (dtype, kind, _), milliseconds in best.items():
+        sums[f"{dtype}_{kind}"] += milliseconds
+    return LayerTimes(**sums)
 
 
-def layer_work(
-    device: torch.device, dtype: torch.dtype, rows: int, width: int
-) -> dict[str, Callable[[], None]]:
-    """Return the work of a transformer layer but for attention, forward and backward, of its two kinds.
+Work = Callable[[], None]
+
+
+def layer_work(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> dict[str, list[Work]]:
+    """Return the work of a transformer layer but for attention, forward and backward, in parts of two kinds.
 
     rows: tokens. width: of the hidden states.
     """
@@ -272,24 +278,27 @@ def layer_work(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
-    shapes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
-    matrices = [(random(rows, into), random(into, out), random(rows, out)) for into, out in shapes]
-    x = random(rows, width).requires_grad_()
-    hidden = random(rows, 4 * width).requires_grad_()
-    gradients = random(rows, width), random(rows, 4 * width)
+    def product(into: int, out: int) -> Work:
+        inputs, weight, gradient = random(rows, into), random(into, out), random(rows, out)
 
-    def products() -> None:
-        for inputs, weight, gradient in matrices:
+        def multiply() -> None:
             inputs @ weight
             gradient @ weight.T
             inputs.T @ gradient
+
+        return multiply
+
+    x = random(rows, width).requires_grad_()
+    hidden = random(rows, 4 * width).requires_grad_()
+    gradients = random(rows, width), random(rows, 4 * width)
 
     def elementwise() -> None:
         residual = 0.9 * x + F.rms_norm(x, (width,))
         torch.autograd.backward([residual, F.relu(hidden).square()], list(gradients))
         x.grad = hidden.grad = None
 
-    return {"products": products, "elementwise": elementwise}
+    shapes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
+    return {"products": [product(*shape) for shape in shapes], "elementwise": [elementwise]}
 
 
 def keep_freed_memory() -> None:

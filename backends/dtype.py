@@ -1,24 +1,26 @@
 """
-Which dtype does a machine compute in: float32, or bfloat16 where that is clearly faster?
+How fast is a machine, and which dtype does it compute in: float32, or bfloat16 where that is clearly faster?
 
-    python -m backends.dtype cpu 192    measures a layer of that width, and prints its times as JSON
+    python -m backends.dtype cpu 192 float32 bfloat16    times a layer of that width, and prints JSON
 
-An entry of platforms.yaml may state it. Otherwise it is measured once, in a process of its own, and kept in
-the cache: the launcher, the trainer and the processes that score all read the same answer. Nothing here
-imports a framework before the measurement.
+An entry of platforms.yaml may state the dtype. Otherwise it is measured once, in a process of its own, and
+kept in the cache: the launcher, the trainer and the processes that score all read the same answer. The same
+times say how large a model the machine starts with (backends/sizes.py). Nothing here imports a framework
+before the measurement.
 """
 
 import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
 from backends.platforms import Facts, Platform
 from backends.protocol import read_json, write_json
@@ -28,6 +30,9 @@ FLOAT32 = "float32"
 BFLOAT16 = "bfloat16"
 MARGIN = 1.15  # times that bfloat16 must be as fast as float32: less is within what a machine's load changes
 MEASURE_SECONDS = 0.6  # of the timing itself
+LAYER_ROWS = {"cpu": 2**9, "gpu": 2**14}  # tokens that the timed layer gets
+MEASURED_WIDTH = {"cpu": 192, "gpu": 512}  # of the timed layer where the size itself follows from the speed
+CLOCK = "by the time computed"  # what is measured: kept times that were measured otherwise are not read
 MOST_SECONDS = 120.0  # that the measurement may take, with the import of the framework from a cold disk
 
 Milliseconds = Annotated[float, Gt(0)]
@@ -35,19 +40,28 @@ Milliseconds = Annotated[float, Gt(0)]
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """The time of a layer's work, forward and backward, in milliseconds."""
+    """The time of a layer's work, forward and backward, in milliseconds.
+
+    That in bfloat16 is 0 where it was not measured: the device has no instructions for it.
+    """
 
     float32_products: Milliseconds
     float32_elementwise: Milliseconds
-    bfloat16_products: Milliseconds
-    bfloat16_elementwise: Milliseconds
+    bfloat16_products: Annotated[float, Ge(0)] = 0.0
+    bfloat16_elementwise: Annotated[float, Ge(0)] = 0.0
     __pydantic_config__ = STRICT
+
+    def of(self, dtype: str) -> float:
+        """Return the time in one dtype, 0 where it was not measured."""
+        if dtype == BFLOAT16:
+            return self.bfloat16_products + self.bfloat16_elementwise
+        return self.float32_products + self.float32_elementwise
 
     @property
     def ratio(self) -> float:
         """How many times as fast as float32 bfloat16 is."""
-        float32 = self.float32_products + self.float32_elementwise
-        return float32 / (self.bfloat16_products + self.bfloat16_elementwise)
+        bfloat16 = self.of(BFLOAT16)
+        return self.of(FLOAT32) / bfloat16 if bfloat16 else 0.0
 
     def __str__(self) -> str:
         return (
@@ -85,18 +99,33 @@ def name_of(bf16: bool) -> str:
     return BFLOAT16 if bf16 else FLOAT32
 
 
+def layer_rate(platform: Platform, facts: Facts, dtype: str) -> float:
+    """Return the GFLOP/s of a layer's training on a machine, 0 where they cannot be measured."""
+    times = measured_times(platform, facts)
+    milliseconds = times.of(dtype) if times else 0.0
+    if not milliseconds:
+        return 0.0
+    flops = 6 * LAYER_ROWS[platform.device_kind] * 12 * width_of(platform) ** 2
+    return flops / (1e6 * milliseconds)
+
+
 # ---------------------------------------------------------------------------
 # The measurement
 # ---------------------------------------------------------------------------
+
+
+def width_of(platform: Platform) -> int:
+    """Return the width of the layer that is timed."""
+    return MEASURED_WIDTH[platform.device_kind] if platform.measured else platform.start.n_embd
 
 
 def measured_times(platform: Platform, facts: Facts) -> LayerTimes | None:
     """Return the times of this machine: those that are kept, else new ones. None: they cannot be measured."""
     path = times_path(platform, facts)
     kept = read_times(json.dumps(read_json(path)))
-    if kept:
+    if kept and (kept.of(BFLOAT16) or not facts.bf16):
         return kept
-    times = read_times(output_of_measurement(platform))
+    times = read_times(output_of_measurement(platform, facts.bf16))
     if times:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(times))
@@ -109,7 +138,7 @@ def times_path(platform: Platform, facts: Facts) -> Path:
         version = importlib.metadata.version(platform.framework)
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    about = f"{facts.device}\n{platform.framework} {version}\n{platform.start.n_embd}"
+    about = f"{CLOCK}\n{facts.device}\n{platform.framework} {version}\n{width_of(platform)}"
     return cache_dir() / "dtype" / f"{hashlib.sha256(about.encode()).hexdigest()[:12]}.json"
 
 
@@ -124,27 +153,37 @@ def read_times(text: str) -> LayerTimes | None:
 
 
 @functools.lru_cache
-def output_of_measurement(platform: Platform) -> str:
+def output_of_measurement(platform: Platform, bf16: bool) -> str:
     """Return what this module prints as a script, "" when it fails or hangs.
 
     A command that runs all night asks once: what failed does not cost it minutes again, or change its answer.
+
+    bf16: the device has instructions for it. Where it is emulated, one product takes a second.
     """
-    command = [sys.executable, "-m", "backends.dtype", platform.device_kind, str(platform.start.n_embd)]
+    dtypes = [FLOAT32, BFLOAT16] if bf16 else [FLOAT32]
+    width = str(width_of(platform))
+    command = [sys.executable, "-m", "backends.dtype", platform.device_kind, width, *dtypes]
     try:
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=MOST_SECONDS, check=True
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=MOST_SECONDS,
+            check=True,
+            env={**os.environ, "OMP_WAIT_POLICY": "passive"},  # a thread that waits computes nothing
         )
     except (OSError, ValueError, subprocess.SubprocessError):  # ValueError: what it prints is no text
         return ""
     return done.stdout
 
 
-def main(device_kind: str, width: int) -> None:
+def main(device_kind: str, width: int, dtypes: list[str]) -> None:
     """Measure, and print the times as JSON."""
     from backends.cuda import layer_times
 
-    print(json.dumps(asdict(layer_times("cuda" if device_kind == "gpu" else "cpu", width))))
+    print(json.dumps(asdict(layer_times(device_kind, width, dtypes))))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

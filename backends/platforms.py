@@ -62,6 +62,19 @@ class StartSizes:
     __pydantic_config__ = STRICT
 
 
+MEASURED = "measured"  # the `start` of an entry whose size follows from the device's speed
+SMALLEST = StartSizes(
+    n_layer=2,
+    n_embd=128,
+    head_dim=64,
+    window_pattern="L",
+    short_window=128,
+    total_batch_size=2048,
+    device_batch_size=1,
+    eval_batch_size=1,
+)
+
+
 @dataclass(frozen=True)
 class Platform:
     """One kind of hardware, as platforms.yaml describes it."""
@@ -72,6 +85,7 @@ class Platform:
     trainer: str  # train_cuda.py or train_mlx.py
     track: str  # the track it starts on
     start: StartSizes
+    measured: bool = False  # `start` is computed from the device's speed: see backends/sizes.py
     match: str = ""  # regular expression, found in the device's name; "" matches all
     min_memory_gb: float = 0.0  # device memory from which this entry applies
     bf16: bool | None = None  # compute in bfloat16, or in float32; None: the faster one (backends/dtype.py)
@@ -118,7 +132,17 @@ def load_platforms(path: Path | None = None) -> dict[str, Platform]:
     def check(platform: Platform) -> Complaint | None:
         return check_platform(platform, tracks)
 
-    return read_entries(path or config_path(), "platforms", Platform, check, upgrade=split_backend)
+    return read_entries(path or config_path(), "platforms", Platform, check, upgrade=translate)
+
+
+def translate(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of an entry as Platform has them.
+
+    Where the file says `start: measured`, the smallest size stands until backends/sizes.py replaces it.
+    """
+    if values.get("start") == MEASURED:
+        values = {**values, "start": asdict(SMALLEST), "measured": True}
+    return split_backend(values)
 
 
 def split_backend(values: dict[str, Any]) -> dict[str, Any]:
@@ -215,8 +239,11 @@ def current_entries() -> tuple[Platform, Track]:
             return from_json(Platform, values["platform"]), from_json(Track, values["track"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError("AUTORESEARCH_ENTRIES holds no entries: only the launcher sets it", 2) from None
+    from backends.sizes import with_start  # it imports this module
+
     platform, _ = choose_platform(settings.platform)
-    return platform, load_track(settings.track or platform.track)
+    track = load_track(settings.track or platform.track)
+    return with_start(platform, track, facts_for(platform)), track
 
 
 def current_platform() -> Platform:

@@ -32,6 +32,7 @@ from launcher.options import (
 )
 
 if TYPE_CHECKING:
+    from backends.platforms import StartSizes
     from launcher.device import WhenBusy
     from launcher.setting import Setting
 
@@ -150,12 +151,16 @@ def platforms(platform: str, as_json: bool) -> None:
 
     from backends.dtype import choose_dtype
     from backends.platforms import choose_platform, facts_for, load_platforms, machine_facts
+    from backends.sizes import choose_start
+    from prepare import load_track
 
     facts = machine_facts().known()
     chosen, why = choose_platform(platform)
     summary = {"platform": chosen.name, "why": why, "trainer": chosen.trainer, "track": chosen.track}
     dtype = choose_dtype(chosen, facts_for(chosen))
     summary |= {"dtype": dtype.dtype, "why_dtype": dtype.why}
+    sized = choose_start(chosen, load_track(chosen.track), facts_for(chosen))
+    summary |= {"start": size_of(sized.start), "why_start": sized.why}
     if as_json:
         click.echo(json.dumps({"facts": facts, **summary}))
         return
@@ -165,9 +170,13 @@ def platforms(platform: str, as_json: bool) -> None:
     for name, entry in load_platforms().items():
         mark = "*" if name == chosen.name else " "
         hardware = f"{entry.framework} {entry.device_kind}"
-        start = entry.start
-        size = f"{start.n_layer} layers, width {start.n_embd}, {start.total_batch_size:,} tokens a step"
+        size = "measured" if entry.measured else size_of(entry.start)
         click.echo(f"{mark} {name:14} {hardware:10} {entry.track:12} {size}")
+
+
+def size_of(start: "StartSizes") -> str:
+    """Return a size to start with, for people."""
+    return f"{start.n_layer} layers, width {start.n_embd}, {start.total_batch_size:,} tokens a step"
 
 
 @main.command(section=START)

@@ -115,7 +115,9 @@ def run_once(request: Request) -> Row:
         run.path.mkdir(parents=True)
         copy = run.path / trainer.name
         copy.write_bytes(source)
-        write_json(run.record, record_of(row, trainer.name, setting.why, setting.facts.known(), laptop))
+        start = setting.platform.start
+        known = record_of(row, trainer.name, setting.why, start, setting.facts.known(), laptop)
+        write_json(run.record, known)
         try:
             run_copy(request, row, run, copy)
         except Exception as error:  # of ours, not the trainer's: the run is on record all the same

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from backends.platforms import StartSizes
 from backends.protocol import Log, Result, RunDir, read_json, write_json
 from launcher import compiled
 from launcher.console import describe_os_error, say
@@ -389,12 +390,13 @@ def add_result(row: Row, result: Result) -> None:
         row.tokens_per_second = float(round(1e6 * row.tokens_M / row.training_seconds))
 
 
-def record_of(row: Row, trainer: str, why: str, facts: dict, laptop: dict) -> dict:
+def record_of(row: Row, trainer: str, why: str, start: StartSizes, facts: dict, laptop: dict) -> dict:
     """Return the content of run.json: all that is known of a run before it starts."""
     return {
         "row": asdict(row),
         "pid": os.getpid(),
         "why": why,
+        "start": asdict(start),
         "facts": facts,
         "laptop": laptop,
         "python": sys.version.split()[0],

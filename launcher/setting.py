@@ -9,6 +9,7 @@ from pathlib import Path
 from backends.dtype import BFLOAT16, Choice, choose_dtype
 from backends.platforms import Facts, Platform, choose_platform, entries_as_json, facts_for, scored_tokens
 from backends.protocol import RunSettings
+from backends.sizes import with_start
 from launcher.box import missing_walls
 from launcher.ledger import BoardKey
 from prepare import ROOT, RULES, TIME_BUDGET, Prepared, Track, UserError, load_track, prepare_track
@@ -108,4 +109,6 @@ def resolve(platform: str = "", track: str = "", budget: float = TIME_BUDGET) ->
     """
     chosen, why = choose_platform(platform)
     learned = load_track(track or chosen.track)
-    return Setting(chosen, why, learned, facts_for(chosen), scored_tokens(chosen, learned), budget)
+    facts = facts_for(chosen)
+    sized = with_start(chosen, learned, facts)
+    return Setting(sized, why, learned, facts, scored_tokens(chosen, learned), budget)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backends.dtype import BFLOAT16
+from backends.platforms import StartSizes, from_json
 from launcher.console import print_object, say
 from launcher.device import DeviceLock
 from launcher.exit_codes import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
@@ -82,11 +83,26 @@ def verify_run(name: str, as_json: bool = False) -> int:
 
 
 def setting_of(row: Row) -> Setting:
-    """Return the setting in which a run was made, its dtype included where the row has it."""
+    """Return the setting in which a run was made, with its dtype and its start where they are recorded."""
     setting = replace(resolve(row.platform, row.track, row.budget), val_tokens=row.val_tokens)
-    if not row.dtype:
-        return setting
-    return replace(setting, platform=replace(setting.platform, bf16=row.dtype == BFLOAT16))
+    platform = replace(setting.platform, start=start_of(row) or setting.platform.start)
+    if row.dtype:
+        platform = replace(platform, bf16=row.dtype == BFLOAT16)
+    return replace(setting, platform=platform)
+
+
+def start_of(row: Row) -> StartSizes | None:
+    """Return the size that the constants of a run's trainer stand for; None where it is not recorded.
+
+    The machine may have been measured anew since, or the entry changed.
+    """
+    recorded = run_dir(row.run).read_record().get("start")
+    if not isinstance(recorded, dict):
+        return None
+    try:
+        return from_json(StartSizes, recorded)
+    except ValueError:
+        return None
 
 
 def saved(row: Row) -> tuple[Path | None, Path | None]:

@@ -11,6 +11,7 @@ from backends import cuda, dtype
 from backends.dtype import LayerTimes, choose_dtype, times_path
 from backends.platforms import Facts, current_platform, load_platforms
 from launcher.ledger import Row
+from launcher.runs import run_dir
 from launcher.setting import resolve
 from launcher.verify import setting_of
 
@@ -38,7 +39,7 @@ def machine(monkeypatch):
         prints = json.dumps(asdict(EPYC))
         asked = 0
 
-        def output(self, platform):
+        def output(self, platform, bf16):
             self.asked += 1
             return self.prints
 
@@ -111,10 +112,10 @@ def test_a_measurement_that_fails_is_no_crash_and_is_not_kept(cpu, machine, prin
 def test_a_measurement_that_hangs_or_cannot_start_is_given_up(cpu, monkeypatch):
     dtype.output_of_measurement.cache_clear()
     monkeypatch.setattr(dtype, "MOST_SECONDS", 0.01)
-    assert dtype.output_of_measurement(cpu) == ""
+    assert dtype.output_of_measurement(cpu, True) == ""
     dtype.output_of_measurement.cache_clear()
     monkeypatch.setattr(dtype.sys, "executable", "/nowhere/python")
-    assert dtype.output_of_measurement(cpu) == ""
+    assert dtype.output_of_measurement(cpu, True) == ""
     dtype.output_of_measurement.cache_clear()
 
 
@@ -139,8 +140,44 @@ def test_a_saved_model_is_scored_again_in_the_dtype_of_its_row(house):
     assert setting_of(row).bf16 and setting_of(row).board.platform == "cpu"
 
 
+def test_a_saved_model_is_built_again_in_the_size_of_its_run(house):
+    """The constants of its trainer are those of the machine, which may have been measured anew."""
+    row = Row(run="20260101-000000-aaaa", platform="cpu", track="tiny", budget=300.0, val_tokens=16384)
+    here = setting_of(row).platform.start
+    record = run_dir(row.run).record
+    record.parent.mkdir(parents=True)
+    damaged = [None, {"n_layer": 7}, 3]
+    for start, layers in [({**asdict(here), "n_layer": 7}, 7), *((one, here.n_layer) for one in damaged)]:
+        record.write_text(json.dumps({"start": start}))
+        assert setting_of(row).platform.start.n_layer == layers
+
+
+def compute(seconds):
+    """Keep this process busy."""
+    began = time.process_time()
+    while time.process_time() - began < seconds:
+        pass
+
+
+def test_time_in_which_a_cpu_waits_does_not_count(monkeypatch):
+    """Beside another load a product can take a hundred times as long by the clock."""
+    monkeypatch.setattr(cuda, "MEASURE_SECONDS", 0.02)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+    def layer_work(device, kind, rows, width):
+        def work():
+            compute(0.002)
+            time.sleep(0.02)
+
+        return {"products": [work], "elementwise": [work]}
+
+    monkeypatch.setattr(cuda, "layer_work", layer_work)
+    assert 2 <= cuda.layer_times("cpu", 64, ["float32"]).float32_products < 6
+
+
 def test_the_times_are_the_best_of_each_kind(monkeypatch):
     """A slow call in between, as on a machine that does other things, changes nothing."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     seconds = {torch.float32: 0.002, torch.bfloat16: 0.004}
     monkeypatch.setattr(cuda, "MEASURE_SECONDS", 0.1)
     calls = []
@@ -148,17 +185,35 @@ def test_the_times_are_the_best_of_each_kind(monkeypatch):
     def layer_work(device, kind, rows, width):
         def work():
             calls.append(kind)
-            time.sleep(seconds[kind] + (0.03 if len(calls) % 5 == 0 else 0))
+            compute(seconds[kind] + (0.03 if len(calls) % 5 == 0 else 0))
 
-        return {"products": work, "elementwise": work}
+        return {"products": [work], "elementwise": [work]}
 
     monkeypatch.setattr(cuda, "layer_work", layer_work)
-    times = cuda.layer_times("cpu", 64)
+    times = cuda.layer_times("cpu", 64, ["float32", "bfloat16"])
     assert times.ratio == pytest.approx(0.5, rel=0.2) and times.float32_products < 4
 
 
 def test_the_work_is_that_of_a_layer(monkeypatch):
     """It runs at all, in either dtype."""
     for kind in (torch.float32, torch.bfloat16):
-        for work in cuda.layer_work(torch.device("cpu"), kind, 8, 16).values():
-            work()
+        for parts in cuda.layer_work(torch.device("cpu"), kind, 8, 16).values():
+            for work in parts:
+                work()
+
+
+def test_bfloat16_is_not_timed_where_it_is_emulated(cpu, monkeypatch):
+    """The times are measured all the same where the size of the model follows from them."""
+    commands = []
+    monkeypatch.setattr(dtype.subprocess, "run", lambda command, **more: commands.append(command) or Done())
+    dtype.output_of_measurement.cache_clear()
+    measured = replace(cpu, measured=True)
+    times_path(measured, WITHOUT).unlink(missing_ok=True)
+    assert dtype.layer_rate(measured, WITHOUT, "float32") == pytest.approx(1359 / 4, rel=0.01)
+    assert dtype.layer_rate(measured, WITHOUT, "bfloat16") == 0.0
+    dtype.output_of_measurement.cache_clear()
+    assert [command[3:] for command in commands] == [["cpu", "192", "float32"]]
+
+
+class Done:
+    stdout = json.dumps(asdict(LayerTimes(float32_products=3.0, float32_elementwise=1.0)))
