@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from backends.platforms import StartSizes
 from backends.protocol import last_line
 from launcher.console import say
 from launcher.harness import harness_hash
@@ -94,6 +95,7 @@ class LentDevices:
     board: BoardKey  # that its runs stand on
     facts: dict[str, Any]  # of its machine: platforms.Facts
     platform: str
+    start: dict[str, Any]  # the size that its speed gives: platforms.StartSizes
 
 
 def read_hosts(path: Path) -> list[Host]:
@@ -174,6 +176,7 @@ def read_answer(name: str, text: str) -> LentDevices:
             BoardKey(**said["board"]),
             said["facts"],
             said["platform"],
+            said["start"],
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -190,8 +193,20 @@ def night_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def require_same_board(lent: LentDevices, board: BoardKey) -> None:
-    """Raise UserError where the runs of a host do not stand on the board of the night."""
+def require_same_board(lent: LentDevices, board: BoardKey, start: StartSizes) -> None:
+    """Raise UserError where the runs of a host are not as those of the night.
+
+    Args:
+        lent: what the host said.
+        board: that the night's runs stand on.
+        start: the size that their trainer starts with.
+    """
+    if lent.start != asdict(start):
+        raise UserError(
+            f"host {lent.host}: there the platform {lent.platform} starts with {lent.start}, here with "
+            f"{asdict(start)}, as its speed was measured: give it a night of its own, or state the size in "
+            "both platforms.yaml"
+        )
     for name, theirs, ours in zip(BoardKey._fields, lent.board, board, strict=True):
         if theirs != ours:
             remedy = REMEDIES.get(name, "bring both to one commit")

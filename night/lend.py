@@ -58,6 +58,7 @@ def describe(asked: dict[str, Any]) -> dict[str, Any]:
         "harness": harness_hash(),
         "night": night_hash(),
         "platform": setting.platform.name,
+        "start": asdict(setting.platform.start),
         "board": setting.board._asdict(),
         "facts": asdict(setting.facts),
         "devices": [asdict(device) for device in devices],

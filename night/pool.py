@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from backends.platforms import Facts
+from backends.platforms import Facts, StartSizes
 from launcher.console import warn_once
 from launcher.setting import Setting, resolve
 from night.devices import Device, parse_devices, setting_on
@@ -87,7 +87,8 @@ def find_pool(
     if setting is None:
         first = pool.lent[0]
         resolved = resolve(first.platform, track, budget)
-        setting = replace(resolved, facts=Facts(**first.facts), boxed=first.board.boxed)
+        sized = replace(resolved.platform, start=StartSizes(**first.start))
+        setting = replace(resolved, platform=sized, facts=Facts(**first.facts), boxed=first.board.boxed)
     for lent in pool.lent:
-        require_same_board(lent, setting.board)
+        require_same_board(lent, setting.board, setting.platform.start)
     return pool, setting

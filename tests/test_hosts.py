@@ -98,12 +98,14 @@ def answer(**more):
         "platform": "cpu",
         "board": board._asdict(),
         "facts": asdict(resolve("cpu").facts),
+        "start": asdict(resolve("cpu").platform.start),
         "devices": [asdict(Device("cpu0", "cpu", cores=(0,)))],
     }
     return json.dumps({**told, **more})
 
 
-def test_a_machine_says_what_it_is():
+def test_a_machine_says_what_it_is(monkeypatch):
+    monkeypatch.setattr("night.devices.usable_cores", lambda: [0, 1])
     said = describe({"platform": "", "track": "", "budget": 300.0, "devices": "cpu:2"})
     lent = read_answer("box", json.dumps(said))
     assert [device.name for device in lent.devices] == ["box/cpu0", "box/cpu1"]
@@ -121,12 +123,15 @@ def test_another_harness_or_board_is_refused_by_name():
         with pytest.raises(UserError, match="host box: its answer is not understood"):
             read_answer("box", text)
     lent = read_answer("box", answer())
-    require_same_board(lent, lent.board)
+    start = resolve("cpu").platform.start
+    require_same_board(lent, lent.board, start)
+    with pytest.raises(UserError, match="host box: there the platform cpu starts with .*'n_layer': 9"):
+        require_same_board(replace(lent, start={**lent.start, "n_layer": 9}), lent.board, start)
     other = replace(lent, board=lent.board._replace(fingerprint="ffff"))
     with pytest.raises(
         UserError, match="host box: fingerprint ffff there, .* here: uv run autoresearch prep"
     ):
-        require_same_board(other, lent.board)
+        require_same_board(other, lent.board, start)
 
 
 def put_ssh(folder, script, monkeypatch):

@@ -628,7 +628,7 @@ def test_no_run_begins_that_would_not_end_in_time(night, repository, monkeypatch
 
 def test_a_laptop_on_battery_is_told_before_the_night(night, repository, monkeypatch):
     for state, says in (("on_battery", "battery"), ("low_power_mode", "low-power")):
-        monkeypatch.setattr(loop, "mac_state", lambda state=state: {state: True})
+        monkeypatch.setattr("night.plan.mac_state", lambda state=state: {state: True})
         with pytest.raises(UserError, match=rf"no result of the night would count \({says}\)"):
             night(BETTER)
     assert not rows()
