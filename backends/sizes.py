@@ -27,9 +27,9 @@ class Rung(NamedTuple):
     batch: int  # tokens an optimizer step
 
 
-# Measured with benchmarks/sizes.py up to 52 TFLOP (docs/benchmarks.md). 144 is the size that two cores of a
-# CPU had before, found by hand. The last one is the start of the platform h100, which was run; those between
-# are those of platforms of such a speed: estimates. None has one head: PyTorch 2.14 fails to compile that.
+# Measured with benchmarks/sizes.py up to 52 TFLOP, and by real runs at 144 (docs/benchmarks.md). The last one
+# is the start of the platform h100, which was run; those between are those of platforms of such a speed:
+# estimates. None has one head: PyTorch 2.14 fails to compile that.
 LADDER = (
     Rung(6.5, 2, 128, 2048),
     Rung(13, 3, 128, 2048),
