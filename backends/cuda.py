@@ -279,7 +279,9 @@ def layer_work(device: torch.device, dtype: torch.dtype, rows: int, width: int) 
         return torch.randn(shape, device=device).to(dtype)
 
     def product(into: int, out: int) -> Work:
-        inputs, weight, gradient = random(rows, into), random(into, out), random(rows, out)
+        inputs = random(rows, into)
+        weight = random(into, out)
+        gradient = random(rows, out)
 
         def multiply() -> None:
             inputs @ weight

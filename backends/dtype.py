@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 
 from annotated_types import Ge, Gt
 
-from backends.platforms import Facts, Platform
+from backends.platforms import DeviceKind, Facts, Platform
 from backends.protocol import read_json, write_json
 from prepare import ROOT, STRICT, cache_dir
 
@@ -105,8 +105,12 @@ def layer_rate(platform: Platform, facts: Facts, dtype: str) -> float:
     milliseconds = times.of(dtype) if times else 0.0
     if not milliseconds:
         return 0.0
-    flops = 6 * LAYER_ROWS[platform.device_kind] * 12 * width_of(platform) ** 2
-    return flops / (1e6 * milliseconds)
+    return 1e3 * layer_gflop(platform.device_kind, width_of(platform)) / milliseconds
+
+
+def layer_gflop(device_kind: DeviceKind, width: int) -> float:
+    """Return the GFLOP of the timed layer: its matrix products, forward and backward."""
+    return 6 * LAYER_ROWS[device_kind] * 12 * width**2 / 1e9
 
 
 # ---------------------------------------------------------------------------

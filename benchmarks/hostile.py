@@ -89,7 +89,8 @@ PHASES = ("agent", "git", "training")
 LONG = "40"  # seconds that an agent thinks and a trainer starts, where they are killed meanwhile
 PHASE_SECONDS = 60.0  # until a phase is reached
 DELAY_SECONDS = 0.7  # at most, from the beginning of a phase to a kill
-PARTS_OF_A_FLEET = {"worker": "spawn_main", "job": "night.job", "trainer": TRAINER, "agent": "agent.py"}
+PARTS_OF_A_DEVICE = {"worker": "spawn_main", "job": "night.job", "trainer": TRAINER}
+PARTS_OF_A_FLEET = {**PARTS_OF_A_DEVICE, "agent": "agent.py"}
 FLEET_EXPERIMENTS = 5  # of a night over two devices
 HOSTS_EXPERIMENTS = 5  # of a night over three hosts
 FLEET_SECONDS = 25.0  # in which it is struck
@@ -98,13 +99,7 @@ HOSTS_PATIENCE = 300.0  # after which such a night is said to hang
 AWAY_SECONDS = 45.0  # that a host is away at most, where it comes back
 LEASE_SECONDS = 60.0  # in which a host that was cut off has ended what it did
 CLOCKS = (3 * 3600, -3 * 3600, -400 * 86400)  # seconds, by which the hosts' clocks are off
-PARTS_OF_A_HOST = {
-    "ssh": "night.lend lend",
-    "lender": "night.lend",
-    "worker": "spawn_main",
-    "job": "night.job",
-    "trainer": TRAINER,
-}
+PARTS_OF_A_HOST = {"ssh": "night.lend lend", "lender": "night.lend", **PARTS_OF_A_DEVICE}
 HOST_FAULTS = ("loop", *PARTS_OF_A_HOST, "sshd", "gone", "gone and back", "disk", "clock")
 TRIES = 0.25  # share of the nights that are `try` instead, where that is the same
 SHARED_MEMORY = Path("/dev/shm/hostile-agent")  # acts.sh leaves it

@@ -185,7 +185,9 @@ def build_host(house: House, folder: Path, number: int, clock: int) -> LabHost:
     if (house.folder / "cache").is_dir():
         shutil.copytree(house.folder / "cache", place / "cache")
     tag = f"{os.getpid() % 100_000}-{number}"
-    namespace, outside, inside = f"lab-{tag}", f"lo{tag}", f"li{tag}"
+    namespace = f"lab-{tag}"
+    outside = f"lo{tag}"
+    inside = f"li{tag}"
     net = f"10.{200 + number}.{os.getpid() // 250 % 250}.{os.getpid() % 60 * 4}"
     first, _, last = net.rpartition(".")
     ours, theirs = (f"{first}.{int(last) + step}" for step in (1, 2))

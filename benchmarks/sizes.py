@@ -81,6 +81,23 @@ def run_inside(
     scored.
     """
     os.environ["AUTORESEARCH_TRACK"] = track_name
+    bench = build_bench(layers, width, seed)
+    for compute, tokens in tasks:
+        result = {
+            "size": str(Size(layers, width, int(tokens))),
+            "compute": compute,
+            "seed": seed,
+            "track": track_name,
+            "dtype": str(bench.model.config.dtype).removeprefix("torch."),
+            "quiet": quiet,
+            "val_tokens": val_tokens,
+        }
+        result |= train_and_score(bench, compute, int(tokens), quiet, val_tokens, seed)
+        print(json.dumps(result), flush=True)
+
+
+def build_bench(layers: int, width: int, seed: int) -> SimpleNamespace:
+    """Return a model of train_cuda.py's with all that its training needs."""
     import torch
 
     from backends.cuda import TorchDevice
@@ -96,42 +113,49 @@ def run_inside(
     torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)
     model = trainer.build_model(data, platform)
-    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = trainer.Optimizer(model)
-    for compute, tokens in tasks:
-        batch = int(tokens)
-        trainer.TOTAL_BATCH_SIZE = batch
-        trainer.DEVICE_BATCH_SIZE = min(MOST_ROWS, batch // track.seq_len)
-        train_step = trainer.make_train_step(model, optimizer)
-        cost = quiet * step_cost(train_step, device, model.config, platform)
-        model.load_state_dict(initial)
-        optimizer.reset()
-        steps = max(1, round(compute * 1e3 / cost))
-        next_batch = BatchOrder(data.rows("train"), device, seed).next_batch
-        began = time.monotonic()
-        for step in range(steps):
-            loss = train_step(next_batch, step / steps)
-        took = time.monotonic() - began
-        val_bpb, stderr = score(model, device, data, val_tokens // track.seq_len)
-        result = {
-            "size": str(Size(layers, width, batch)),
-            "compute": compute,
-            "seed": seed,
-            "track": track_name,
-            "dtype": str(model.config.dtype).removeprefix("torch."),
-            "step_gflop": round(cost, 3),
-            "quiet": quiet,
-            "val_tokens": val_tokens,
-            "steps": steps,
-            "tokens": steps * batch,
-            "flops_per_token": model.flops_per_token(),
-            "train_loss": round(loss.item(), 4),
-            "val_bpb": round(val_bpb, 5),
-            "stderr": round(stderr, 5),
-            "train_seconds": round(took, 1),
-            "peak_mb": round(device.peak_memory_mb()),
-        }
-        print(json.dumps(result), flush=True)
+    return SimpleNamespace(
+        platform=platform,
+        data=data,
+        device=device,
+        trainer=trainer,
+        model=model,
+        initial={name: tensor.clone() for name, tensor in model.state_dict().items()},
+        optimizer=trainer.Optimizer(model),
+    )
+
+
+def train_and_score(
+    bench: SimpleNamespace, compute: float, batch: int, quiet: float, val_tokens: int, seed: int
+) -> dict[str, Any]:
+    """Train the model anew for a compute, and return what came of it. Arguments as those of run_inside."""
+    model = bench.model
+    device = bench.device
+    data = bench.data
+    seq_len = model.config.seq_len
+    bench.trainer.TOTAL_BATCH_SIZE = batch
+    bench.trainer.DEVICE_BATCH_SIZE = min(MOST_ROWS, batch // seq_len)
+    train_step = bench.trainer.make_train_step(model, bench.optimizer)
+    cost = quiet * step_cost(train_step, device, model.config, bench.platform)
+    model.load_state_dict(bench.initial)
+    bench.optimizer.reset()
+    steps = max(1, round(compute * 1e3 / cost))
+    next_batch = BatchOrder(data.rows("train"), device, seed).next_batch
+    began = time.monotonic()
+    for step in range(steps):
+        loss = train_step(next_batch, step / steps)
+    took = time.monotonic() - began
+    val_bpb, stderr = score(model, device, data, val_tokens // seq_len)
+    return {
+        "step_gflop": round(cost, 3),
+        "steps": steps,
+        "tokens": steps * batch,
+        "flops_per_token": model.flops_per_token(),
+        "train_loss": round(loss.item(), 4),
+        "val_bpb": round(val_bpb, 5),
+        "stderr": round(stderr, 5),
+        "train_seconds": round(took, 1),
+        "peak_mb": round(device.peak_memory_mb()),
+    }
 
 
 def step_cost(train_step: Callable, device: Any, config: Any, platform: Any) -> float:
@@ -141,7 +165,7 @@ def step_cost(train_step: Callable, device: Any, config: Any, platform: Any) -> 
     that of this process alone, which has one thread.
     """
     from backends.cuda import layer_work
-    from backends.dtype import LAYER_ROWS, MEASURED_WIDTH
+    from backends.dtype import LAYER_ROWS, MEASURED_WIDTH, layer_gflop
 
     kind = platform.device_kind
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (MOST_ROWS, config.seq_len + 1))
@@ -176,8 +200,7 @@ def step_cost(train_step: Callable, device: Any, config: Any, platform: Any) -> 
             work()  # what the step left in the caches is gone
             times.extend(seconds(work) for _ in range(3))
     layer = sum(float(np.median(times)) for times in of_parts)
-    gflop = 6 * LAYER_ROWS[kind] * 12 * width**2 / 1e9
-    return gflop * float(np.median(of_step)) / layer
+    return layer_gflop(kind, width) * float(np.median(of_step)) / layer
 
 
 class BatchOrder:

@@ -377,10 +377,12 @@ def loop(
         raise click.UsageError("--scheduler has its own devices: leave --devices and --hosts out.")
     if is_open and not scheduler:
         raise click.UsageError("--open goes with --scheduler.")
+    is_here = True
     if is_fleet:
         from night.pool import find_pool
 
         pool, setting = find_pool(devices or "", hosts, scheduler or "", is_open, platform, track, budget)
+        is_here = bool(pool.here)
     else:
         setting = setting_of(platform, track, budget)
     night = Night(
@@ -391,11 +393,11 @@ def loop(
         until=parse_until(until) if until is not None else None,
         agent_seconds=agent_seconds,
         pause=pause,
-        confirms=not no_confirm and (not is_fleet or bool(pool.here)),
+        confirms=not no_confirm and is_here,
         when_busy=when_busy,
         boxed=boxed,
         ahead=ahead,
-        is_here=not is_fleet or bool(pool.here),
+        is_here=is_here,
     )
     if is_fleet:
         from night.fleet import run_fleet

@@ -5,6 +5,7 @@ import hashlib
 import os
 import stat
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from prepare import ROOT, UserError, config_path
@@ -39,8 +40,13 @@ def harness_files() -> list[Path]:
 
 def harness_hash() -> str:
     """Return the content hash of the harness, as the ledger writes it."""
+    return hash_of_files(harness_files())
+
+
+def hash_of_files(paths: Iterable[Path]) -> str:
+    """Return the content hash of files, their names included."""
     digest = hashlib.sha256()
-    for path in harness_files():
+    for path in paths:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import click
 
-from launcher.carried import unpack_run
 from launcher.console import print_object, say
 from launcher.device import awake
 from launcher.exit_codes import EXIT_DONE, EXIT_FAILED
@@ -24,8 +23,8 @@ from night.devices import Device, parse_list
 from night.job import Job, JobAnswer
 from night.pool import find_lent
 from night.state import loop_folder
-from night.workers import WORKER_SECONDS, Future, Workers, result_of
-from prepare import TIME_BUDGET, UserError, first_line
+from night.workers import WORKER_SECONDS, Future, Workers, result_of, take_run
+from prepare import TIME_BUDGET, UserError
 
 POLL_SECONDS = 0.5
 COLUMNS = (
@@ -159,10 +158,7 @@ def wait_for(future: Future, job: Job, device: Device, workers: Workers) -> JobA
             future.cancel()
     answer = result_of(future)
     if answer.files:
-        try:
-            unpack_run(answer.run, answer.files, {"source": source_hash(job.trainer), "seed": job.seed})
-        except (UserError, OSError, TypeError, ValueError) as error:
-            return JobAnswer(status="error", reason=first_line(error))
+        return take_run(answer, {"source": source_hash(job.trainer), "seed": job.seed})
     return answer
 
 

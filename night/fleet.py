@@ -13,11 +13,11 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
 from launcher.belief import PRIOR, REPEATS
-from launcher.carried import unpack_run
 from launcher.harness import source_hash
 from launcher.ledger import MOVED, Flag, Row, single_line
 from launcher.processes import defer_signals
@@ -36,7 +36,7 @@ from night.plan import Night
 from night.state import Edit, LoopState, loop_folder, read_state, record
 from night.trial import lab_message, put_on_branch, scored_before
 from night.turn import Turn, end_turn
-from night.workers import WORKER_SECONDS, Future, Pool, Workers, result_of
+from night.workers import WORKER_SECONDS, Future, Pool, Workers, result_of, take_run
 from prepare import UserError, first_line
 
 RESTART_SECONDS = 20.0  # that a worker has to come back, before its task is done elsewhere
@@ -63,7 +63,7 @@ class Task:
     job: Job
     edit: Edit | None = None  # None: it is the committed trainer
 
-    @property
+    @cached_property
     def source(self) -> str:
         """Return the content hash of its trainer."""
         return source_hash(self.job.trainer)
@@ -272,17 +272,18 @@ class Fleet(Loop):
             self.run_committed(device, BASELINE, self.baseline, self.baseline_seed)
 
     def run_on_others(self) -> None:
-        """Run the baseline of this night on each free device that has not: do they give the same?
+        """Run the baseline of this night on each free device that has not run it: do they give the same?
 
         Hosts may join later than the first look. On two devices one runs it once more: of two runs that
         differ one may have gone wrong, so that they do not say how large the noise is.
         """
         if not self.baseline:
             return
-        wanted = max(len(self.devices), REPEATS) if len(self.devices) > 1 else 1
+        count = len(self.devices)
         for device in self.free_devices():
             is_compared = device in self.compared
-            if is_compared and not len(self.devices) <= len(self.compared) < wanted:
+            is_one_more_wanted = 1 < count <= len(self.compared) < REPEATS
+            if is_compared and not is_one_more_wanted:
                 continue
             text = f"the committed trainer on {device}{', once more' if is_compared else ''}"
             if self.not_before.get(text, 0.0) <= time.monotonic():
@@ -346,10 +347,11 @@ class Fleet(Loop):
             self.tries[rebased.commit] = self.tries.pop(edit.commit, 0)
         edit = rebased
         source = self.read_new_source(edit)
-        if any(task.source == source_hash(source) for task in self.tasks):
+        digest = source_hash(source)
+        if any(task.source == digest for task in self.tasks):
             raise self.refuse(edit, "the same source is run now")
         job = self.make_job(
-            seed=max(self.night.seed, fresh_seed(ledger().rows(), [source_hash(source)])),
+            seed=max(self.night.seed, fresh_seed(ledger().rows(), [digest])),
             description=edit.answer.description,
             trainer=source,
             commit=edit.commit,
@@ -454,11 +456,7 @@ class Fleet(Loop):
             "commit": task.job.commit[:7],
             "board": self.setting.board,
         }
-        try:
-            unpack_run(answer.run, answer.files, expected)
-        except (UserError, OSError, TypeError, ValueError) as error:
-            return JobAnswer(status="error", reason=first_line(error))
-        return answer
+        return take_run(answer, expected)
 
     def count_failure(self, task: Task, answer: JobAnswer, row: Row | None) -> None:
         """Count the jobs in a row without a score on a device.

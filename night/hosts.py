@@ -7,10 +7,9 @@ Other machines that lend their devices to a night, over SSH: hosts.yaml, and the
         devices: all             # as --devices takes them
 
 All goes through one ssh process for each host: the scheduler's port is forwarded to the host, and the
-workers' ports to here. On the host it is night/lend.py that talks.
+workers' ports to here. On the host night/lend.py answers.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,6 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +27,7 @@ from typing import Any
 from backends.platforms import StartSizes
 from backends.protocol import last_line
 from launcher.console import say
-from launcher.harness import harness_hash
+from launcher.harness import harness_hash, hash_of_files
 from launcher.ledger import BoardKey
 from launcher.processes import Guarded, defer_signals, start_guarded
 from night.devices import Device
@@ -88,7 +86,7 @@ def quote_path(path: str) -> str:
 
 @dataclass(frozen=True)
 class LentDevices:
-    """What a host said of itself, and the devices that it lends. All are bound to the host by its name."""
+    """What a host said of itself, and the devices that it lends. Their names begin with the host's."""
 
     host: str
     devices: tuple[Device, ...]
@@ -108,7 +106,7 @@ def read_hosts(path: Path) -> list[Host]:
 
 
 def is_name(text: str) -> bool:
-    """Return whether a host may be called so."""
+    """Return whether a text may be the name of a host."""
     return re.fullmatch(r"\w[\w.-]*", text) is not None
 
 
@@ -187,10 +185,7 @@ def read_answer(name: str, text: str) -> LentDevices:
 
 def night_hash() -> str:
     """Return the content hash of the code that does what a night asks for."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "night").glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
+    return hash_of_files(sorted((ROOT / "night").glob("*.py")))
 
 
 def require_same_board(lent: LentDevices, board: BoardKey, start: StartSizes) -> None:
@@ -311,9 +306,3 @@ def beat(pipe: int, order: str) -> None:
         while True:
             time.sleep(BEAT_SECONDS)
             to_host.write(b"\n")
-
-
-def end_links(links: Sequence[Link]) -> None:
-    """End several connections."""
-    for link in links:
-        link.end()

@@ -41,8 +41,8 @@ def describe(asked: dict[str, Any]) -> dict[str, Any]:
 
     It prepares the track.
 
-    asked: platform, track, budget and devices, as `autoresearch loop` has them; a list of devices is they
-        themselves, as JSON has them
+    asked: platform, track, budget and devices, as `autoresearch loop` has them. The devices may also be a
+        list, each one as JSON has it.
 
     Raises:
         UserError: it cannot take part, or is not asked for a device that it has.

@@ -12,7 +12,7 @@ NAME = "autoresearch"
 def make_certificate() -> dict[str, str]:
     """Return a new key and a certificate that it signed itself, as PEM: {"key": ..., "cert": ...}.
 
-    dask's own (Security.temporary) holds from now on: a host whose clock is behind would refuse it.
+    That of dask (Security.temporary) is valid from now on: a host whose clock is behind would refuse it.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization

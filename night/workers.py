@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from asyncio import CancelledError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,11 +25,11 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from backends.protocol import last_line, write_json
-from launcher.carried import pack_run
+from launcher.carried import pack_run, unpack_run
 from launcher.processes import start_guarded
 from launcher.runs import scratch_folder
 from night.devices import Device
-from night.hosts import Host, LentDevices, Link, end_links, read_answer
+from night.hosts import Host, LentDevices, Link, read_answer
 from night.job import LOST, Job, JobAnswer
 from night.tls import make_certificate, make_security
 from prepare import ROOT, UserError, first_line
@@ -182,7 +182,8 @@ class Workers:
             Link(host, lent, port, certificate, self.folder / f"{host.name}.log")
             for host, lent in self.pool.hosts
         ]
-        stack.callback(end_links, self._links)
+        for link in self._links:
+            stack.callback(link.end)
         self.tend()
 
     def __exit__(self, *_: object) -> None:
@@ -325,11 +326,25 @@ def describe_here(asked: dict[str, Any]) -> str:
 
 
 def result_of(future: Future) -> JobAnswer:
-    """Return the answer of a job that is done; of one that failed with its worker, an error."""
+    """Return the answer of a job that is done, LOST where its worker ended before."""
     try:
         return future.result()
     except (Exception, CancelledError) as error:
         return JobAnswer(status=LOST, reason=f"its worker ended: {type(error).__name__}")
+
+
+def take_run(answer: JobAnswer, expected: Mapping[str, Any]) -> JobAnswer:
+    """Add the run of another machine to those of this one, and return the answer.
+
+    Where the run is not the expected one, or cannot be written, an answer that says so is returned.
+
+    expected: see carried.unpack_run
+    """
+    try:
+        unpack_run(answer.run, answer.files, expected)
+    except (UserError, OSError, TypeError, ValueError) as error:
+        return JobAnswer(status="error", reason=first_line(error))
+    return answer
 
 
 def is_wanted() -> bool:
