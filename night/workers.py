@@ -87,6 +87,11 @@ def prepare_dask() -> None:
             raise UserError("several devices need the extra fleet: uv sync --extra fleet", 2)
 
 
+# Ctrl-C in a terminal reaches all processes of the night: who runs the night ends the workers, and they say
+# nothing of it themselves. A function of ours, because what is ignored a worker's jobs would ignore too.
+DEAF = "import signal; signal.signal(signal.SIGINT, lambda *_: None)"
+
+
 def nanny_options(device: Device, scratch: str, security: Any) -> dict[str, Any]:
     """Return the options of dask's Nanny for the worker of a device. scratch: a folder"""
     return {
@@ -99,6 +104,7 @@ def nanny_options(device: Device, scratch: str, security: Any) -> dict[str, Any]
             "DASK_TEMPORARY_DIRECTORY": scratch,
         },
         "memory_limit": 0,  # the trainer has its own limits
+        "preload": [DEAF],
         "dashboard": False,
         "local_directory": scratch,
         "security": security,

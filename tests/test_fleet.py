@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from asyncio import CancelledError
@@ -10,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from conftest import RESULT, ROOT, row
+from conftest import RESULT, ROOT, row, wait_for_line
 from rich.console import Console
 
 from launcher import verdict
@@ -699,6 +701,30 @@ def test_a_job_without_an_answer_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("night.workers.ROOT", ROOT)
     answer = do_job({"no": "job"}, str(tmp_path))
     assert isinstance(answer, JobAnswer) and answer.status == "error" and "exit code 1" in answer.reason
+
+
+@pytest.mark.alone
+def test_ctrl_c_reaches_the_workers_too_and_nothing_speaks_of_it(house):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher.entry", "compare", "--devices", "cpu:2", "--budget", "100"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, as in a terminal
+    )
+    try:
+        said = wait_for_line(process, "training on cpu0, cpu1")
+        deadline = time.monotonic() + 120
+        while not list((house / "runs").glob("2*/events.jsonl")):
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        said += process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and "Error" not in said, said
 
 
 @pytest.mark.alone
