@@ -696,6 +696,8 @@ def main() -> None:
     exp = Experiment()
     torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)
+    if COMPILE:
+        kernels.start_compilers()
     model = build_model(exp.track, exp.platform)
     train_step = warm_up(model, exp)
 

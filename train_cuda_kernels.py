@@ -3,6 +3,7 @@ Kernels for the model of train_cuda.py on recent NVIDIA GPUs, which PyTorch does
 
 The trainer asks for one of them and gets it, or plain PyTorch; it does not know which:
 
+    start_compilers()                processes that compile Triton kernels (any GPU)
     flash_attention()                FlashAttention (Hopper and newer), or None
     fuse_blocks(blocks, wte, rotary) a faster forward for each Block (Hopper, bfloat16)
     fuse_loss(plain, w, softcap)     a faster function of the loss of a chunk (Hopper, bfloat16)
@@ -22,6 +23,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from functools import cache, partial
 from types import MethodType
@@ -47,6 +49,20 @@ TOLERANCE = 0.03  # relative difference of a fused result; rounding to bfloat16 
 # ---------------------------------------------------------------------------
 # What the trainer calls
 # ---------------------------------------------------------------------------
+
+
+def start_compilers() -> None:
+    """Start the processes in which torch.compile has Triton kernels compiled, if there is a GPU.
+
+    PyTorch starts them at its first kernel. Until they are ready, and that is later than the model's last
+    kernel on a fresh machine, it compiles one after the other itself.
+    """
+    if triton is None or not torch.cuda.is_available():
+        return
+    with suppress(ImportError, AttributeError):  # it is no interface that PyTorch promises
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.use_process_pool()
 
 
 def flash_attention() -> Attention | None:

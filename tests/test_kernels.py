@@ -38,6 +38,27 @@ needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton comes w
 @no_child
 @needs_triton
 @pytest.mark.slow
+def test_the_compilers_of_kernels_start() -> None:
+    script = """
+import torch
+import train_cuda_kernels as kernels
+torch.cuda.is_available = lambda: True
+kernels.start_compilers()
+from torch._inductor.async_compile import AsyncCompile
+assert AsyncCompile._ready_future is not None
+AsyncCompile._ready_future.result(timeout=120)
+assert AsyncCompile.use_process_pool()
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@no_child
+@needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_in_a_child(group: str) -> None:
     if group == "cross-compiled":

@@ -318,6 +318,31 @@ def test_both_score_one_model_identically(trainers, monkeypatch):
     assert np.abs(results[0].reshape(-1) - expected.numpy()).max() < 1e-5
 
 
+def test_both_see_whether_a_model_was_drawn_with_another_seed(trainers):
+    from backends import cuda as cuda_backend
+    from backends import mlx as mlx_backend
+
+    def torch_model(values):
+        return torch.nn.ParameterDict({"w": torch.from_numpy(values), "zeros": torch.zeros(9)})
+
+    def mlx_model(values):
+        model = nn.Module()
+        model.w = mx.array(values)
+        model.zeros = mx.zeros(9)
+        return model
+
+    def drawn(seed):
+        values = np.random.default_rng(seed).normal(size=(300, 1024)).astype(np.float32)
+        values[:, :1000] = 0.0  # an odd step finds the few columns that were drawn
+        return values
+
+    for backend, build in ((cuda_backend, torch_model), (mlx_backend, mlx_model)):
+        device = object.__new__(backend.Experiment.device_class)
+        seen = [device.drawn(build(drawn(seed))) for seed in (1, 1, 2)]
+        assert seen[0] == seen[1] != seen[2] and all(seen)
+        assert device.drawn(build(np.ones((300, 1024), np.float32))) == ""
+
+
 # --- the loss -----------------------------------------------------------------------------------------------
 
 
