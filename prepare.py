@@ -18,16 +18,18 @@ import json
 import math
 import os
 import shutil
+import string
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Set
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 
@@ -76,6 +78,14 @@ DATA_FILES = (
 NO_DOCUMENT = -1  # the number of what a bare BOS opens
 # Modules that a package's build writes, different on each platform: never part of a corpus.
 GENERATED_MODULES = ("*_version*.py", "*__config__.py", "*_generated*.py", "*_sysconfig*.py")
+MOST_DIGITS = (
+    0.2  # share of a module's characters; with more it is a table of numbers, of which little is learned
+)
+# Two modules are near copies when they share half the distinctive lines of the one that has fewer.
+LINE_CHARS = 20  # a line that tells modules apart has more,
+LINE_MODULES = 6  # and is in no more modules than these
+LEAST_LINES = 20  # of a module that is compared
+SHARED_LINES = 0.5
 
 
 # ---------------------------------------------------------------------------
@@ -577,7 +587,8 @@ class Corpus:
     """The documents of a track, in a fixed order, split three ways. Copies of a document are dropped.
 
     With a validation shard, the splits "val" and "sealed" are both that shard: the sealed rows continue where
-    the val rows end. Otherwise each document belongs to one split by its hash (see split_by_hash).
+    the val rows end. Otherwise each document belongs to one split by its hash (see split_by_hash). Of
+    packages, modules that are tables of numbers are left out, and near copies belong to one split.
 
     Attributes:
         has_val_shard: whether the track names a validation shard.
@@ -606,7 +617,8 @@ class Corpus:
             for text in self._read(self.paths):
                 sizes.setdefault(document_key(text), len(utf8(text)))
             trained = self._read(never_held_out) if track.held_out else []
-            self._split_of = split_by_hash(sizes, track, {document_key(text) for text in trained})
+            copies = near_copies(self._read(self.paths)) if track.packages else {}
+            self._split_of = split_by_hash(sizes, track, {document_key(text) for text in trained}, copies)
             self.num_bytes = sum(sizes.values())
 
     def documents(self, split: str) -> Iterator[str]:
@@ -630,23 +642,26 @@ class Corpus:
         return {document_key(text) for text in self._read(self.paths[-1:])}
 
     def _read(self, paths: Iterable[Path]) -> Iterator[str]:
-        """Yield the documents of some files, copies included, empty ones not."""
+        """Yield the documents of some files, copies included, empty ones and tables of numbers not."""
         for path in paths:
             reader = READERS.get(path.suffix, read_plain)
             try:
-                yield from filter(None, reader(path, self.track.text_column))
+                for text in filter(None, reader(path, self.track.text_column)):
+                    if not (self.track.packages and is_table(text)):
+                        yield text
             except OSError as e:
                 raise UserError(f"{path} cannot be read: {e.strerror}") from None
 
 
 def split_by_hash(
-    sizes: dict[bytes, int], track: Track, trained: Set[bytes] = frozenset()
+    sizes: dict[bytes, int], track: Track, trained: Set[bytes], copies: Mapping[bytes, bytes]
 ) -> dict[bytes, str]:
     """Return the split of each document by its key, given its size in bytes.
 
     Of the documents that are not in `trained`, those with the smallest keys are val, the next sealed; the
     rest is train. So the split does not change with the order of files. The track's val_tokens say how much
-    text val and sealed get.
+    text val and sealed get. Near copies, as near_copies tells them, go together: all are train if one is in
+    `trained`, else they go with the smallest key among them.
 
     Raises:
         UserError: there is too little text, or there are too few documents.
@@ -658,16 +673,60 @@ def split_by_hash(
             f"track '{track.name}': {total / 1e6:.1f} MB of text is too little for val_tokens "
             f"{track.val_tokens:,}: it needs {3 * need / 1e6:.1f} MB; lower val_tokens or add text"
         )
-    split_of = dict.fromkeys(trained, "train")
+    groups: dict[bytes, list[bytes]] = {}
+    for key in sorted(sizes):
+        groups.setdefault(copies.get(key, key), []).append(key)
+    split_of = {}
     filled = 0
-    for key in sorted(sizes.keys() - trained):
-        split_of[key] = "val" if filled < need else "sealed" if filled < 2 * need else "train"
-        filled += sizes[key]
+    for keys in groups.values():
+        is_trained = not trained.isdisjoint(keys)
+        split = "val" if filled < need else "sealed" if filled < 2 * need else "train"
+        split_of.update(dict.fromkeys(keys, "train" if is_trained else split))
+        filled += 0 if is_trained else sum(sizes[key] for key in keys)
     if "train" not in split_of.values():
         raise UserError(
             f"track '{track.name}': {len(sizes)} documents are too few to split: use more and smaller files"
         )
     return split_of
+
+
+def is_table(text: str) -> bool:
+    """Return whether a module holds numbers rather than code."""
+    return sum(map(text.count, string.digits)) > MOST_DIGITS * len(text)
+
+
+def near_copies(texts: Iterable[str]) -> dict[bytes, bytes]:
+    """Return the modules that have near copies: {key: the smallest key among those that hang together}."""
+    lines: dict[bytes, set[int]] = {}
+    holders: dict[int, list[bytes]] = {}
+    for text in texts:
+        key = document_key(text)
+        if key in lines:
+            continue
+        stripped = (line.strip() for line in text.splitlines())
+        lines[key] = {zlib.crc32(utf8(line)) for line in stripped if len(line) > LINE_CHARS}
+        for line in lines[key]:
+            holders.setdefault(line, []).append(key)
+    shared = Counter(
+        pair
+        for keys in holders.values()
+        if len(keys) <= LINE_MODULES
+        for pair in combinations(sorted(keys), 2)
+    )
+    first: dict[bytes, bytes] = {}  # of a module, another one of its group, and so on to the smallest
+
+    def smallest(key: bytes) -> bytes:
+        while first.get(key, key) != key:
+            key = first[key]
+        return key
+
+    for (one, other), count in shared.items():
+        fewer = min(len(lines[one]), len(lines[other]))
+        if fewer >= LEAST_LINES and count >= SHARED_LINES * fewer:
+            low, high = sorted((smallest(one), smallest(other)))
+            first[high] = low
+            first.setdefault(low, low)
+    return {key: smallest(key) for key in first}
 
 
 def document_key(text: str) -> bytes:
@@ -896,7 +955,8 @@ def installed_version(package: str) -> str:
 def prepared_path(track: Track) -> Path:
     """Return the directory of the track's prepared data; it need not exist."""
     settings = {key: value for key, value in asdict(track).items() if key != "fingerprint"}
-    parts = [settings, source_signature(track), SPLIT_PATTERN, PACK_BUFFER, PACK_REFILL]
+    rules = [MOST_DIGITS, LINE_CHARS, LINE_MODULES, LEAST_LINES, SHARED_LINES] if track.packages else []
+    parts = [settings, source_signature(track), SPLIT_PATTERN, PACK_BUFFER, PACK_REFILL, *rules]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return cache_dir() / f"{track.name}-{digest[:12]}"
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from prepare import PACK_BUFFER, PACK_REFILL, Corpus, UserError, load_tracks, pack_rows
+from prepare import PACK_BUFFER, PACK_REFILL, Corpus, Track, UserError, load_tracks, pack_rows
 
 BOS = 9999
 ROOT = prepare.ROOT
@@ -556,6 +556,55 @@ def test_pysource_is_pinned(monkeypatch, tmp_path):
     assert sum(path.stat().st_size for _, _, path in files) > 30e6
     assert not [name for _, name, _ in files if name.endswith(("_version.py", "__config__.py"))]
     assert track.fingerprint
+
+
+def module(seed: int, lines: int = 60) -> list[str]:
+    """Return the lines of a made-up module."""
+    rng = random.Random(seed)
+    return [f"value_{rng.randrange(10**9)} = compute(number_{rng.randrange(10**9)})" for _ in range(lines)]
+
+
+def test_near_copies_are_found_and_what_shares_little_is_none():
+    original = module(1)
+    edited = [*original[:40], *module(2, 20)]  # two thirds of it
+    of_edited = [*edited[:31], *module(3, 29)]
+    little = [*original[:10], *module(4, 50)]
+    short = original[:10]
+    licence = module(5, 100)
+    modules = {
+        "original": original,
+        "edited": edited,
+        "of edited": of_edited,
+        "little": little,
+        "short": short,
+        **{f"licensed {n}": licence + module(10 + n) for n in range(prepare.LINE_MODULES + 1)},
+    }
+    texts = ["\n".join(lines) for lines in modules.values()]
+    keys = dict(zip(modules, map(prepare.document_key, texts), strict=True))
+    group = [keys[name] for name in ("original", "edited", "of edited")]
+    for ordered in (texts, texts[::-1], texts[1:] + texts[:1]):
+        assert prepare.near_copies(ordered) == dict.fromkeys(group, min(group))
+
+
+def test_near_copies_are_on_one_side():
+    track = Track("t", vocab_size=512, seq_len=64, val_tokens=40)
+    sizes = {bytes([n]) * 16: 100 for n in range(40)}
+    keys = sorted(sizes)
+    copies = {keys[0]: keys[0], keys[39]: keys[0], keys[1]: keys[1], keys[20]: keys[1]}
+    split_of = prepare.split_by_hash(sizes, track, {keys[20]}, copies)
+    assert split_of.keys() == sizes.keys()
+    assert split_of[keys[0]] == split_of[keys[39]] == "val"
+    assert split_of[keys[1]] == split_of[keys[20]] == "train"
+    alone = prepare.split_by_hash(sizes, track, {keys[20]}, {})
+    assert alone[keys[1]] == "val" and alone[keys[39]] == "train"
+    assert {alone[key] for key in keys} == {"train", "val", "sealed"}
+
+
+def test_a_table_of_numbers_is_no_text_of_a_package():
+    assert prepare.is_table("[" + "0.267004, 0.004874, 0.329415,\n" * 50)
+    assert not prepare.is_table((ROOT / "tests" / "test_prepare.py").read_text())
+    assert not prepare.is_table("1234abcdefghijklmnop") and prepare.is_table("12345abcdefghijklmnop")
+    assert not prepare.is_table("def f(x):\n    return x + 1\n")
 
 
 def test_a_track_keeps_its_directory():
