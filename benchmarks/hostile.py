@@ -16,6 +16,7 @@ the training: trainer, scorer and agent are stand-ins that take a second (stand_
     twice     four launchers started together after a killed one
     fleet     kill -9 or a signal for a part of a night over two halves of the CPU
     hosts     the same for a night over three hosts by SSH, which vanish, have a full disk or another time
+    long      one night of 30 experiments over three hosts, killed twice and started again
     absolute  acts of an agent that goes into the person's repository by its path; counted by itself
 
 A case fails where
@@ -27,8 +28,8 @@ A case fails where
 - a run stands in the ledger twice, or not at all;
 - a temporary file is left.
 
-Linux only: it finds processes that hide by being their subreaper. The part hosts needs root and an sshd, and
-is left out elsewhere (lab.py). The last lines are for grep, and the exit code is 1 where a case failed.
+Linux only: it finds processes that hide by being their subreaper. The parts over hosts need root and an sshd,
+and are left out elsewhere (lab.py). The last lines are for grep, and the exit code is 1 where a case failed.
 """
 
 import argparse
@@ -94,6 +95,9 @@ PARTS_OF_A_FLEET = {**PARTS_OF_A_DEVICE, "agent": "agent.py"}
 FLEET_EXPERIMENTS = 5  # of a night over two devices
 HOSTS_EXPERIMENTS = 5  # of a night over three hosts
 FLEET_SECONDS = 25.0  # in which it is struck
+LONG_EXPERIMENTS = 30  # of the long night, cut off twice,
+LONG_SECONDS = 30.0  # each time after these
+LONG_PATIENCE = 900.0  # after which it is said to hang
 HOSTS_SECONDS = 35.0  # in which a night over hosts is struck
 HOSTS_PATIENCE = 300.0  # after which such a night is said to hang
 AWAY_SECONDS = 45.0  # that a host is away at most, where it comes back
@@ -495,6 +499,32 @@ def run_hosts(task: Task, house: House, rng: random.Random) -> Result:
     return result
 
 
+def run_long(task: Task, house: House, rng: random.Random) -> Result:
+    """Kill a long night over three hosts twice, and let the same command bring it to its end."""
+    result = Result(task.part, f"{LONG_EXPERIMENTS} experiments over three hosts, killed twice")
+    folder = task.folder.with_name(f"{task.folder.name}-hosts")
+    before = look(house)
+    with build_lab(house, folder) as lab:
+        command = loop(house, experiments=LONG_EXPERIMENTS, hosts=str(lab.file))
+        for _ in range(2):
+            process = house.start(*command)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.8, 1.2) * LONG_SECONDS)
+            if process.poll() is not None:
+                result.faults.append("ended: before it was killed")
+            send(process, "KILL", False)
+            result.ended += f" {house.wait(process)}"
+            result.add(survivors(LEASE_SECONDS))
+        ended = house.wait(house.start(*command), LONG_PATIENCE)
+        result.restart = f"{ended}, {ended.experiments} experiments"
+        too_few = "too few experiments" if ended.experiments < LONG_EXPERIMENTS else ""
+        result.add_end("restart", ended.fault((0,)) or too_few)
+        check(result, house, before, LEASE_SECONDS, " (restart)")
+        result.add(faults_of_hosts(lab))
+    remove_house(folder)
+    return result
+
+
 def strike_host(
     victim: str, name: str, process: subprocess.Popen[bytes], host: LabHost, rng: random.Random, away: float
 ) -> None:
@@ -558,9 +588,11 @@ PARTS = {
     "twice": Part(run_twice, numbered(100)),
     "fleet": Part(run_fleet, numbered(100)),
     "hosts": Part(run_hosts, [f"{fault} {number}" for number in range(10) for fault in HOST_FAULTS]),
+    "long": Part(run_long, ["0"]),
     "absolute": Part(run_act, [name for name in ACTS if name.startswith(THERE)]),
 }
 APART = "absolute"  # is asked for by name
+OVER_HOSTS = ("hosts", "long")
 
 
 def run_task(task: Task) -> Result:
@@ -636,7 +668,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    usual = [name for name in PARTS if name != APART and not (name == "hosts" and why_not())]
+    usual = [name for name in PARTS if name != APART and not (name in OVER_HOSTS and why_not())]
     parser.add_argument(
         "--part", nargs="+", choices=PARTS, default=usual, help=f"all but {APART} if left out"
     )
