@@ -1,33 +1,53 @@
-"""The benchmark that takes the noise between seeds apart finds the parts that were put in."""
+"""`autoresearch noise`: seeds, numbers, flags. Training is made up."""
 
-from types import SimpleNamespace
+import json
+import re
 
-import numpy as np
 import pytest
+from test_run import rows, scores  # noqa: F401  a fixture
 
-from benchmarks.noise import components
-
-
-def made_up(start: float, order: float, both: float, count: int = 60) -> list[SimpleNamespace]:
-    """Return runs whose val_bpb has a part of each seed and one of the pair, of these standard deviations."""
-    rng = np.random.default_rng(5)
-    by_start = rng.normal(scale=start, size=count)
-    by_order = rng.normal(scale=order, size=count)
-    return [
-        SimpleNamespace(start=s, order=o, val_bpb=1 + by_start[s] + by_order[o] + rng.normal(scale=both))
-        for s in range(count)
-        for o in range(count)
-    ]
+from launcher.harness import source_hash
+from launcher.noise import measure_noise
+from launcher.setting import resolve
+from prepare import ROOT
 
 
-@pytest.mark.parametrize("parts", [(0.03, 0.01, 0.02), (0.0, 0.02, 0.005), (0.01, 0.0, 0.03)])
-def test_each_part_of_the_noise_is_found(parts):
-    found = components(made_up(*parts), "val_bpb")
-    assert found == pytest.approx(parts, abs=0.0025, rel=0.2)
+def test_noise_is_measured_and_recorded(scores, house, capsys):  # noqa: F811
+    scores += [1.500, 1.502, 1.498]
+    assert measure_noise(resolve("cpu"), 3) == 0
+    out = capsys.readouterr().out
+    assert "noise_sigma: 0.002000" in out and "noise_runs: 3" in out and "noise_mean: 1.500000" in out
+    # 1.645 is the one-sided 95% quantile of the normal distribution.
+    visible = float(re.search(r"^visible_in_a_run: (\S+)$", out, re.M)[1])
+    assert visible == pytest.approx(1.645 * 0.002 * 2**0.5, rel=1e-4)
+    assert scores.seeds == [1, 2, 3]
+    source = source_hash((ROOT / "train_cuda.py").read_bytes())
+    assert all("noise" in row.flags and row.source == source for row in rows(house))
 
 
-def test_what_only_the_start_decides_is_not_the_orders():
-    runs = [SimpleNamespace(start=s, order=o, val_bpb=1 + s / 10) for s in range(3) for o in range(3)]
-    start, order, both = components(runs, "val_bpb")
-    assert start == pytest.approx(0.1) and order == pytest.approx(0, abs=1e-9)
-    assert both == pytest.approx(0, abs=1e-9)
+def test_a_program_may_read_it(scores, house, capsys):  # noqa: F811
+    scores += [1.500, 1.502]
+    assert measure_noise(resolve("cpu"), 2, as_json=True) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["noise_runs"] == 2 and data["noise_sigma"] == pytest.approx(0.002 / 2**0.5)
+    assert [run["val_bpb"] for run in data["runs"]] == [1.5, 1.502] and data["runs"][0]["flags"] == ["noise"]
+
+
+def test_a_short_budget_is_said(scores, house, capsys):  # noqa: F811
+    scores += [1.5, 1.6]
+    assert measure_noise(resolve("cpu", budget=10.0), 2) == 0
+    assert "runs of the same budget alone" in capsys.readouterr().out
+
+
+def test_runs_that_do_not_compare_measure_nothing(scores, house, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr("launcher.run.mac_state", lambda: {"on_battery": True})
+    scores += [1.5, 1.6]
+    assert measure_noise(resolve("cpu"), 2) == 1
+    assert "fewer than two of the runs count" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_ends_it_with_its_exit_code(scores, house, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("prepare.Prepared.current_fingerprint", lambda self: "something is off")
+    scores += [1.5, 1.6]
+    assert measure_noise(resolve("cpu"), 2) == 5
+    assert len(rows(house)) == 1

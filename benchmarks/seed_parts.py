@@ -1,9 +1,9 @@
 """
 Where does the noise between seeds come from? The first weights, the order of the rows, the number of steps.
 
-    python benchmarks/noise.py run --file noise.jsonl                      # 4 starts x 4 orders of 200 steps
-    python benchmarks/noise.py run --file noise.jsonl --starts 1 --orders 1 --steps 180 220
-    python benchmarks/noise.py table --file noise.jsonl                    # what the file holds
+    python benchmarks/seed_parts.py run --file noise.jsonl   # 4 starts x 4 orders of 200 steps
+    python benchmarks/seed_parts.py run --file noise.jsonl --starts 1 --orders 1 --steps 180 220
+    python benchmarks/seed_parts.py table --file noise.jsonl # what the file holds
 
 Runs of a trainer differ in all three, as they end after some seconds. Here each is set by itself: the model
 is that of the platform, trained for so many steps, and scored as it is and with its weights averaged over the
