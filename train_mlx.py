@@ -438,7 +438,7 @@ def orthogonalize(g: mx.array, dtype: mx.Dtype) -> mx.array:
     x = x.swapaxes(-1, -2) if tall else x
     for a, b, c in POLAR_EXPRESS:
         gram = x @ mx.contiguous(x.swapaxes(-1, -2))
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = mx.addmm(x, mx.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.swapaxes(-1, -2) if tall else x
 
 
