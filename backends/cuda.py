@@ -98,7 +98,7 @@ class TorchDevice(Device):
         digest = hashlib.sha256()
         constant = True
         for tensor in plain(model).state_dict().values():
-            flat = tensor.detach().flatten()[:: drawn_step(tensor.numel())]
+            flat = tensor.detach().flatten()[:: drawn_step(tensor.shape)]
             if len(flat) and bool((flat != flat[0]).any()):
                 constant = False
                 digest.update(flat.contiguous().view(torch.uint8).cpu().numpy().tobytes())

@@ -1,5 +1,6 @@
 """What a framework does for an experiment and for its scoring. backends.cuda and backends.mlx define it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,9 +18,16 @@ class BrokenRule(Exception):
     """The model breaks a rule. The message says which."""
 
 
-def drawn_step(size: int) -> int:
-    """Return the step between the elements of a tensor that Device.drawn looks at: odd, so in all columns."""
-    return size // DRAWN_SAMPLE | 1
+def drawn_step(shape: Sequence[int]) -> int:
+    """Return the step between the elements of a tensor that Device.drawn looks at.
+
+    It has no factor in common with the number of columns, so that it comes to all of them.
+    """
+    columns = shape[-1] if shape else 1
+    step = max(1, math.prod(shape) // DRAWN_SAMPLE)
+    while math.gcd(step, columns) > 1:
+        step += 1
+    return step
 
 
 class Device(ABC):
@@ -76,7 +84,7 @@ class Device(ABC):
     def drawn(self, model: Any) -> str:
         """Return a hash of the tensors of a new model that are not constant, "" when all are.
 
-        It is of DRAWN_SAMPLE elements of each, about: of a GB of tables it took seconds.
+        It is of about DRAWN_SAMPLE elements of each, or of all of fewer: a GB takes seconds.
         """
 
     @abstractmethod

@@ -77,7 +77,7 @@ class MlxDevice(Device):
         digest = hashlib.sha256()
         constant = True
         for _, array in tree_flatten(model.parameters()):
-            flat = np.array(array.flatten()[:: drawn_step(array.size)].astype(mx.float32))
+            flat = np.array(array.flatten()[:: drawn_step(array.shape)].astype(mx.float32))
             if len(flat) and (flat != flat[0]).any():
                 constant = False
                 digest.update(flat.tobytes())

@@ -318,7 +318,8 @@ def test_both_score_one_model_identically(trainers, monkeypatch):
     assert np.abs(results[0].reshape(-1) - expected.numpy()).max() < 1e-5
 
 
-def test_both_see_whether_a_model_was_drawn_with_another_seed(trainers):
+@pytest.mark.parametrize("columns", [192, 768, 1024])
+def test_both_see_whether_a_model_was_drawn_with_another_seed(trainers, columns):
     from backends import cuda as cuda_backend
     from backends import mlx as mlx_backend
 
@@ -332,15 +333,15 @@ def test_both_see_whether_a_model_was_drawn_with_another_seed(trainers):
         return model
 
     def drawn(seed):
-        values = np.random.default_rng(seed).normal(size=(300, 1024)).astype(np.float32)
-        values[:, :1000] = 0.0  # an odd step finds the few columns that were drawn
+        values = np.random.default_rng(seed).normal(size=(2000, columns)).astype(np.float32)
+        values[:, :-1] = 0.0  # the sample comes to every column, also to the only one that was drawn
         return values
 
     for backend, build in ((cuda_backend, torch_model), (mlx_backend, mlx_model)):
         device = object.__new__(backend.Experiment.device_class)
         seen = [device.drawn(build(drawn(seed))) for seed in (1, 1, 2)]
         assert seen[0] == seen[1] != seen[2] and all(seen)
-        assert device.drawn(build(np.ones((300, 1024), np.float32))) == ""
+        assert device.drawn(build(np.ones((2000, columns), np.float32))) == ""
 
 
 # --- the loss -----------------------------------------------------------------------------------------------
