@@ -265,7 +265,7 @@ def test_bigram_tables_are_where_their_rows_are_stated(tmp_path, platforms):
     path.write_text(GOOD.replace("n_layer: 2", "n_layer: 2, bigram_rows: 64"))
     assert load_platforms(path)["cpu"].start.bigram_rows == 64
     with_tables = [name for name, platform in platforms.items() if platform.start.bigram_rows]
-    assert with_tables == ["h100", "h100-pcie", "b200"]
+    assert with_tables == ["h100", "h100-pcie", "b200", "h100-max"]
 
 
 def test_a_gpu_that_states_no_memory_is_no_traceback():
