@@ -78,14 +78,16 @@ DATA_FILES = (
 NO_DOCUMENT = -1  # the number of what a bare BOS opens
 # Modules that a package's build writes, different on each platform: never part of a corpus.
 GENERATED_MODULES = ("*_version*.py", "*__config__.py", "*_generated*.py", "*_sysconfig*.py")
-MOST_DIGITS = (
-    0.2  # share of a module's characters; with more it is a table of numbers, of which little is learned
-)
-# Two modules are near copies when they share half the distinctive lines of the one that has fewer.
-LINE_CHARS = 20  # a line that tells modules apart has more,
-LINE_MODULES = 6  # and is in no more modules than these
-LEAST_LINES = 20  # of a module that is compared
-SHARED_LINES = 0.5
+
+# What of packages enters a corpus, and which modules go together.
+PACKAGE_RULES = 2  # raised when the code that applies these numbers does something else
+MAX_DIGIT_SHARE = 0.2  # of a module's characters: with more it is a table of numbers
+# Distinctive lines are long and in few modules: others are a licence, an import or an idiom. Near copies
+# share half the distinctive lines of the one that has fewer.
+MIN_LINE_CHARS = 21
+MAX_LINE_MODULES = 50
+MIN_DISTINCTIVE_LINES = 20  # of a module that is compared
+MIN_SHARED_LINES = 0.5
 
 
 # ---------------------------------------------------------------------------
@@ -617,8 +619,8 @@ class Corpus:
             for text in self._read(self.paths):
                 sizes.setdefault(document_key(text), len(utf8(text)))
             trained = self._read(never_held_out) if track.held_out else []
-            copies = near_copies(self._read(self.paths)) if track.packages else {}
-            self._split_of = split_by_hash(sizes, track, {document_key(text) for text in trained}, copies)
+            groups = near_copies(self._read(self.paths)) if track.packages else {}
+            self._split_of = split_by_hash(sizes, track, {document_key(text) for text in trained}, groups)
             self.num_bytes = sum(sizes.values())
 
     def documents(self, split: str) -> Iterator[str]:
@@ -654,14 +656,14 @@ class Corpus:
 
 
 def split_by_hash(
-    sizes: dict[bytes, int], track: Track, trained: Set[bytes], copies: Mapping[bytes, bytes]
+    sizes: dict[bytes, int], track: Track, trained: Set[bytes], groups: Mapping[bytes, bytes]
 ) -> dict[bytes, str]:
     """Return the split of each document by its key, given its size in bytes.
 
     Of the documents that are not in `trained`, those with the smallest keys are val, the next sealed; the
     rest is train. So the split does not change with the order of files. The track's val_tokens say how much
-    text val and sealed get. Near copies, as near_copies tells them, go together: all are train if one is in
-    `trained`, else they go with the smallest key among them.
+    text val and sealed get. Documents of one of the `groups` of near copies go together, by the key of their
+    group: to train, if one is in `trained` or if together they would fill half of val.
 
     Raises:
         UserError: there is too little text, or there are too few documents.
@@ -673,16 +675,23 @@ def split_by_hash(
             f"track '{track.name}': {total / 1e6:.1f} MB of text is too little for val_tokens "
             f"{track.val_tokens:,}: it needs {3 * need / 1e6:.1f} MB; lower val_tokens or add text"
         )
-    groups: dict[bytes, list[bytes]] = {}
-    for key in sorted(sizes):
-        groups.setdefault(copies.get(key, key), []).append(key)
+    together: dict[bytes, list[bytes]] = {}
+    for key in sizes:
+        together.setdefault(groups.get(key, key), []).append(key)
     split_of = {}
     filled = 0
-    for keys in groups.values():
-        is_trained = not trained.isdisjoint(keys)
+    for _, keys in sorted(together.items()):
+        size = sum(sizes[key] for key in keys)
         split = "val" if filled < need else "sealed" if filled < 2 * need else "train"
-        split_of.update(dict.fromkeys(keys, "train" if is_trained else split))
-        filled += 0 if is_trained else sum(sizes[key] for key in keys)
+        if not trained.isdisjoint(keys) or (len(keys) > 1 and size > need / 2):
+            split = "train"
+        split_of.update(dict.fromkeys(keys, split))
+        filled += size if split != "train" else 0
+    if filled < 2 * need:
+        raise UserError(
+            f"track '{track.name}': {filled / 1e6:.1f} MB of text can be held out, and val_tokens "
+            f"{track.val_tokens:,} needs {2 * need / 1e6:.1f} MB: lower it, or add packages to held_out"
+        )
     if "train" not in split_of.values():
         raise UserError(
             f"track '{track.name}': {len(sizes)} documents are too few to split: use more and smaller files"
@@ -692,41 +701,38 @@ def split_by_hash(
 
 def is_table(text: str) -> bool:
     """Return whether a module holds numbers rather than code."""
-    return sum(map(text.count, string.digits)) > MOST_DIGITS * len(text)
+    return sum(map(text.count, string.digits)) > MAX_DIGIT_SHARE * len(text)
 
 
 def near_copies(texts: Iterable[str]) -> dict[bytes, bytes]:
-    """Return the modules that have near copies: {key: the smallest key among those that hang together}."""
-    lines: dict[bytes, set[int]] = {}
-    holders: dict[int, list[bytes]] = {}
+    """Return the modules that have near copies, each with a key of its group: {key: the group's key}.
+
+    Two modules are in one group when a chain of near copies leads from one to the other.
+    """
+    holders: dict[int, set[bytes]] = {}  # of each line
     for text in texts:
         key = document_key(text)
-        if key in lines:
-            continue
-        stripped = (line.strip() for line in text.splitlines())
-        lines[key] = {zlib.crc32(utf8(line)) for line in stripped if len(line) > LINE_CHARS}
-        for line in lines[key]:
-            holders.setdefault(line, []).append(key)
-    shared = Counter(
-        pair
-        for keys in holders.values()
-        if len(keys) <= LINE_MODULES
-        for pair in combinations(sorted(keys), 2)
-    )
-    first: dict[bytes, bytes] = {}  # of a module, another one of its group, and so on to the smallest
+        for line in map(str.strip, text.splitlines()):
+            if len(line) >= MIN_LINE_CHARS:
+                holders.setdefault(zlib.crc32(utf8(line)), set()).add(key)
+    distinctive = [keys for keys in holders.values() if len(keys) <= MAX_LINE_MODULES]
+    num_lines = Counter(key for keys in distinctive for key in keys)
+    num_shared = Counter(pair for keys in distinctive for pair in combinations(sorted(keys), 2))
+    parents: dict[bytes, bytes] = {}  # of a module a smaller one of its group, of the smallest itself
 
     def smallest(key: bytes) -> bytes:
-        while first.get(key, key) != key:
-            key = first[key]
+        while parents.get(key, key) != key:
+            key = parents[key]
         return key
 
-    for (one, other), count in shared.items():
-        fewer = min(len(lines[one]), len(lines[other]))
-        if fewer >= LEAST_LINES and count >= SHARED_LINES * fewer:
+    for (one, other), count in num_shared.items():
+        fewer = min(num_lines[one], num_lines[other])
+        if fewer >= MIN_DISTINCTIVE_LINES and count >= MIN_SHARED_LINES * fewer:
             low, high = sorted((smallest(one), smallest(other)))
-            first[high] = low
-            first.setdefault(low, low)
-    return {key: smallest(key) for key in first}
+            parents[high] = low
+            parents.setdefault(low, low)
+    # The smallest of several keys is small: ordered by it, near copies would come before other modules.
+    return {key: hashlib.sha256(smallest(key)).digest()[:16] for key in parents}
 
 
 def document_key(text: str) -> bytes:
@@ -955,8 +961,10 @@ def installed_version(package: str) -> str:
 def prepared_path(track: Track) -> Path:
     """Return the directory of the track's prepared data; it need not exist."""
     settings = {key: value for key, value in asdict(track).items() if key != "fingerprint"}
-    rules = [MOST_DIGITS, LINE_CHARS, LINE_MODULES, LEAST_LINES, SHARED_LINES] if track.packages else []
-    parts = [settings, source_signature(track), SPLIT_PATTERN, PACK_BUFFER, PACK_REFILL, *rules]
+    parts = [settings, source_signature(track), SPLIT_PATTERN, PACK_BUFFER, PACK_REFILL]
+    if track.packages:
+        parts += [PACKAGE_RULES, MAX_DIGIT_SHARE, MIN_LINE_CHARS, MAX_LINE_MODULES]
+        parts += [MIN_DISTINCTIVE_LINES, MIN_SHARED_LINES]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return cache_dir() / f"{track.name}-{digest[:12]}"
 

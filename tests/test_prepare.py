@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import string
 import subprocess
 import sys
 from collections import Counter
@@ -561,43 +562,150 @@ def test_pysource_is_pinned(monkeypatch, tmp_path):
 def module(seed: int, lines: int = 60) -> list[str]:
     """Return the lines of a made-up module."""
     rng = random.Random(seed)
-    return [f"value_{rng.randrange(10**9)} = compute(number_{rng.randrange(10**9)})" for _ in range(lines)]
+
+    def name() -> str:
+        return "".join(rng.choices(string.ascii_lowercase, k=9))
+
+    return [f"value_{name()} = compute(number_{name()})" for _ in range(lines)]
+
+
+def joined(modules: dict[str, list[str]]) -> tuple[list[str], dict[str, bytes]]:
+    """Return the texts of modules given as lines, and the key of each by its name."""
+    texts = ["\n".join(lines) for lines in modules.values()]
+    return texts, dict(zip(modules, map(prepare.document_key, texts), strict=True))
 
 
 def test_near_copies_are_found_and_what_shares_little_is_none():
     original = module(1)
     edited = [*original[:40], *module(2, 20)]  # two thirds of it
-    of_edited = [*edited[:31], *module(3, 29)]
-    little = [*original[:10], *module(4, 50)]
-    short = original[:10]
-    licence = module(5, 100)
-    modules = {
-        "original": original,
-        "edited": edited,
-        "of edited": of_edited,
-        "little": little,
-        "short": short,
-        **{f"licensed {n}": licence + module(10 + n) for n in range(prepare.LINE_MODULES + 1)},
-    }
-    texts = ["\n".join(lines) for lines in modules.values()]
-    keys = dict(zip(modules, map(prepare.document_key, texts), strict=True))
-    group = [keys[name] for name in ("original", "edited", "of edited")]
+    texts, keys = joined(
+        {
+            "original": original,
+            "edited": edited,
+            "of edited": [*edited[:31], *module(3, 29)],
+            "little": [*original[:10], *module(4, 50)],
+            "short": original[:10],
+        }
+    )
+    together = {keys[name] for name in ("original", "edited", "of edited")}
     for ordered in (texts, texts[::-1], texts[1:] + texts[:1]):
-        assert prepare.near_copies(ordered) == dict.fromkeys(group, min(group))
+        groups = prepare.near_copies(ordered)
+        assert groups.keys() == together and len(set(groups.values())) == 1
+
+
+def test_a_licence_makes_no_near_copies_and_hides_none():
+    """It is longer than any module under it."""
+    licence = module(5, 200)
+    others = {f"other {n}": licence + module(10 + n) for n in range(prepare.MAX_LINE_MODULES)}
+    copied = module(6)
+    pair = {"one": licence + copied, "copy": licence + copied[:40] + module(7, 20)}
+    texts, keys = joined(others | pair)
+    assert prepare.near_copies(texts).keys() == {keys["one"], keys["copy"]}
+
+
+def test_a_large_family_of_near_copies_is_found():
+    """All but a few lines are in each of them, as in the readers of `datasets`."""
+    common = module(8)
+    texts, keys = joined({str(n): common + module(20 + n, 15) for n in range(20)})
+    groups = prepare.near_copies(texts)
+    assert groups.keys() == set(keys.values()) and len(set(groups.values())) == 1
+
+
+def split(sizes: dict[bytes, int], trained: set[bytes], groups: dict[bytes, bytes]) -> dict[bytes, str]:
+    """Return the split of documents of a track whose val takes 200 bytes, and sealed too."""
+    track = Track("t", vocab_size=512, seq_len=64, val_tokens=40)
+    return prepare.split_by_hash(sizes, track, trained, groups)
 
 
 def test_near_copies_are_on_one_side():
-    track = Track("t", vocab_size=512, seq_len=64, val_tokens=40)
-    sizes = {bytes([n]) * 16: 100 for n in range(40)}
+    sizes = {bytes([n]) * 16: 40 for n in range(100)}
     keys = sorted(sizes)
-    copies = {keys[0]: keys[0], keys[39]: keys[0], keys[1]: keys[1], keys[20]: keys[1]}
-    split_of = prepare.split_by_hash(sizes, track, {keys[20]}, copies)
+    groups = {keys[50]: b"\0", keys[99]: b"\0", keys[1]: b"\1", keys[20]: b"\1"}
+    split_of = split(sizes, {keys[20]}, groups)
     assert split_of.keys() == sizes.keys()
-    assert split_of[keys[0]] == split_of[keys[39]] == "val"
+    assert split_of[keys[50]] == split_of[keys[99]] == "val"
     assert split_of[keys[1]] == split_of[keys[20]] == "train"
-    alone = prepare.split_by_hash(sizes, track, {keys[20]}, {})
-    assert alone[keys[1]] == "val" and alone[keys[39]] == "train"
+    alone = split(sizes, {keys[20]}, {})
+    assert alone[keys[1]] == "val" and alone[keys[99]] == "train"
     assert {alone[key] for key in keys} == {"train", "val", "sealed"}
+
+
+def test_a_large_group_takes_the_place_of_no_split():
+    """Ten documents that are all of val and sealed go to train together."""
+    sizes = {bytes([n]) * 16: 40 for n in range(100)}
+    keys = sorted(sizes)
+    split_of = split(sizes, set(), dict.fromkeys(keys[:10], keys[0]))
+    assert {split_of[key] for key in keys[:10]} == {"train"}
+    assert [split_of[key] for key in keys[10:20]] == ["val"] * 5 + ["sealed"] * 5
+
+
+def test_near_copies_are_in_val_no_more_often_than_others():
+    rng = random.Random(1)
+    sizes = {rng.randbytes(16): 1 for _ in range(3000)}
+    keys = list(sizes)
+    groups = {}
+    for first in range(0, 1500, 3):
+        groups |= dict.fromkeys(keys[first : first + 3], rng.randbytes(16))
+    held_out = [key for key, name in split(sizes, set(), groups).items() if name != "train"]
+    assert len(held_out) == pytest.approx(400, abs=3)
+    assert sum(key in groups for key in held_out) / len(held_out) == pytest.approx(0.5, abs=0.1)
+
+
+def test_too_little_that_may_be_held_out_is_an_error():
+    sizes = {bytes([n]) * 16: 40 for n in range(100)}
+    keys = sorted(sizes)
+    with pytest.raises(UserError, match=r"can be held out, and val_tokens 40 needs .* held_out"):
+        split(sizes, set(keys[8:]), {})
+    assert set(split(sizes, set(keys[10:]), {}).values()) == {"train", "val", "sealed"}
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Return a function that installs packages, {name: {module: lines}}, for importlib.metadata."""
+
+    def install(modules: dict[str, dict[str, list[str]]]) -> None:
+        monkeypatch.syspath_prepend(str(tmp_path))
+        for package, texts in modules.items():
+            (tmp_path / package).mkdir()
+            for name, lines in texts.items():
+                (tmp_path / package / name).write_text("\n".join(lines))
+            info = tmp_path / f"{package}-1.0.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+            (info / "RECORD").write_text("".join(f"{package}/{name},,\n" for name in texts))
+
+    return install
+
+
+@pytest.mark.parametrize("held_out", [["unread"], []])
+def test_packages_become_three_splits_without_tables_and_near_copies_across(packages, held_out):
+    table = [", ".join(f"{n * 0.37:.6f}" for n in range(row, row + 9)) for row in range(60)]
+    family = [module(900) + module(901 + n, 20) for n in range(3)]
+    packages(
+        {
+            "readable": {"copy.py": family[0], **{f"m{n}.py": module(n) for n in range(40)}},
+            "unread": {
+                "copy_1.py": family[1],
+                "copy_2.py": family[2],
+                "table.py": table,
+                **{f"m{n}.py": module(100 + n) for n in range(40)},
+            },
+        }
+    )
+    track = Track(
+        "t", 512, 64, val_tokens=8000, packages=["readable", "unread"], held_out=held_out
+    )  # about ten modules each
+    corpus = Corpus(track)
+    splits = {name: list(corpus.documents(name)) for name in ("train", "val", "sealed")}
+    documents = [text for texts in splits.values() for text in texts]
+    assert len(documents) == len(set(documents)) == 83 and "\n".join(table) not in documents
+    assert min(len(texts) for texts in splits.values()) > 5
+    sides = {name for name, texts in splits.items() for lines in family if "\n".join(lines) in texts}
+    assert len(sides) == 1
+    if held_out:
+        assert sides == {"train"}
+        readable = {"\n".join(module(n)) for n in range(40)}
+        assert readable <= set(splits["train"])
 
 
 def test_a_table_of_numbers_is_no_text_of_a_package():
@@ -607,8 +715,8 @@ def test_a_table_of_numbers_is_no_text_of_a_package():
     assert not prepare.is_table("def f(x):\n    return x + 1\n")
 
 
-def test_a_track_keeps_its_directory():
-    """Prepared data of earlier versions is found: nothing that enters the name has changed since RULES 2."""
+def test_a_track_that_is_no_package_keeps_its_directory(monkeypatch):
+    """Prepared data of earlier versions is found: what enters its name has not changed since RULES 2."""
     climbmix = prepare.Track(
         name="climbmix",
         vocab_size=8192,
@@ -621,6 +729,11 @@ def test_a_track_keeps_its_directory():
         pack="crop",
     )
     assert prepare.prepared_path(climbmix).name == "climbmix-6109ce6d9050"
+    pysource = load_tracks()["pysource"]
+    before = prepare.prepared_path(pysource)
+    monkeypatch.setattr(prepare, "MAX_LINE_MODULES", 3)  # a rule for packages
+    assert prepare.prepared_path(climbmix).name == "climbmix-6109ce6d9050"
+    assert prepare.prepared_path(pysource) != before
 
 
 def test_only_numpy_is_imported_at_once():
