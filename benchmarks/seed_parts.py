@@ -6,8 +6,9 @@ Where does the noise between seeds come from? The first weights, the order of th
     python benchmarks/seed_parts.py table --file noise.jsonl # what the file holds
 
 Runs of a trainer differ in all three, as they end after some seconds. Here each is set by itself: the model
-is that of the platform, trained for so many steps, and scored as it is and with its weights averaged over the
-last tenth of them. A result is saved at once, and what is in the file is not run again but with --again.
+is that of the platform, trained for so many steps by PyTorch, and scored as it is and with its weights
+averaged over the last tenth of them. A result is saved at once, and what is in the file is not run again but
+with --again. A file holds one problem: a corpus, a model, and how many tokens are scored.
 """
 
 import argparse
@@ -16,10 +17,11 @@ import json
 import sys
 import time
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -48,6 +50,17 @@ class Trainer:
         self.model = self.module.build_model(self.data, self.platform)
         self.optimizer = self.module.Optimizer(self.model)
         self.train_step = self.module.make_train_step(self.model, self.optimizer)
+        self.problem = {
+            "track": track.name,
+            "fingerprint": self.data.fingerprint,
+            "platform": self.platform.name,
+            "model": f"{self.module.N_LAYER}x{self.module.N_EMBD}x{self.module.TOTAL_BATCH_SIZE}",
+        }
+        self.train_step(self.batches(order=0), 0.5)  # compiles; every run begins with new weights
+
+    def batches(self, order: int) -> Any:
+        """Return the function that gives the next batch, on rows in the order of a seed."""
+        return BatchOrder(self.data.rows("train"), self.device, order).next_batch
 
     def run(self, start: int, order: int, steps: int, val_tokens: int) -> dict[str, Any]:
         """Train from the weights that seed `start` gives, on rows in the order of seed `order`, and score."""
@@ -56,24 +69,28 @@ class Trainer:
         torch.manual_seed(start)
         self.model.load_state_dict(self.module.build_model(self.data, self.platform).state_dict())
         self.optimizer.reset()
-        next_batch = BatchOrder(self.data.rows("train"), self.device, order).next_batch
+        next_batch = self.batches(order)
         params = [p.detach() for p in self.model.parameters()]
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in params]
         first = steps - max(1, round(AVERAGED * steps))
+        self.device.synchronize()
         began = time.monotonic()
         for step in range(steps):
             loss = self.train_step(next_batch, step / steps)
             if step >= first:
                 torch._foreach_add_(sums, [p.float() for p in params])
+        self.device.synchronize()
         took = time.monotonic() - began
         rows = val_tokens // self.data.seq_len
         val_bpb, stderr = score(self.model, self.device, self.data, rows)
         torch._foreach_copy_(params, torch._foreach_div(sums, steps - first))
         averaged, _ = score(self.model, self.device, self.data, rows)
         return {
+            **self.problem,
             "start": start,
             "order": order,
             "steps": steps,
+            "val_tokens": rows * self.data.seq_len,
             "val_bpb": round(val_bpb, 5),
             "averaged_bpb": round(averaged, 5),
             "stderr": round(stderr, 5),
@@ -82,43 +99,59 @@ class Trainer:
         }
 
 
-def run_all(options: argparse.Namespace) -> None:
-    """Run every start with every order and number of steps."""
+def run_all(options: argparse.Namespace, trainer: Trainer) -> None:
+    """Run every start with every order and number of steps.
+
+    Raises:
+        SystemExit: the file holds runs of another problem.
+    """
+    rows = options.val_tokens // trainer.data.seq_len
+    problem = {**trainer.problem, "val_tokens": rows * trainer.data.seq_len}
     have = set()
-    if not options.again:
-        have = {(r.start, r.order, r.steps) for r in read_results(options.file)}
-    trainer = Trainer()
-    for steps in options.steps:
-        for start in options.starts:
-            for order in options.orders:
-                if (start, order, steps) in have:
-                    continue
-                result = trainer.run(start, order, steps, options.val_tokens)
-                line = json.dumps(result)
-                with options.file.open("a") as file:
-                    file.write(line + "\n")
-                print(line, flush=True)
+    for r in read_results(options.file):
+        other = {key: getattr(r, key, None) for key in problem}
+        if other != problem:
+            raise SystemExit(
+                f"{options.file} holds runs of {other}, and this is {problem}: name another file"
+            )
+        have.add((r.start, r.order, r.steps))
+    for seeds in product(options.starts, options.orders, options.steps):
+        if seeds in have and not options.again:
+            continue
+        line = json.dumps(trainer.run(*seeds, options.val_tokens))
+        with options.file.open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
 
 
-def components(runs: list[SimpleNamespace], name: str) -> tuple[float, float, float]:
-    """Return the standard deviations of val_bpb by start, by order and by what is left of both.
+class Components(NamedTuple):
+    """Standard deviations of what the noise consists of."""
 
-    runs: one of each start with each order. name: the attribute that is taken apart. The estimate is that of
-    the two-way analysis of variance without repeats; a negative variance counts as none.
+    start: float
+    order: float
+    rest: float  # of the pair, and of the same run twice
+
+
+def components(runs: list[SimpleNamespace], name: str) -> Components:
+    """Return what the noise of an attribute consists of. runs: one of each start with each order.
+
+    The estimate is that of the two-way analysis of variance without repeats; a negative variance counts as
+    none.
     """
     table = {(r.start, r.order): getattr(r, name) for r in runs}
     starts = sorted({start for start, _ in table})
     orders = sorted({order for _, order in table})
-    a, b = len(starts), len(orders)
+    num_starts = len(starts)
+    num_orders = len(orders)
     total = mean(table.values())
     by_start = {s: mean(table[s, o] for o in orders) for s in starts}
     by_order = {o: mean(table[s, o] for s in starts) for o in orders}
-    rest = sum((table[s, o] - by_start[s] - by_order[o] + total) ** 2 for s in starts for o in orders)
-    within = rest / ((a - 1) * (b - 1))
-    of_start = b * sum((value - total) ** 2 for value in by_start.values()) / (a - 1)
-    of_order = a * sum((value - total) ** 2 for value in by_order.values()) / (b - 1)
-    variances = (of_start - within) / b, (of_order - within) / a, within
-    return tuple(max(0.0, value) ** 0.5 for value in variances)  # type: ignore[return-value]
+    squares = [(table[s, o] - by_start[s] - by_order[o] + total) ** 2 for s in starts for o in orders]
+    rest = sum(squares) / ((num_starts - 1) * (num_orders - 1))
+    of_start = num_orders * sum((value - total) ** 2 for value in by_start.values()) / (num_starts - 1)
+    of_order = num_starts * sum((value - total) ** 2 for value in by_order.values()) / (num_orders - 1)
+    variances = (of_start - rest) / num_orders, (of_order - rest) / num_starts, rest
+    return Components(*(max(0.0, variance) ** 0.5 for variance in variances))
 
 
 def print_table(results: list[SimpleNamespace]) -> None:
@@ -130,17 +163,16 @@ def print_table(results: list[SimpleNamespace]) -> None:
         starts = sorted({r.start for r in runs})
         orders = sorted({r.order for r in runs})
         newest = {(r.start, r.order): r for r in runs}
-        print(f"{steps} steps, {len(runs)} runs; rows are starts, columns are orders {orders}")
+        print(f"{steps} steps; rows are starts, columns are orders {orders}; the newest run of each")
         for start in starts:
             cells = [newest.get((start, order)) for order in orders]
             values = [f"{r.val_bpb:.4f} ({r.averaged_bpb:.4f})" if r else "-" for r in cells]
             print(f"  {start}: {'  '.join(values)}")
         if min(len(starts), len(orders)) > 1 and len(newest) == len(starts) * len(orders):
             for name in ("val_bpb", "averaged_bpb"):
-                start, order, both = components(list(newest.values()), name)
-                print(
-                    f"  {name}: sigma by start {start:.4f}, by order {order:.4f}, of both together {both:.4f}"
-                )
+                sigma = components(list(newest.values()), name)
+                print(f"  {name}: sigma by start {sigma.start:.4f}, by order {sigma.order:.4f}, ", end="")
+                print(f"of the pair {sigma.rest:.4f}")
 
 
 def main() -> None:
@@ -159,7 +191,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="run what is in the file once more")
     options = parser.parse_args()
     if options.what == "run":
-        run_all(options)
+        run_all(options, Trainer())
     else:
         print_table(read_results(options.file))
 

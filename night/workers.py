@@ -87,9 +87,9 @@ def prepare_dask() -> None:
             raise UserError("several devices need the extra fleet: uv sync --extra fleet", 2)
 
 
-# Ctrl-C in a terminal reaches all processes of the night: who runs the night ends the workers, and they say
-# nothing of it themselves. A function of ours, because what is ignored a worker's jobs would ignore too.
-DEAF = "import signal; signal.signal(signal.SIGINT, lambda *_: None)"
+# Ctrl-C in a terminal reaches every process of the night. Who runs the night ends the workers, which would
+# print a traceback each. A handler rather than SIG_IGN: a worker's jobs would inherit SIG_IGN.
+IGNORE_SIGINT = "import signal; signal.signal(signal.SIGINT, lambda *_: None)"
 
 
 def nanny_options(device: Device, scratch: str, security: Any) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def nanny_options(device: Device, scratch: str, security: Any) -> dict[str, Any]
             "DASK_TEMPORARY_DIRECTORY": scratch,
         },
         "memory_limit": 0,  # the trainer has its own limits
-        "preload": [DEAF],
+        "preload": [IGNORE_SIGINT],
         "dashboard": False,
         "local_directory": scratch,
         "security": security,

@@ -306,7 +306,7 @@ def test_devices_join_a_scheduler_and_a_night_uses_them(tmp_path):
         night = here.wait(here.start(*loop(here, experiments=3, scheduler=address), **variables))
         assert night.code == 0, night.err
         assert night.experiments == 3 and "box/cpu0" in night.err
-        lender.send_signal(signal.SIGINT)
+        os.killpg(lender.pid, signal.SIGINT)  # as a terminal does: its workers get it too
         ended = there.wait(lender)
         assert ended.code == 130 and "Traceback" not in ended.err
         again = here.wait(here.start(*loop(here, scheduler=address), **variables))
