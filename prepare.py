@@ -675,12 +675,12 @@ def split_by_hash(
             f"track '{track.name}': {total / 1e6:.1f} MB of text is too little for val_tokens "
             f"{track.val_tokens:,}: it needs {3 * need / 1e6:.1f} MB; lower val_tokens or add text"
         )
-    together: dict[bytes, list[bytes]] = {}
+    members: dict[bytes, list[bytes]] = {}  # of each group; a document without one is alone
     for key in sizes:
-        together.setdefault(groups.get(key, key), []).append(key)
+        members.setdefault(groups.get(key, key), []).append(key)
     split_of = {}
     filled = 0
-    for _, keys in sorted(together.items()):
+    for _, keys in sorted(members.items()):
         size = sum(sizes[key] for key in keys)
         split = "val" if filled < need else "sealed" if filled < 2 * need else "train"
         if not trained.isdisjoint(keys) or (len(keys) > 1 and size > need / 2):
@@ -690,7 +690,8 @@ def split_by_hash(
     if filled < 2 * need:
         raise UserError(
             f"track '{track.name}': {filled / 1e6:.1f} MB of text can be held out, and val_tokens "
-            f"{track.val_tokens:,} needs {2 * need / 1e6:.1f} MB: lower it, or add packages to held_out"
+            f"{track.val_tokens:,} needs {2 * need / 1e6:.1f} MB: lower it"
+            f"{', or add packages to held_out' if trained else ''}"
         )
     if "train" not in split_of.values():
         raise UserError(
@@ -718,7 +719,7 @@ def near_copies(texts: Iterable[str]) -> dict[bytes, bytes]:
     distinctive = [keys for keys in holders.values() if len(keys) <= MAX_LINE_MODULES]
     num_lines = Counter(key for keys in distinctive for key in keys)
     num_shared = Counter(pair for keys in distinctive for pair in combinations(sorted(keys), 2))
-    parents: dict[bytes, bytes] = {}  # of a module a smaller one of its group, of the smallest itself
+    parents: dict[bytes, bytes] = {}  # {a module: a smaller one of its group}, {the smallest: itself}
 
     def smallest(key: bytes) -> bytes:
         while parents.get(key, key) != key:
@@ -731,8 +732,15 @@ def near_copies(texts: Iterable[str]) -> dict[bytes, bytes]:
             low, high = sorted((smallest(one), smallest(other)))
             parents[high] = low
             parents.setdefault(low, low)
-    # The smallest of several keys is small: ordered by it, near copies would come before other modules.
-    return {key: hashlib.sha256(smallest(key)).digest()[:16] for key in parents}
+    return {key: group_key(smallest(key)) for key in parents}
+
+
+def group_key(smallest: bytes) -> bytes:
+    """Return the key of a group of near copies, from the smallest of their keys.
+
+    The smallest of several is small: ordered by it, near copies would come before other modules.
+    """
+    return hashlib.sha256(smallest).digest()[:16]
 
 
 def document_key(text: str) -> bytes:

@@ -125,7 +125,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Return attention computed for a block of queries at a time: against the keys it can see, and no others.
+    """Return attention computed for a block of queries at a time, against the blocks of keys that it can see.
 
     q, k, v: [B, T, H, D]. On the CPU this is over twice as fast, forward and backward, as
     scaled_dot_product_attention. Positions count from the first key: blocks of one size are one kernel.

@@ -21,7 +21,7 @@ class BrokenRule(Exception):
 def drawn_step(shape: Sequence[int]) -> int:
     """Return the step between the elements of a tensor that Device.drawn looks at.
 
-    It has no factor in common with the number of columns, so that it comes to all of them.
+    It has no factor in common with the number of columns: of fewer than DRAWN_SAMPLE it comes to all.
     """
     columns = shape[-1] if shape else 1
     step = max(1, math.prod(shape) // DRAWN_SAMPLE)
@@ -84,7 +84,7 @@ class Device(ABC):
     def drawn(self, model: Any) -> str:
         """Return a hash of the tensors of a new model that are not constant, "" when all are.
 
-        It is of about DRAWN_SAMPLE elements of each, or of all of fewer: a GB takes seconds.
+        It is of about DRAWN_SAMPLE elements of each, or of all of fewer: hashing a GB takes seconds.
         """
 
     @abstractmethod
