@@ -12,7 +12,19 @@ from backends.protocol import RunSettings
 from backends.sizes import with_start
 from launcher.box import missing_walls
 from launcher.ledger import BoardKey
-from prepare import ROOT, RULES, TIME_BUDGET, Prepared, Track, UserError, load_track, prepare_track
+from prepare import (
+    ROOT,
+    RULES,
+    TIME_BUDGET,
+    Prepared,
+    Track,
+    UserError,
+    installed_version,
+    load_track,
+    prepare_track,
+)
+
+MLX_CUDA_PACKAGES = ("mlx-cuda-12", "mlx-cuda-13")  # of which mlx[cuda12] or mlx[cuda13] installs one
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,14 @@ class Setting:
         """Raise UserError when this machine cannot run the platform. Nothing is prepared before."""
         platform = self.platform
         here = (self.facts.framework, self.facts.device_kind)
-        if platform.device_kind == "gpu" and here != (platform.framework, "gpu"):
+        wants_cuda_mlx = platform.framework == "mlx" and "compute_capability" in self.facts.details
+        if platform.device_kind == "gpu" and wants_cuda_mlx:
+            if all(installed_version(name) == "missing" for name in MLX_CUDA_PACKAGES):
+                raise UserError(
+                    f"platform {platform.name} needs MLX's CUDA build: uv pip install 'mlx[cuda13]', then "
+                    "uv run --no-sync autoresearch; or leave --platform out"
+                )
+        elif platform.device_kind == "gpu" and here != (platform.framework, "gpu"):
             raise UserError(
                 f"platform {platform.name} needs a GPU for {platform.framework}, and this machine has "
                 f"{self.facts.device}: leave --platform out, or name one that fits (autoresearch platforms)",

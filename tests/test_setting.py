@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from backends.platforms import cpu_facts, current_entries
+from backends.platforms import Facts, cpu_facts, current_entries
 from launcher.run import Request, run_experiment
 from launcher.setting import resolve
 from night.trial import try_edit
@@ -63,3 +63,13 @@ def test_a_platform_that_this_machine_is_not_is_a_mistake_before_anything_is_pre
             ) as error:
                 begin(request)
             assert error.value.code == 2
+
+
+def test_mlx_on_an_nvidia_gpu_needs_its_build_for_cuda(monkeypatch):
+    facts = Facts("torch", "gpu", "NVIDIA H100 80GB HBM3", 80.0, details={"compute_capability": "9.0"})
+    monkeypatch.setattr("launcher.setting.facts_for", lambda platform: facts)
+    monkeypatch.setattr("launcher.setting.installed_version", lambda name: "missing")
+    with pytest.raises(UserError, match=r"needs MLX's CUDA build: uv pip install 'mlx\[cuda13\]'"):
+        resolve("mlx-cuda").require_device()
+    monkeypatch.setattr("launcher.setting.installed_version", lambda name: "0.32.4")
+    resolve("mlx-cuda").require_device()
