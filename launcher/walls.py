@@ -19,7 +19,6 @@ from typing import IO
 from backends.protocol import RunSettings
 from launcher import compiled
 from launcher.box import DEVICES, GPUS, SHARED_MEMORY, SYSTEM, Policy, parents
-from launcher.bytecode import write_bytecode
 from launcher.processes import Guarded, start_guarded
 from launcher.runs import home
 from prepare import ROOT, Prepared, Track, cache_dir, config_path, held_out_files
@@ -38,7 +37,7 @@ PREPARED = ("meta.json", "tokenizer.json", "token_bytes.npy")  # what a trainer 
 def common_policy(trainer: Path, track: Track, data: Prepared) -> Policy:
     """Return what all of them may touch: the system, Python, the harness, the data's description."""
     python = [sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
-    read = [*SYSTEM, *python, *packages(), *map(str, kernels())]
+    read = [*SYSTEM, *python, *packages(), str(compiled.bytecode_folder()), *map(str, kernels())]
     files = [*ROOT.glob("*.py"), *(ROOT / "backends").glob("*.py"), config_path(), trainer]
     files += [data.path / name for name in PREPARED]
     names = [ROOT, data.path]
@@ -55,8 +54,8 @@ def common_policy(trainer: Path, track: Track, data: Prepared) -> Policy:
 
 
 def trainer_policy(common: Policy, folder: Path) -> Policy:
-    """Return what a trainer may touch: it writes in `folder` and compiled code."""
-    more = (folder, compiled.folder(), SHARED_MEMORY)
+    """Return what a trainer may touch: it writes in `folder`, compiled code, and bytecode."""
+    more = (folder, compiled.folder(), compiled.bytecode_folder(), SHARED_MEMORY)
     return replace(common, write=(*common.write, *map(str, more)))
 
 
@@ -91,8 +90,8 @@ def start_boxed(
     """
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
-    (code or compiled.folder()).mkdir(parents=True, exist_ok=True)
-    write_bytecode()
+    for place in (code or compiled.folder(), compiled.bytecode_folder()):
+        place.mkdir(parents=True, exist_ok=True)
     compiled.link_from(temporary, folder.name, code)
     environment = {
         **os.environ,
@@ -100,8 +99,7 @@ def start_boxed(
         **settings.to_env(),
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPYCACHEPREFIX": "",  # bytecode is beside the sources (launcher/bytecode.py)
-        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONDONTWRITEBYTECODE": "",  # it goes where compiled.environment() says
         "PYTHONNOUSERSITE": "1",
         # A process that the trainer starts, as one that compiles, may not name threads (see box.THREADS). So
         # it cannot start CUDA, but it can ask whether a GPU is there.
