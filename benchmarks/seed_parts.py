@@ -8,7 +8,7 @@ Where does the noise between seeds come from? The first weights, the order of th
 Runs of a trainer differ in all three, as they end after some seconds. Here each is set by itself: the model
 is that of the platform, trained for so many steps by PyTorch, and scored as it is and with its weights
 averaged over the last tenth of them. A result is saved at once, and what is in the file is not run again but
-with --again. A file holds one problem: a corpus, a model, and how many tokens are scored.
+with --again. A file holds one problem: a corpus, a trainer, its size, and how many tokens are scored.
 """
 
 import argparse
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.sizes import BatchOrder, read_results, score  # noqa: E402
+from launcher.harness import source_hash  # noqa: E402
 
 AVERAGED = 0.1  # share of the steps over whose end weights are averaged
 
@@ -55,8 +56,12 @@ class Trainer:
             "fingerprint": self.data.fingerprint,
             "platform": self.platform.name,
             "model": f"{self.module.N_LAYER}x{self.module.N_EMBD}x{self.module.TOTAL_BATCH_SIZE}",
+            "source": source_hash(Path(self.module.__file__).read_bytes()),
         }
-        self.train_step(self.batches(order=0), 0.5)  # compiles; every run begins with new weights
+
+    def compile(self) -> None:
+        """Make a step, so that none of a run compiles. Each run begins with new weights."""
+        self.train_step(self.batches(order=0), 0.5)
 
     def batches(self, order: int) -> Any:
         """Return the function that gives the next batch, on rows in the order of a seed."""
@@ -115,6 +120,7 @@ def run_all(options: argparse.Namespace, trainer: Trainer) -> None:
                 f"{options.file} holds runs of {other}, and this is {problem}: name another file"
             )
         have.add((r.start, r.order, r.steps))
+    trainer.compile()
     for seeds in product(options.starts, options.orders, options.steps):
         if seeds in have and not options.again:
             continue

@@ -44,6 +44,9 @@ class FakeTrainer:
         self.problem = {"track": track}
         self.runs = []
 
+    def compile(self):
+        pass
+
     def run(self, start, order, steps, val_tokens):
         self.runs.append((start, order, steps))
         value = {"val_bpb": start + order / 10, "averaged_bpb": 9.0}
