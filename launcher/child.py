@@ -50,7 +50,7 @@ from launcher.processes import (
 )
 from launcher.progress import OnEvent
 from launcher.runs import ledger
-from launcher.score import Job, NotScored, Score, ScoringPair
+from launcher.score import LONGEST_LOG, Job, NotScored, Score, ScoringPair, size_of
 from launcher.setting import Setting
 from launcher.verdict import board_runs
 from launcher.walls import common_policy, start_boxed, trainer_policy
@@ -70,7 +70,6 @@ SCORING_RATE = 0.25  # tokens scored for each one trained in the same time: a sl
 MOST_SCORING = 10.0  # times score_seconds, at most
 TORN_SECONDS = 30.0  # before a start is broken off, in which compiled code may be written in part
 POLL_SECONDS = 0.5  # between looks at the limits
-LONGEST_LOG = 2**28  # bytes that a trainer may print and send
 MOST_SHARES = 8  # kinds of work of a step that are listened to
 READS = 100  # of the socket, at most, between looks at the limits: a trainer may send without a pause
 
@@ -341,7 +340,8 @@ class Supervision:
         if late:
             self.outcome.fail("timeout", self._overdue_message)
             return True
-        if self.run_dir.log.stat().st_size + self._bytes_sent > LONGEST_LOG:
+        printed = size_of(self.run_dir.log) + size_of(self.run_dir.score_log)
+        if printed + self._bytes_sent > LONGEST_LOG:
             self.outcome.fail("crash", f"the trainer printed more than {LONGEST_LOG:,} bytes")
             return True
         return False

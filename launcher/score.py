@@ -39,6 +39,8 @@ AUDIT_POSITIONS = 64  # of each of its rows, at most
 AUDIT_LOGITS = 2**26  # that it takes, at most
 LEAST_LOSS = -1e-3  # nats: a loss is not negative, but for rounding
 MOST_SHAPES = 2**20  # bytes of what a process says of its model
+LONGEST_LOG = 2**28  # bytes that a trainer may print and send, and that the processes that score may print
+LOOK_SECONDS = 0.2  # between two looks at what they printed
 BIAS_ERRORS = 6.0  # standard errors that the bias may lie from 0,
 BIAS_SHARE = 0.05  # and this share of the most that it may be
 
@@ -393,25 +395,44 @@ class ScoringPair(ExitStack):
 
     @contextmanager
     def _in_time(self, seconds: float, message: str) -> Iterator[None]:
-        """Kill both processes when the time is up. Raises NotScored with the message then."""
-        late = threading.Event()
+        """Kill both processes when the time is up, or when they have printed too much.
 
-        def time_is_up() -> None:
-            late.set()
-            for process in (self.first, self.second):
-                process.kill()
+        Raises NotScored then; the message is that of the time.
+        """
+        deadline = time.monotonic() + seconds
+        is_over = threading.Event()
+        causes: list[NotScored] = []
 
-        alarm = threading.Timer(max(seconds, 0.0), time_is_up)
-        alarm.daemon = True
-        alarm.start()
+        def watch() -> None:
+            while not causes and not is_over.wait(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic()))):
+                if time.monotonic() >= deadline:
+                    causes.append(NotScored("timeout", message))
+                elif size_of(self.job.run.score_log) > LONGEST_LOG:
+                    what = f"the processes that score printed more than {LONGEST_LOG:,} bytes"
+                    causes.append(NotScored("crash", what))
+            if causes:
+                for process in (self.first, self.second):
+                    process.kill()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
         try:
             yield
         except NotScored:
-            if late.is_set():
-                raise NotScored("timeout", message) from None
+            if causes:
+                raise causes[0] from None
             raise
         finally:
-            alarm.cancel()
+            is_over.set()
+            watcher.join()
+
+
+def size_of(file: Path) -> int:
+    """Return the size of a file in bytes, 0 where there is none."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def suspicious_and_random(nats: np.ndarray, rng: np.random.Generator) -> np.ndarray:
