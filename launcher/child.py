@@ -40,6 +40,7 @@ from backends.protocol import (
 from launcher import compiled, shared_memory
 from launcher.box import Policy
 from launcher.device import Watch
+from launcher.disk_space import DiskSpace
 from launcher.ledger import BoardKey, Flag, Row, single_line
 from launcher.processes import (
     Guarded,
@@ -176,6 +177,7 @@ class Supervision:
         message = f"no exp.start within {startup:.0f} s: compilation or warm-up takes too long"
         self._set_deadline(startup, message)
         self.run_dir.box.mkdir()
+        self._disk = DiskSpace(self.run_dir.box)
         with ExitStack() as stack:
             events = stack.enter_context(open(self.run_dir.events, "w"))
             stack.enter_context(stop_on_signals())
@@ -343,6 +345,10 @@ class Supervision:
         printed = size_of(self.run_dir.log) + size_of(self.run_dir.score_log)
         if printed + self._bytes_sent > LONGEST_LOG:
             self.outcome.fail("crash", f"the trainer printed more than {LONGEST_LOG:,} bytes")
+            return True
+        filled = self._disk.filled()
+        if filled:
+            self.outcome.fail("crash", filled)
             return True
         return False
 

@@ -248,6 +248,38 @@ def test_what_a_trainer_prints_and_sends_has_a_limit(house, monkeypatch, act):
     assert (outcome.status, outcome.reason) == ("crash", "the trainer printed more than 1,000,000 bytes")
 
 
+@pytest.fixture
+def small_disk(house, monkeypatch):
+    """A disk of 100 MB, on which only files named fill* take space. Half of what is free must stay so."""
+
+    def free(folder):
+        return 100_000_000 - sum(path.stat().st_size for path in house.rglob("fill*"))
+
+    monkeypatch.setattr("launcher.disk_space.free_bytes", free)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(house / "code"))
+    return house
+
+
+@pytest.mark.parametrize("place", ["TMPDIR", "TORCHINDUCTOR_CACHE_DIR"])
+def test_a_trainer_that_fills_the_disk_is_ended(small_disk, place):
+    acts = f"for n in range(6): open(os.environ['{place}'] + f'/fill{{n}}', 'wb').write(b'x' * 10_000_000)"
+    trainer = hostile(small_disk, f"{acts}\ntime.sleep(60)")
+    run = RunDir(small_disk)
+    outcome = supervise(trainer, run, resolve("cpu"), 1, Watch("cpu"), lambda event: None)
+    assert outcome.status == "crash"
+    assert "the trainer wrote 0.1 GB, and left 0.0 GB free on the disk" in outcome.reason
+
+
+def test_a_disk_that_others_fill_is_not_held_against_a_trainer(small_disk):
+    trainer = hostile(small_disk, "time.sleep(60)")
+
+    def fill(event):
+        (small_disk / "fill").write_bytes(b"x" * 60_000_000)
+
+    with pytest.raises(OSError, match="No space left"):
+        supervise(trainer, RunDir(small_disk), resolve("cpu"), 1, Watch("cpu"), fill)
+
+
 def test_what_is_done_when_the_training_begins_gives_a_run_no_time(house, monkeypatch):
     """The loop starts an agent then. The longest step may be late, and this was taken for one."""
     acts = """
