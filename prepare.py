@@ -80,7 +80,7 @@ NO_DOCUMENT = -1  # the number of what a bare BOS opens
 GENERATED_MODULES = ("*_version*.py", "*__config__.py", "*_generated*.py", "*_sysconfig*.py")
 
 # What of packages enters a corpus, and which modules go together.
-PACKAGE_RULES = 2  # raised when the code that applies these numbers does something else
+CORPUS_VERSION = 2  # raised when is_table, near_copies or split_by_hash change
 MAX_DIGIT_SHARE = 0.2  # of a module's characters: with more it is a table of numbers
 # Distinctive lines are long and in few modules: others are a licence, an import or an idiom. Near copies
 # share half the distinctive lines of the one that has fewer.
@@ -971,7 +971,7 @@ def prepared_path(track: Track) -> Path:
     settings = {key: value for key, value in asdict(track).items() if key != "fingerprint"}
     parts = [settings, source_signature(track), SPLIT_PATTERN, PACK_BUFFER, PACK_REFILL]
     if track.packages:
-        parts += [PACKAGE_RULES, MAX_DIGIT_SHARE, MIN_LINE_CHARS, MAX_LINE_MODULES]
+        parts += [CORPUS_VERSION, MAX_DIGIT_SHARE, MIN_LINE_CHARS, MAX_LINE_MODULES]
         parts += [MIN_DISTINCTIVE_LINES, MIN_SHARED_LINES]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return cache_dir() / f"{track.name}-{digest[:12]}"

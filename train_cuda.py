@@ -128,7 +128,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Return attention computed for a block of queries at a time, against the blocks of keys that it can see.
 
     q, k, v: [B, T, H, D]. On the CPU this is over twice as fast, forward and backward, as
-    scaled_dot_product_attention. Positions count from the first key: blocks of one size are one kernel.
+    scaled_dot_product_attention. Positions are relative to the first key: blocks of one shape are one kernel.
     """
     block = 128
     B, T, H, D = q.shape

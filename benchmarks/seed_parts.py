@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.sizes import BatchOrder, read_results, score  # noqa: E402
 from launcher.harness import source_hash  # noqa: E402
 
-AVERAGED = 0.1  # share of the steps over whose end weights are averaged
+AVERAGED = 0.1  # share of the steps, the last ones, over which weights are averaged
 
 
 class Trainer:
@@ -39,7 +39,7 @@ class Trainer:
         import torch
 
         from backends.cuda import TorchDevice
-        from backends.platforms import current_entries
+        from backends.platforms import current_entries, machine_facts
         from prepare import prepare_track
 
         self.platform, track = current_entries()
@@ -55,6 +55,8 @@ class Trainer:
             "track": track.name,
             "fingerprint": self.data.fingerprint,
             "platform": self.platform.name,
+            "device": machine_facts().device,
+            "dtype": "bfloat16" if self.device.bf16 else "float32",
             "model": f"{self.module.N_LAYER}x{self.module.N_EMBD}x{self.module.TOTAL_BATCH_SIZE}",
             "source": source_hash(Path(self.module.__file__).read_bytes()),
         }
@@ -121,10 +123,10 @@ def run_all(options: argparse.Namespace, trainer: Trainer) -> None:
             )
         have.add((r.start, r.order, r.steps))
     trainer.compile()
-    for seeds in product(options.starts, options.orders, options.steps):
-        if seeds in have and not options.again:
+    for start, order, steps in product(options.starts, options.orders, options.steps):
+        if (start, order, steps) in have and not options.again:
             continue
-        line = json.dumps(trainer.run(*seeds, options.val_tokens))
+        line = json.dumps(trainer.run(start, order, steps, options.val_tokens))
         with options.file.open("a") as file:
             file.write(line + "\n")
         print(line, flush=True)

@@ -160,13 +160,14 @@ class Supervision:
         self._has_log = False
         self._longest_step = 0.0  # seconds between two points of the loss curve, by the same clock
         self._longest_gap = 0.0  # the same, the time to the first point left out
-        self._rows_given = 0.0  # the same moment by the wall clock
+        self._rows_given = 0.0  # when it was given the rows, by the wall clock
         self._around = Watch(setting.platform.device_kind)  # what else happens while it starts, or is scored
         self._deadline = math.inf  # of the start-up or of the training
         self._overdue_message = ""  # what the run is told then
         self._buffer = b""
         self._bytes_sent = 0  # by the child, in events
         self._shared_before = shared_memory.files()
+        self._disk = DiskSpace(run_dir.path)
         self._child: Guarded | None = None
         self._scoring: ScoringPair | None = None
         self._weights = RunDir(run_dir.box).weights  # where the child writes them
@@ -177,7 +178,6 @@ class Supervision:
         message = f"no exp.start within {startup:.0f} s: compilation or warm-up takes too long"
         self._set_deadline(startup, message)
         self.run_dir.box.mkdir()
-        self._disk = DiskSpace(self.run_dir.box)
         with ExitStack() as stack:
             events = stack.enter_context(open(self.run_dir.events, "w"))
             stack.enter_context(stop_on_signals())
@@ -208,7 +208,9 @@ class Supervision:
         try:
             with defer_signals(), theirs:
                 self._child = self._start_child(policy, theirs.fileno())
-            job = Job(self.trainer, self.run_dir, self.settings, policy, setting.data, setting.bf16)
+            job = Job(
+                self.trainer, self.run_dir, self.settings, policy, setting.data, setting.bf16, self._disk
+            )
             with defer_signals():
                 self._scoring = stack.enter_context(ScoringPair(job))
             self._around.begin(self._child.pid, *self._scoring.pids)
@@ -336,21 +338,17 @@ class Supervision:
 
     def _overdue(self) -> bool:
         late = time.monotonic() > self._deadline
-        if late and self._start is None and self._compiles():
-            self._deadline = time.monotonic() + POLL_SECONDS
-            return False
-        if late:
-            self.outcome.fail("timeout", self._overdue_message)
-            return True
         printed = size_of(self.run_dir.log) + size_of(self.run_dir.score_log)
-        if printed + self._bytes_sent > LONGEST_LOG:
-            self.outcome.fail("crash", f"the trainer printed more than {LONGEST_LOG:,} bytes")
-            return True
         filled = self._disk.filled()
-        if filled:
+        if printed + self._bytes_sent > LONGEST_LOG:
+            self.outcome.fail("crash", f"the trainer and its model printed more than {LONGEST_LOG:,} bytes")
+        elif filled:
             self.outcome.fail("crash", filled)
-            return True
-        return False
+        elif late and self._start is None and self._compiles():
+            self._deadline = time.monotonic() + POLL_SECONDS
+        elif late:
+            self.outcome.fail("timeout", self._overdue_message)
+        return bool(self.outcome.status)
 
     def _compiles(self) -> bool:
         """Return whether a start that is late makes progress: new compiled code is written."""

@@ -29,6 +29,7 @@ import numpy as np
 from backends.protocol import RunDir, RunSettings, last_line
 from launcher import compiled, shared_memory
 from launcher.box import Policy
+from launcher.disk_space import DiskSpace
 from launcher.processes import defer_signals, remove_tree, scoring_id
 from launcher.progress import OnEvent, Scored
 from launcher.walls import scorer_policy, start_boxed
@@ -39,7 +40,7 @@ AUDIT_POSITIONS = 64  # of each of its rows, at most
 AUDIT_LOGITS = 2**26  # that it takes, at most
 LEAST_LOSS = -1e-3  # nats: a loss is not negative, but for rounding
 MOST_SHAPES = 2**20  # bytes of what a process says of its model
-LONGEST_LOG = 2**28  # bytes that a trainer may print and send, and that the processes that score may print
+LONGEST_LOG = 2**28  # bytes that a trainer and its model may print and send
 LOOK_SECONDS = 0.2  # between two looks at what they printed
 BIAS_ERRORS = 6.0  # standard errors that the bias may lie from 0,
 BIAS_SHARE = 0.05  # and this share of the most that it may be
@@ -64,6 +65,7 @@ class Job:
     policy: Policy  # what it may touch, and whatever trains it
     data: Prepared
     bf16: bool  # the device computes in bfloat16
+    disk: DiskSpace  # since the run began
 
 
 class Difference(NamedTuple):
@@ -395,9 +397,9 @@ class ScoringPair(ExitStack):
 
     @contextmanager
     def _in_time(self, seconds: float, message: str) -> Iterator[None]:
-        """Kill both processes when the time is up, or when they have printed too much.
+        """Kill both processes when the time is up, or when they print or write too much.
 
-        Raises NotScored then; the message is that of the time.
+        Raises NotScored then. `message` is the one for the time.
         """
         deadline = time.monotonic() + seconds
         is_over = threading.Event()
@@ -405,10 +407,13 @@ class ScoringPair(ExitStack):
 
         def watch() -> None:
             while not causes and not is_over.wait(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic()))):
+                filled = self.job.disk.filled()
                 if time.monotonic() >= deadline:
                     causes.append(NotScored("timeout", message))
+                elif filled:
+                    causes.append(NotScored("crash", filled))
                 elif size_of(self.job.run.score_log) > LONGEST_LOG:
-                    what = f"the processes that score printed more than {LONGEST_LOG:,} bytes"
+                    what = f"the model printed more than {LONGEST_LOG:,} bytes while it was scored"
                     causes.append(NotScored("crash", what))
             if causes:
                 for process in (self.first, self.second):
@@ -418,8 +423,8 @@ class ScoringPair(ExitStack):
         watcher.start()
         try:
             yield
-        except NotScored:
-            if causes:
+        except NotScored as error:
+            if causes and error.status != "invalid":  # a broken rule says more than what came of it
                 raise causes[0] from None
             raise
         finally:
@@ -428,10 +433,10 @@ class ScoringPair(ExitStack):
 
 
 def size_of(file: Path) -> int:
-    """Return the size of a file in bytes, 0 where there is none."""
+    """Return the size of a file in bytes, 0 where it cannot be seen."""
     try:
         return file.stat().st_size
-    except FileNotFoundError:
+    except OSError:
         return 0
 
 

@@ -24,7 +24,7 @@ from prepare import (
     prepare_track,
 )
 
-MLX_CUDA_PACKAGES = ("mlx-cuda-12", "mlx-cuda-13")  # of which mlx[cuda12] or mlx[cuda13] installs one
+MLX_CUDA_PACKAGES = ("mlx-cuda-12", "mlx-cuda-13")  # mlx[cuda12] or mlx[cuda13] installs one of them
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,13 @@ class Setting:
         """Raise UserError when this machine cannot run the platform. Nothing is prepared before."""
         platform = self.platform
         here = (self.facts.framework, self.facts.device_kind)
-        wants_cuda_mlx = platform.framework == "mlx" and "compute_capability" in self.facts.details
-        if platform.device_kind == "gpu" and wants_cuda_mlx:
+        is_nvidia = "compute_capability" in self.facts.details
+        if platform.framework == "mlx" and platform.device_kind == "gpu" and not platform.auto and is_nvidia:
             if all(installed_version(name) == "missing" for name in MLX_CUDA_PACKAGES):
                 raise UserError(
-                    f"platform {platform.name} needs MLX's CUDA build: uv pip install 'mlx[cuda13]', then "
-                    "uv run --no-sync autoresearch; or leave --platform out"
+                    f"platform {platform.name} needs MLX's CUDA build: uv pip install 'mlx[cuda13]' (or "
+                    "cuda12), then uv run --no-sync autoresearch; or leave --platform out",
+                    2,
                 )
         elif platform.device_kind == "gpu" and here != (platform.framework, "gpu"):
             raise UserError(

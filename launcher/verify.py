@@ -14,6 +14,7 @@ from backends.dtype import BFLOAT16
 from backends.platforms import StartSizes, from_json
 from launcher.console import print_object, say
 from launcher.device import DeviceLock
+from launcher.disk_space import DiskSpace
 from launcher.exit_codes import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NO_VERDICT
 from launcher.harness import source_hash
 from launcher.ledger import REFUTED, UNVERIFIABLE, VERIFIED, Row
@@ -147,7 +148,8 @@ def score_again(
     """
     settings = setting.boxed_settings(row.seed, row.run)
     policy = common_policy(trainer, setting.track, setting.data)
-    job = Job(trainer, run_dir(row.run), settings, policy, setting.data, setting.bf16)
+    run = run_dir(row.run)
+    job = Job(trainer, run, settings, policy, setting.data, setting.bf16, DiskSpace(run.path))
     num_rows = dict.fromkeys(splits, setting.val_tokens // setting.track.seq_len)
     seconds = len(splits) * setting.platform.score_seconds
     progress = progress or Progress(0)

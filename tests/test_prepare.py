@@ -603,12 +603,15 @@ def test_a_licence_makes_no_near_copies_and_hides_none():
     assert prepare.near_copies(texts).keys() == {keys["one"], keys["copy"]}
 
 
-def test_a_large_family_of_near_copies_is_found():
+def test_a_family_of_near_copies_is_found_up_to_a_size():
     """All but a few lines are in each of them, as in the readers of `datasets`."""
     common = module(8)
-    texts, keys = joined({str(n): common + module(20 + n, 15) for n in range(20)})
+    family = {str(n): common + module(20 + n, 15) for n in range(prepare.MAX_LINE_MODULES)}
+    texts, keys = joined(family)
     groups = prepare.near_copies(texts)
     assert groups.keys() == set(keys.values()) and len(set(groups.values())) == 1
+    one_more, _ = joined({**family, "one more": common + module(99, 15)})
+    assert prepare.near_copies(one_more) == {}
 
 
 def split(sizes: dict[bytes, int], trained: set[bytes], groups: dict[bytes, bytes]) -> dict[bytes, str]:

@@ -9,6 +9,7 @@ import pytest
 
 from backends.protocol import RunDir
 from launcher import shared_memory
+from launcher.disk_space import DiskSpace
 from launcher.score import MOST_FP32, NotScored, Sample, ScoringPair, suspicious_and_random
 from prepare import DocumentTotals, bits_per_byte, load_track, prepare_track
 
@@ -97,7 +98,7 @@ def score(data):
 
     def score(first, second, bf16=False, rows=64):
         pair = object.__new__(ScoringPair)
-        pair.job = SimpleNamespace(data=data, bf16=bf16, run=RunDir(data.path))
+        pair.job = SimpleNamespace(data=data, bf16=bf16, run=RunDir(data.path), disk=DiskSpace(data.path))
         pair.first, pair.second = first, second
         pair._end_first = lambda since: first.asked.append(None)
         [result] = pair.score(None, {"val": rows}, 60.0, lambda event: None)
@@ -266,26 +267,44 @@ def test_a_model_that_build_model_does_not_give_is_named_by_its_tensor(trained, 
 @pytest.mark.parametrize(
     ("act", "status", "says"),
     [
-        (lambda log: log.write_text("x" * 2000), "crash", "printed more than 1,000 bytes"),
-        (lambda log: None, "timeout", "too long"),
+        (
+            lambda pair: pair.job.run.score_log.write_text("x" * 2000),
+            "crash",
+            "printed more than 1,000 bytes",
+        ),
+        (lambda pair: setattr(pair.job.disk, "filled", lambda: "it wrote"), "crash", "it wrote"),
+        (lambda pair: None, "timeout", "too long"),
     ],
 )
-def test_a_process_that_prints_without_end_or_hangs_is_ended(tmp_path, monkeypatch, act, status, says):
+def test_a_process_that_prints_or_writes_without_end_or_hangs_is_ended(
+    tmp_path, monkeypatch, act, status, says
+):
     monkeypatch.setattr("launcher.score.LONGEST_LOG", 1000)
     pair = object.__new__(ScoringPair)
-    pair.job = SimpleNamespace(run=RunDir(tmp_path))
+    pair.job = SimpleNamespace(run=RunDir(tmp_path), disk=DiskSpace(tmp_path))
     killed = threading.Event()
     pair.first = pair.second = SimpleNamespace(kill=killed.set)
     with pytest.raises(NotScored, match=says) as refusal, pair._in_time(1.0, "too long"):
-        act(pair.job.run.score_log)
+        act(pair)
         assert killed.wait(30)
         raise NotScored("crash", "the process went away")
     assert refusal.value.status == status
 
 
+def test_a_broken_rule_says_more_than_the_time(tmp_path):
+    pair = object.__new__(ScoringPair)
+    pair.job = SimpleNamespace(run=RunDir(tmp_path), disk=DiskSpace(tmp_path))
+    killed = threading.Event()
+    pair.first = pair.second = SimpleNamespace(kill=killed.set)
+    with pytest.raises(NotScored, match="not the model") as refusal, pair._in_time(0.1, "too long"):
+        assert killed.wait(30)
+        raise NotScored("invalid", "not the model")
+    assert refusal.value.status == "invalid"
+
+
 def test_a_score_in_time_leaves_no_watcher(tmp_path):
     pair = object.__new__(ScoringPair)
-    pair.job = SimpleNamespace(run=RunDir(tmp_path))
+    pair.job = SimpleNamespace(run=RunDir(tmp_path), disk=DiskSpace(tmp_path))
     before = threading.active_count()
     with pair._in_time(60.0, "too long"):
         assert threading.active_count() == before + 1

@@ -69,7 +69,10 @@ def test_mlx_on_an_nvidia_gpu_needs_its_build_for_cuda(monkeypatch):
     facts = Facts("torch", "gpu", "NVIDIA H100 80GB HBM3", 80.0, details={"compute_capability": "9.0"})
     monkeypatch.setattr("launcher.setting.facts_for", lambda platform: facts)
     monkeypatch.setattr("launcher.setting.installed_version", lambda name: "missing")
-    with pytest.raises(UserError, match=r"needs MLX's CUDA build: uv pip install 'mlx\[cuda13\]'"):
+    with pytest.raises(UserError, match=r"needs MLX's CUDA build: uv pip install 'mlx\[cuda13\]'") as error:
         resolve("mlx-cuda").require_device()
+    assert error.value.code == 2
     monkeypatch.setattr("launcher.setting.installed_version", lambda name: "0.32.4")
     resolve("mlx-cuda").require_device()
+    with pytest.raises(UserError, match="apple-max needs a GPU for mlx, and this machine has NVIDIA H100"):
+        resolve("apple-max").require_device()
