@@ -337,18 +337,22 @@ class Supervision:
         self._overdue_message = message
 
     def _overdue(self) -> bool:
-        late = time.monotonic() > self._deadline
+        """Return whether a limit ends the child. One that said what failed goes on: it prints why."""
         printed = size_of(self.run_dir.log) + size_of(self.run_dir.score_log)
-        filled = self._disk.filled()
         if printed + self._bytes_sent > LONGEST_LOG:
             self.outcome.fail("crash", f"the trainer and its model printed more than {LONGEST_LOG:,} bytes")
-        elif filled:
+            return True
+        filled = self._disk.filled()
+        if filled:
             self.outcome.fail("crash", filled)
-        elif late and self._start is None and self._compiles():
+            return True
+        if time.monotonic() <= self._deadline:
+            return False
+        if self._start is None and self._compiles():
             self._deadline = time.monotonic() + POLL_SECONDS
-        elif late:
-            self.outcome.fail("timeout", self._overdue_message)
-        return bool(self.outcome.status)
+            return False
+        self.outcome.fail("timeout", self._overdue_message)
+        return True
 
     def _compiles(self) -> bool:
         """Return whether a start that is late makes progress: new compiled code is written."""

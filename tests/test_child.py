@@ -252,6 +252,16 @@ def test_what_a_trainer_prints_and_sends_has_a_limit(house, monkeypatch, act):
     )
 
 
+@pytest.mark.parametrize("event", ["event='error', kind='oom'", "event='invalid'"])
+def test_a_trainer_that_says_what_failed_may_still_print_it(house, event):
+    acts = f"send({event}, message='out of memory')\ntime.sleep(1.5)"
+    acts += "\nprint('the traceback')\nsys.exit(3)"
+    run = RunDir(house)
+    outcome = supervise(hostile(house, acts), run, resolve("cpu"), 1, Watch("cpu"), lambda event: None)
+    assert outcome.reason == "out of memory" and outcome.exit_code == 3
+    assert "the traceback" in run.log.read_text()
+
+
 @pytest.fixture
 def small_disk(house, monkeypatch):
     """A disk of 100 MB, on which only files named fill* take space. Half of what is free must stay so."""
