@@ -662,8 +662,9 @@ def split_by_hash(
 
     Of the documents that are not in `trained`, those with the smallest keys are val, the next sealed; the
     rest is train. So the split does not change with the order of files. The track's val_tokens say how much
-    text val and sealed get. Documents of one of the `groups` of near copies go together, by the key of their
-    group: to train, if one is in `trained` or if together they would fill half of val.
+    text val and sealed get. `groups` gives near copies the key of their group. They go together, and that key
+    is compared in place of theirs. They are train if one of them is in `trained`, or if they would fill half
+    of val.
 
     Raises:
         UserError: there is too little text, or there are too few documents.
@@ -675,7 +676,7 @@ def split_by_hash(
             f"track '{track.name}': {total / 1e6:.1f} MB of text is too little for val_tokens "
             f"{track.val_tokens:,}: it needs {3 * need / 1e6:.1f} MB; lower val_tokens or add text"
         )
-    members: dict[bytes, list[bytes]] = {}  # of each group; a document without one is alone
+    members: dict[bytes, list[bytes]] = {}  # of each group; a document without near copies is one by itself
     for key in sizes:
         members.setdefault(groups.get(key, key), []).append(key)
     split_of = {}
@@ -719,7 +720,7 @@ def near_copies(texts: Iterable[str]) -> dict[bytes, bytes]:
     distinctive = [keys for keys in holders.values() if len(keys) <= MAX_LINE_MODULES]
     num_lines = Counter(key for keys in distinctive for key in keys)
     num_shared = Counter(pair for keys in distinctive for pair in combinations(sorted(keys), 2))
-    parents: dict[bytes, bytes] = {}  # {a module: a smaller one of its group}, {the smallest: itself}
+    parents: dict[bytes, bytes] = {}  # a module -> a smaller one of its group; the smallest -> itself
 
     def smallest(key: bytes) -> bytes:
         while parents.get(key, key) != key:

@@ -21,7 +21,8 @@ class BrokenRule(Exception):
 def drawn_step(shape: Sequence[int]) -> int:
     """Return the step between the elements of a tensor that Device.drawn looks at.
 
-    It has no factor in common with the number of columns: of fewer than DRAWN_SAMPLE it comes to all.
+    It has no factor in common with the number of columns. So no column is left out, where a tensor has fewer
+    than DRAWN_SAMPLE of them.
     """
     columns = shape[-1] if shape else 1
     step = max(1, math.prod(shape) // DRAWN_SAMPLE)
@@ -84,7 +85,7 @@ class Device(ABC):
     def drawn(self, model: Any) -> str:
         """Return a hash of the tensors of a new model that are not constant, "" when all are.
 
-        It is of about DRAWN_SAMPLE elements of each, or of all of fewer: hashing a GB takes seconds.
+        Of a large tensor about DRAWN_SAMPLE elements are hashed: hashing a GB takes seconds.
         """
 
     @abstractmethod

@@ -93,11 +93,9 @@ class Trainer:
         torch._foreach_copy_(params, torch._foreach_div(sums, steps - first))
         averaged, _ = score(self.model, self.device, self.data, rows)
         return {
-            **self.problem,
             "start": start,
             "order": order,
             "steps": steps,
-            "val_tokens": rows * self.data.seq_len,
             "val_bpb": round(val_bpb, 5),
             "averaged_bpb": round(averaged, 5),
             "stderr": round(stderr, 5),
@@ -112,8 +110,8 @@ def run_all(options: argparse.Namespace, trainer: Trainer) -> None:
     Raises:
         SystemExit: the file holds runs of another problem.
     """
-    rows = options.val_tokens // trainer.data.seq_len
-    problem = {**trainer.problem, "val_tokens": rows * trainer.data.seq_len}
+    val_tokens = options.val_tokens // trainer.data.seq_len * trainer.data.seq_len  # whole rows
+    problem = {**trainer.problem, "val_tokens": val_tokens}
     have = set()
     for r in read_results(options.file):
         other = {key: getattr(r, key, None) for key in problem}
@@ -122,11 +120,12 @@ def run_all(options: argparse.Namespace, trainer: Trainer) -> None:
                 f"{options.file} holds runs of {other}, and this is {problem}: name another file"
             )
         have.add((r.start, r.order, r.steps))
-    trainer.compile()
-    for start, order, steps in product(options.starts, options.orders, options.steps):
-        if (start, order, steps) in have and not options.again:
-            continue
-        line = json.dumps(trainer.run(start, order, steps, options.val_tokens))
+    wanted = list(product(options.starts, options.orders, options.steps))
+    missing = wanted if options.again else [seeds for seeds in wanted if seeds not in have]
+    if missing:
+        trainer.compile()
+    for start, order, steps in missing:
+        line = json.dumps({**problem, **trainer.run(start, order, steps, val_tokens)})
         with options.file.open("a") as file:
             file.write(line + "\n")
         print(line, flush=True)
@@ -141,10 +140,10 @@ class Components(NamedTuple):
 
 
 def components(runs: list[SimpleNamespace], name: str) -> Components:
-    """Return what the noise of an attribute consists of. runs: one of each start with each order.
+    """Return what the noise of an attribute consists of.
 
-    The estimate is that of the two-way analysis of variance without repeats; a negative variance counts as
-    none.
+    runs: one of each start with each order. name: of the attribute. The estimate is that of the two-way
+    analysis of variance without repeats. A negative variance counts as none.
     """
     table = {(r.start, r.order): getattr(r, name) for r in runs}
     starts = sorted({start for start, _ in table})

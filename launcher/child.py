@@ -40,7 +40,7 @@ from backends.protocol import (
 from launcher import compiled, shared_memory
 from launcher.box import Policy
 from launcher.device import Watch
-from launcher.disk_space import DiskSpace
+from launcher.disk_space import LONGEST_LOG, DiskSpace, size_of
 from launcher.ledger import BoardKey, Flag, Row, single_line
 from launcher.processes import (
     Guarded,
@@ -51,7 +51,7 @@ from launcher.processes import (
 )
 from launcher.progress import OnEvent
 from launcher.runs import ledger
-from launcher.score import LONGEST_LOG, Job, NotScored, Score, ScoringPair, size_of
+from launcher.score import Job, NotScored, Score, ScoringPair
 from launcher.setting import Setting
 from launcher.verdict import board_runs
 from launcher.walls import common_policy, start_boxed, trainer_policy

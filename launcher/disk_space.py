@@ -1,4 +1,4 @@
-"""What a run leaves free of its disks: the ledger and other programs need them too."""
+"""What a run may write: its logs have a limit, and its disks keep space for the ledger and others."""
 
 import shutil
 import time
@@ -9,12 +9,16 @@ from pathlib import Path
 
 from launcher import compiled
 
+LONGEST_LOG = 2**28  # bytes that a trainer and its model may print and send
 RESERVE = 4 * 2**30  # bytes that stay free, or half of what was free when the run began
-SHARE = 0.25  # of what vanished from the disk since then: a run that wrote less is not to blame
+SHARE = 0.25  # of what the disk lost since then: a run that wrote less is not to blame
 
 
 class DiskSpace:
-    """The disks of a run, from its start. A file that is deleted while a process has it open is not seen."""
+    """The disks that a run writes to. It knows what was free when the run began.
+
+    A file that was deleted while a process has it open is not counted.
+    """
 
     def __init__(self, run: Path) -> None:
         """Note what is free. run: the folder of the run, which is there."""
@@ -24,7 +28,7 @@ class DiskSpace:
         self._free = {folder: free_bytes(folder) for folder in (run, compiled.folder())}
 
     def filled(self) -> str:
-        """Return what the run did to a disk that is nearly full, "" where there is space or others did it."""
+        """Return what a run is told that filled a disk, "" while there is space or where others did it."""
         for folder, before in self._free.items():
             free = free_bytes(folder)
             if free >= min(RESERVE, before // 2):
@@ -39,7 +43,7 @@ class DiskSpace:
         return ""
 
     def _files(self) -> Iterator[stat_result]:
-        """Yield what is known of each file of the run, and of the compiled code that is new."""
+        """Yield the status of each file in the run's folder, and of the compiled code that is new."""
         for path in {*compiled.paths_below(self._run), *compiled.changed_since(self._began)}:
             with suppress(OSError):  # gone meanwhile
                 yield path.lstat()
@@ -48,6 +52,14 @@ class DiskSpace:
 def free_bytes(folder: Path) -> int:
     """Return the bytes that this user may still write to the disk of a folder."""
     return shutil.disk_usage(folder).free
+
+
+def size_of(file: Path) -> int:
+    """Return the size of a file in bytes, 0 where it cannot be seen."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def readable(size: int) -> str:

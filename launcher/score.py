@@ -29,7 +29,7 @@ import numpy as np
 from backends.protocol import RunDir, RunSettings, last_line
 from launcher import compiled, shared_memory
 from launcher.box import Policy
-from launcher.disk_space import DiskSpace
+from launcher.disk_space import LONGEST_LOG, DiskSpace, size_of
 from launcher.processes import defer_signals, remove_tree, scoring_id
 from launcher.progress import OnEvent, Scored
 from launcher.walls import scorer_policy, start_boxed
@@ -40,7 +40,6 @@ AUDIT_POSITIONS = 64  # of each of its rows, at most
 AUDIT_LOGITS = 2**26  # that it takes, at most
 LEAST_LOSS = -1e-3  # nats: a loss is not negative, but for rounding
 MOST_SHAPES = 2**20  # bytes of what a process says of its model
-LONGEST_LOG = 2**28  # bytes that a trainer and its model may print and send
 LOOK_SECONDS = 0.2  # between two looks at what they printed
 BIAS_ERRORS = 6.0  # standard errors that the bias may lie from 0,
 BIAS_SHARE = 0.05  # and this share of the most that it may be
@@ -399,7 +398,7 @@ class ScoringPair(ExitStack):
     def _in_time(self, seconds: float, message: str) -> Iterator[None]:
         """Kill both processes when the time is up, or when they print or write too much.
 
-        Raises NotScored then. `message` is the one for the time.
+        Raises NotScored then: with `message` when the time is up.
         """
         deadline = time.monotonic() + seconds
         is_over = threading.Event()
@@ -424,20 +423,12 @@ class ScoringPair(ExitStack):
         try:
             yield
         except NotScored as error:
-            if causes and error.status != "invalid":  # a broken rule says more than what came of it
+            if causes and error.status != "invalid":  # which rule was broken says more than that it was late
                 raise causes[0] from None
             raise
         finally:
             is_over.set()
             watcher.join()
-
-
-def size_of(file: Path) -> int:
-    """Return the size of a file in bytes, 0 where it cannot be seen."""
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0
 
 
 def suspicious_and_random(nats: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -96,17 +96,19 @@ class Setting:
         platform = self.platform
         here = (self.facts.framework, self.facts.device_kind)
         is_nvidia = "compute_capability" in self.facts.details
-        if platform.framework == "mlx" and platform.device_kind == "gpu" and not platform.auto and is_nvidia:
-            if all(installed_version(name) == "missing" for name in MLX_CUDA_PACKAGES):
-                raise UserError(
-                    f"platform {platform.name} needs MLX's CUDA build: uv pip install 'mlx[cuda13]' (or "
-                    "cuda12), then uv run --no-sync autoresearch; or leave --platform out",
-                    2,
-                )
-        elif platform.device_kind == "gpu" and here != (platform.framework, "gpu"):
+        wanted = (platform.framework, platform.device_kind)
+        wants_cuda_mlx = wanted == ("mlx", "gpu") and not platform.auto and is_nvidia
+        if platform.device_kind == "gpu" and here != wanted and not wants_cuda_mlx:
             raise UserError(
                 f"platform {platform.name} needs a GPU for {platform.framework}, and this machine has "
                 f"{self.facts.device}: leave --platform out, or name one that fits (autoresearch platforms)",
+                2,
+            )
+        is_missing = (installed_version(name) == "missing" for name in MLX_CUDA_PACKAGES)
+        if wants_cuda_mlx and all(is_missing):
+            raise UserError(
+                f"platform {platform.name} needs MLX's CUDA build: uv pip install 'mlx[cuda13]' (or "
+                "cuda12), then uv run --no-sync autoresearch; or leave --platform out",
                 2,
             )
         package = platform.framework

@@ -16,6 +16,7 @@ from conftest import wait_for_line
 from backends.protocol import RunDir, Start
 from launcher import child, guard
 from launcher.child import supervise
+from launcher.compiled import paths_below
 from launcher.device import Watch
 from launcher.ledger import Flag, Ledger, Row
 from launcher.processes import processes_of, scoring_id
@@ -267,7 +268,8 @@ def small_disk(house, monkeypatch):
     """A disk of 100 MB, on which only files named fill* take space. Half of what is free must stay so."""
 
     def free(folder):
-        return 100_000_000 - sum(path.stat().st_size for path in house.parent.rglob("fill*"))
+        files = [path for path in paths_below(house.parent) if path.name.startswith("fill")]
+        return 100_000_000 - sum(path.stat().st_size for path in files)
 
     monkeypatch.setattr("launcher.disk_space.free_bytes", free)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(house / "code"))
@@ -276,15 +278,20 @@ def small_disk(house, monkeypatch):
 
 @pytest.mark.parametrize("place", ["TMPDIR", "TORCHINDUCTOR_CACHE_DIR"])
 def test_a_trainer_that_fills_the_disk_is_ended(small_disk, place):
-    acts = f"for n in range(6): open(os.environ['{place}'] + f'/fill{{n}}', 'wb').write(b'x' * 10_000_000)"
-    trainer = hostile(small_disk, f"{acts}\ntime.sleep(60)")
+    acts = f"""
+place = os.environ['{place}']
+with open(place + '/part', 'wb') as file: file.write(b'x' * 60_000_000)
+os.rename(place + '/part', place + '/fill')  # it takes space from here on, all of it at once
+time.sleep(60)
+"""
+    trainer = hostile(small_disk, acts)
     run = RunDir(small_disk)
     outcome = supervise(trainer, run, resolve("cpu"), 1, Watch("cpu"), lambda event: None)
     assert outcome.status == "crash"
     assert re.match(r"the run wrote \d+ MB, and 40 MB are free on the disk: write no", outcome.reason)
 
 
-def test_compiling_late_is_no_excuse_to_fill_the_disk(small_disk, monkeypatch):
+def test_compiling_late_is_no_excuse_to_fill_the_disk(small_disk):
     """A start may take longer as long as new code is compiled. Here the files are that code."""
     setting = resolve("cpu")
     setting = replace(setting, platform=replace(setting.platform, startup_seconds=2.0))

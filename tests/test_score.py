@@ -264,6 +264,16 @@ def test_a_model_that_build_model_does_not_give_is_named_by_its_tensor(trained, 
     assert says in refusal.value.reason and "put its average" in refusal.value.reason
 
 
+@pytest.fixture
+def pair(house):
+    """A pair whose processes only notice that they are killed."""
+    pair = object.__new__(ScoringPair)
+    pair.job = SimpleNamespace(run=RunDir(house), disk=DiskSpace(house))
+    pair.killed = threading.Event()
+    pair.first = pair.second = SimpleNamespace(kill=pair.killed.set)
+    return pair
+
+
 @pytest.mark.parametrize(
     ("act", "status", "says"),
     [
@@ -276,35 +286,23 @@ def test_a_model_that_build_model_does_not_give_is_named_by_its_tensor(trained, 
         (lambda pair: None, "timeout", "too long"),
     ],
 )
-def test_a_process_that_prints_or_writes_without_end_or_hangs_is_ended(
-    tmp_path, monkeypatch, act, status, says
-):
+def test_a_process_that_prints_or_writes_without_end_or_hangs_is_ended(pair, monkeypatch, act, status, says):
     monkeypatch.setattr("launcher.score.LONGEST_LOG", 1000)
-    pair = object.__new__(ScoringPair)
-    pair.job = SimpleNamespace(run=RunDir(tmp_path), disk=DiskSpace(tmp_path))
-    killed = threading.Event()
-    pair.first = pair.second = SimpleNamespace(kill=killed.set)
     with pytest.raises(NotScored, match=says) as refusal, pair._in_time(1.0, "too long"):
         act(pair)
-        assert killed.wait(30)
+        assert pair.killed.wait(30)
         raise NotScored("crash", "the process went away")
     assert refusal.value.status == status
 
 
-def test_a_broken_rule_says_more_than_the_time(tmp_path):
-    pair = object.__new__(ScoringPair)
-    pair.job = SimpleNamespace(run=RunDir(tmp_path), disk=DiskSpace(tmp_path))
-    killed = threading.Event()
-    pair.first = pair.second = SimpleNamespace(kill=killed.set)
+def test_a_broken_rule_says_more_than_the_time(pair):
     with pytest.raises(NotScored, match="not the model") as refusal, pair._in_time(0.1, "too long"):
-        assert killed.wait(30)
+        assert pair.killed.wait(30)
         raise NotScored("invalid", "not the model")
     assert refusal.value.status == "invalid"
 
 
-def test_a_score_in_time_leaves_no_watcher(tmp_path):
-    pair = object.__new__(ScoringPair)
-    pair.job = SimpleNamespace(run=RunDir(tmp_path), disk=DiskSpace(tmp_path))
+def test_a_score_in_time_leaves_no_watcher(pair):
     before = threading.active_count()
     with pair._in_time(60.0, "too long"):
         assert threading.active_count() == before + 1

@@ -43,14 +43,15 @@ class FakeTrainer:
     def __init__(self, track="pysource"):
         self.problem = {"track": track}
         self.runs = []
+        self.compiled = False
 
     def compile(self):
-        pass
+        self.compiled = True
 
     def run(self, start, order, steps, val_tokens):
         self.runs.append((start, order, steps))
         value = {"val_bpb": start + order / 10, "averaged_bpb": 9.0}
-        return {**self.problem, "start": start, "order": order, "steps": steps, "val_tokens": 200, **value}
+        return {"start": start, "order": order, "steps": steps, **value}
 
 
 def wanted(file, **more):
@@ -69,6 +70,9 @@ def test_what_the_file_holds_is_not_run_again_and_another_problem_is_refused(tmp
     again = FakeTrainer()
     run_all(wanted(file, starts=[1], again=True), again)
     assert again.runs == first.runs
+    nothing = FakeTrainer()
+    run_all(wanted(file), nothing)
+    assert first.compiled and not nothing.compiled and not nothing.runs
     other = FakeTrainer("climbmix")
     with pytest.raises(SystemExit, match="holds runs of .*pysource.* name another file"):
         run_all(wanted(file), other)

@@ -318,7 +318,7 @@ def test_both_score_one_model_identically(trainers, monkeypatch):
     assert np.abs(results[0].reshape(-1) - expected.numpy()).max() < 1e-5
 
 
-# A sixty-five thousandth of the elements has a factor in common with the columns.
+# The number of elements over DRAWN_SAMPLE is 3, 16 and 10: each has a factor in common with the columns.
 @pytest.mark.parametrize(("rows", "columns"), [(1024, 192), (1400, 768), (640, 1024)])
 def test_both_see_whether_a_model_was_drawn_with_another_seed(trainers, rows, columns):
     from backends import cuda as cuda_backend
