@@ -697,7 +697,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)
     if COMPILE:
-        kernels.start_compilers()
+        kernels.start_compilers(HEAD_DIM, SOFTCAP)
     model = build_model(exp.track, exp.platform)
     train_step = warm_up(model, exp)
 

@@ -3,7 +3,7 @@ Kernels for the model of train_cuda.py on recent NVIDIA GPUs, which PyTorch does
 
 The trainer asks for one of them and gets it, or plain PyTorch; it does not know which:
 
-    start_compilers()                processes that compile Triton kernels (any GPU)
+    start_compilers(head_dim, softcap)  processes that compile beside the trainer (any GPU)
     flash_attention()                FlashAttention (Hopper and newer), or None
     fuse_blocks(blocks, wte, rotary) a faster forward for each Block (Hopper, bfloat16)
     fuse_loss(plain, w, softcap)     a faster function of the loss of a chunk (Hopper, bfloat16)
@@ -19,13 +19,19 @@ with quack-kernels and the CuTe DSL, which come with the extra `flash` (see pypr
 # Triton reads its kernels' annotations; their other arguments have none.
 # mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
 
+import hashlib
 import inspect
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -33,6 +39,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 try:
     import triton
@@ -43,6 +50,7 @@ except ImportError:  # not on macOS or Windows
 Attention = Callable[..., Tensor]  # f(q, k, v, window=), [B, T, H, D] each
 LossChunk = Callable[[Tensor, Tensor, Tensor, int, Tensor, Tensor], Tensor]  # loss_chunk of train_cuda.py
 
+HEAD_DIMS = (64, 128)  # that the fused kernels compute
 TOLERANCE = 0.03  # relative difference of a fused result; rounding to bfloat16 makes 0.006 in a block
 
 
@@ -51,17 +59,23 @@ TOLERANCE = 0.03  # relative difference of a fused result; rounding to bfloat16 
 # ---------------------------------------------------------------------------
 
 
-def start_compilers() -> None:
-    """Start the processes in which torch.compile has Triton kernels compiled, if there is a GPU.
+def start_compilers(head_dim: int, softcap: float) -> None:
+    """Start the processes that compile kernels beside this one, if there is a GPU.
 
-    PyTorch starts them at its first kernel. Until they are ready, and that is later than the model's last
-    kernel on a fresh machine, it compiles one after the other itself.
+    PyTorch starts those for Triton kernels at its first kernel. Until they are ready, and that is later than
+    the model's last kernel on a fresh machine, it compiles one after the other itself. The CuTe DSL compiles
+    within this process: what it will be asked for is compiled ahead.
     """
     if triton is None or not torch.cuda.is_available():
         return
+    compile_ahead(head_dim, softcap)
     with suppress(ImportError, AttributeError):  # it is no interface that PyTorch promises
+        from torch._inductor import config
         from torch._inductor.async_compile import AsyncCompile
 
+        # PyTorch's default, a process that starts CUDA, ends without a word where it cannot: in our box (see
+        # THREADS in launcher/box.py). Forks of this process need no CUDA.
+        config.worker_start_method = "fork"
         AsyncCompile.use_process_pool()
 
 
@@ -104,12 +118,14 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the fused kernels run on the device, in the dtype."""
     if device.type != "cuda" or dtype != torch.bfloat16 or triton is None:
         return False
-    return epilogues() is not None and flash4() is not None
+    found = epilogues() is not None and flash4() is not None
+    wait_for_kernels()
+    return found
 
 
 def fit(n_embd: int, head_dim: int, seq_len: int) -> bool:
     """Return whether the fused kernels compute a block of this size."""
-    return head_dim in (64, 128) and n_embd % 128 == 0 and seq_len % 128 == 0
+    return head_dim in HEAD_DIMS and n_embd % 128 == 0 and seq_len % 128 == 0
 
 
 # ---------------------------------------------------------------------------
@@ -236,6 +252,11 @@ def edges(window: int, seq_len: int) -> tuple[int | None, int | None]:
 @torch.library.custom_op("autoresearch::flash4_forward", mutates_args=())
 def flash4_forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Return the result [B, T, H, D] and the logarithms of the softmax's sums, float32 [B, H, T]."""
+    return run_flash4_forward(q, k, v, window)
+
+
+def run_flash4_forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Return what flash4_forward returns. Of fake tensors the kernel is only compiled."""
     from flash_attn.cute.interface import flash_attn_func
 
     size = edges(window, q.shape[1])
@@ -253,6 +274,13 @@ def flash4_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int
 ) -> Tensor:
     """Return the gradients of q, k and v in one tensor, [B, T, 3, H, D]."""
+    return run_flash4_backward(q, k, v, out, lse, dout, window)
+
+
+def run_flash4_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int
+) -> Tensor:
+    """Return what flash4_backward returns. Of fake tensors the kernels are only compiled."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
     B, T, H, D = q.shape
@@ -321,6 +349,14 @@ TILES = {
 }
 
 
+def hopper() -> bool:
+    """Return whether kernels are compiled for Hopper: what QUACK_ARCH names, or else the GPU."""
+    target = os.environ.get("QUACK_ARCH")
+    if target:
+        return target == "90"
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
 @cache
 def epilogues(softcap: float = 0.0) -> dict[str, Any] | None:
     """Return matrix products that finish their result before they store it, by name.
@@ -329,7 +365,7 @@ def epilogues(softcap: float = 0.0) -> dict[str, Any] | None:
     scale [M]. It returns D, what is stored, and may return "sum", which is summed over the columns. Returns
     None without Hopper or quack-kernels.
     """
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    if not hopper():
         return None
     try:
         return {
@@ -458,7 +494,7 @@ def product(
 
     If the epilogue gives more, return a pair: sums float32 [M], or for norm_rotary rstd float32 [M, heads].
     c, x: [M, N], but for norm_rotary x is float16 [M, head_dim]; scale: float32 [M]; out: where the result
-    goes.
+    goes. Of fake tensors the kernel is only compiled.
     """
     from quack.gemm_sm90 import GemmSm90
 
@@ -489,7 +525,10 @@ def product(
         cluster_M=tile.cluster_rows,
         cluster_N=tile.cluster_columns,
         post_init_attrs=(("loads", tile.loads),),
+        _launch=not isinstance(a, FakeTensor),
     )
+    if isinstance(a, FakeTensor):
+        return D
     if "sum" in operands:
         return D, row_sums(operands["sum"])
     if "rstd_out" in operands:
@@ -867,3 +906,154 @@ def target_terms(
     share = 1 / (total * count)
     nats = (total.log() - softcap * squashed).sum()
     return nats, at_target.to(x.dtype), share, (x * share[:, None]).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------
+# Compiled ahead
+# ---------------------------------------------------------------------------
+
+PACKAGES = ("flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")  # that compile
+LONGEST_WAIT = 180  # seconds for what is compiled ahead; then the trainer compiles it itself
+compiling: list[subprocess.Popen[str]] = []  # the process that compiles ahead, until it was waited for
+
+
+def compile_ahead(head_dim: int, softcap: float) -> None:
+    """Start a process that compiles the kernels of the CuTe DSL side by side, if this machine lacks them.
+
+    One after the other, when each is first used, they take a fresh machine half a minute. It compiles by the
+    sizes alone, without a GPU, into the caches on disk of quack and of FlashAttention-4, where the trainer
+    finds them: their names there depend on head_dim and softcap, and on no other size.
+    """
+    if not hopper() or head_dim not in HEAD_DIMS:
+        return
+    mark = ahead_mark(head_dim, softcap)
+    if mark is None or mark.exists():
+        return
+    major, minor = torch.cuda.get_device_capability()
+    target = {
+        "QUACK_ARCH": f"{major}{minor}",
+        "FLASH_ATTENTION_ARCH": f"{major}{minor}",
+        "CUTE_DSL_ARCH": f"sm_{major}{minor}a",
+        "FLASH_ATTENTION_NUM_SMS": str(torch.cuda.get_device_properties().multi_processor_count),
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    # Not by its file: quack's names hold the module's.
+    script = f"import {__name__} as kernels; kernels.compile_all({head_dim}, {softcap}, {str(mark)!r})"
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    environment = {**os.environ, **target}
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    compiling.append(process)
+
+
+def wait_for_kernels() -> None:
+    """Wait for what compile_ahead started. What went wrong there is said on stderr, and no error."""
+    while compiling:
+        process = compiling.pop()
+        try:
+            said = process.communicate(timeout=LONGEST_WAIT)[1]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = f"it took longer than {LONGEST_WAIT} s"
+        if process.wait():
+            reason = said.strip().splitlines()[-1:]
+            print("Kernels are compiled one by one, not ahead:", *reason, file=sys.stderr, flush=True)
+
+
+def ahead_mark(head_dim: int, softcap: float) -> Path | None:
+    """Return the file that says that the kernels of these sizes are compiled. None: nothing is ahead here.
+
+    It lies where the launcher has quack keep them, and goes with them.
+    """
+    place = os.environ.get("QUACK_CACHE_DIR")
+    if not place:
+        return None
+    try:
+        versions = [version(name) for name in PACKAGES]
+    except PackageNotFoundError:
+        return None
+    source = Path(__file__).read_text(encoding="utf-8")
+    made_of = repr((head_dim, softcap, sys.version_info[:2], versions, source))
+    return Path(place, f"ahead-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}")
+
+
+def compile_all(head_dim: int, softcap: float, mark: str) -> None:
+    """Compile every kernel of the CuTe DSL, as many at a time as there are cores, and then make `mark`.
+
+    The processes are forks of this one, which has imported what they need and has not touched a GPU.
+    """
+    import flash_attn.cute.interface  # noqa: F401
+    import quack.gemm_runtime.host
+
+    # The driver would be asked for what a launch needs, and no kernel is launched here.
+    quack.gemm_runtime.host.get_max_active_clusters = lambda *size, **options: 1
+    jobs = [partial(compile_flash4, window, head_dim) for window in (128, 2048)]
+    jobs += [partial(compile_flash4_backward, window, head_dim) for window in (128, 2048)]
+    jobs += [partial(compile_product, name, head_dim, softcap) for name in TILES]
+    workers = min(len(jobs), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+        for job in [pool.submit(job) for job in jobs]:
+            job.result()
+    Path(mark).touch()
+
+
+def compile_flash4(window: int, head_dim: int) -> None:
+    """Compile FlashAttention-4 over rows of 2048 positions."""
+    with FakeTensorMode():
+        q = empty(1, 2048, 4, head_dim)
+        run_flash4_forward(q, q, q, window)
+
+
+def compile_flash4_backward(window: int, head_dim: int) -> None:
+    """Compile the backward pass of FlashAttention-4 over rows of 2048 positions."""
+    with FakeTensorMode():
+        q = empty(1, 2048, 4, head_dim)
+        run_flash4_backward(q, q, q, q, floats(q, 1, 4, 2048), q, window)
+
+
+def compile_product(name: str, head_dim: int, softcap: float) -> None:
+    """Compile a product of TILES."""
+    with FakeTensorMode():
+        product(name, **product_cases(empty, head_dim, softcap)[name])
+
+
+def empty(*shape: int) -> Tensor:
+    """Return an empty bfloat16 tensor on the GPU."""
+    return torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
+
+
+def product_cases(
+    tensor: Callable[..., Tensor], head_dim: int = 128, softcap: float = 15.0, width: int = 512
+) -> dict[str, dict[str, Any]]:
+    """Return the operands of every product of TILES, as a model of a width has them.
+
+    tensor: makes a bfloat16 tensor of a shape
+    """
+    N = 2**18  # tokens of a pass
+    D = width
+    V = 8192
+    C = 2**15  # tokens of a chunk of the loss
+    x = tensor(N, D)
+    hidden = tensor(N, 4 * D)
+    logits = tensor(C, V)
+    scale = tensor(N).float()
+    wide = tensor(4 * D, D)
+    narrow = tensor(D, 4 * D)
+    square = tensor(D, D)
+    head = tensor(V, D)
+    dw = tensor(V, D).float()
+    return {
+        "add": {"a": hidden, "b": narrow, "c": x},
+        "add_value": {"a": x, "b": square, "c": x},
+        "add_squares": {"a": x, "b": square, "c": x},
+        "relu_squared": {"a": x, "b": wide, "scale": scale},
+        "relu_squared_backward": {"a": x, "b": narrow.T, "scale": scale, "x": hidden},
+        "add_norm_backward": {"a": hidden, "b": wide.T, "c": x, "scale": scale, "x": x},
+        "norm_rotary": {"a": x, "b": tensor(2 * D, D), "x": tensor(N, head_dim).half()},
+        "softcap_exp": {"a": x[:C], "b": head, "softcap": softcap},
+        "scale": {"a": logits, "b": head.T, "scale": scale[:C]},
+        "accumulate": {"a": logits.T, "b": x[:C].T, "c": dw, "out": dw},
+    }

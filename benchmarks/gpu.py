@@ -341,38 +341,6 @@ def fill(model: Any, device: str) -> None:
             p.copy_(torch.randn(p.shape, device=device, generator=generator) * (0.05 if is_matrix else 1))
 
 
-def product_cases(bf16: Callable, fp32: Callable) -> dict[str, dict[str, Any]]:
-    """Return the operands of every fused product at the shapes of the trainer.
-
-    bf16, fp32: make a tensor of a shape.
-    """
-    N = 2**18  # tokens of a pass
-    D = 512
-    V = 8192
-    C = 2**15  # tokens of a chunk of the loss
-    x = bf16(N, D)
-    hidden = bf16(N, 4 * D)
-    logits = bf16(C, V)
-    scale = fp32(N)
-    wide = bf16(4 * D, D)
-    narrow = bf16(D, 4 * D)
-    square = bf16(D, D)
-    head = bf16(V, D)
-    dw = fp32(V, D)
-    return {
-        "add": {"a": hidden, "b": narrow, "c": x},
-        "add_value": {"a": x, "b": square, "c": x},
-        "add_squares": {"a": x, "b": square, "c": x},
-        "relu_squared": {"a": x, "b": wide, "scale": scale},
-        "relu_squared_backward": {"a": x, "b": narrow.T, "scale": scale, "x": hidden},
-        "add_norm_backward": {"a": hidden, "b": wide.T, "c": x, "scale": scale, "x": x},
-        "norm_rotary": {"a": x, "b": bf16(2 * D, D), "x": fp32(N, 128).half()},
-        "softcap_exp": {"a": x[:C], "b": head, "softcap": 15.0},
-        "scale": {"a": logits, "b": head.T, "scale": scale[:C]},
-        "accumulate": {"a": logits.T, "b": x[:C].T, "c": dw, "out": dw},
-    }
-
-
 def tiles() -> None:
     """Print every fused product's time with each candidate of its tile; TILES has the best of an H100."""
     import torch
@@ -384,9 +352,9 @@ def tiles() -> None:
         return
 
     def random(*shape: int) -> Any:
-        return torch.rand(*shape, device="cuda")
+        return torch.rand(*shape, device="cuda").bfloat16()
 
-    for name, operands in product_cases(lambda *shape: random(*shape).bfloat16(), random).items():
+    for name, operands in kernels.product_cases(random).items():
         chosen = kernels.TILES[name]
         reads_more = "c" in operands or "x" in operands
         times = {}

@@ -1,11 +1,9 @@
 """
 The kernels of train_cuda_kernels.py, without a GPU, against what the trainer computes.
 
-Two groups of tests need an environment of their own from the start of the process. This file runs itself
-again for each (see test_in_a_child):
-
-    interpreted      Triton's interpreter; epilogues and FlashAttention in plain PyTorch; all in float32
-    cross-compiled   quack-kernels compiles for Hopper
+Some tests need Triton's interpreter, and so an environment of their own from the start of the process. This
+file runs itself again for them (see test_interpreted). Epilogues and FlashAttention are plain PyTorch there,
+and all is in float32.
 """
 
 import os
@@ -24,48 +22,26 @@ import torch.nn.functional as F
 import train_cuda_kernels as kernels
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUP = os.environ.get("KERNELS_TEST_GROUP", "")  # "" in the process of the suite
-GROUPS = {
-    "interpreted": {"TRITON_INTERPRET": "1", "AUTORESEARCH_PLATFORM": "cpu", "CUDA_VISIBLE_DEVICES": ""},
-    "cross-compiled": {"QUACK_ARCH": "90", "CUTE_DSL_ARCH": "sm_90a", "QUACK_CACHE_ENABLED": "0"},
+INTERPRETED = "KERNELS_ARE_INTERPRETED" in os.environ  # in the process of the suite they are not
+INTERPRETER = {
+    "KERNELS_ARE_INTERPRETED": "1",
+    "TRITON_INTERPRET": "1",
+    "AUTORESEARCH_PLATFORM": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
 }
-interpreted = pytest.mark.skipif(GROUP != "interpreted", reason="runs in a child")
-cross_compiled = pytest.mark.skipif(GROUP != "cross-compiled", reason="runs in a child")
-no_child = pytest.mark.skipif(bool(GROUP), reason="runs in the suite's process")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a child")
+no_child = pytest.mark.skipif(INTERPRETED, reason="runs in the suite's process")
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton comes with PyTorch on Linux only")
 
 
 @no_child
 @needs_triton
 @pytest.mark.slow
-def test_the_compilers_of_kernels_start() -> None:
-    script = """
-import torch
-import train_cuda_kernels as kernels
-torch.cuda.is_available = lambda: True
-kernels.start_compilers()
-from torch._inductor.async_compile import AsyncCompile
-assert AsyncCompile._ready_future is not None
-AsyncCompile._ready_future.result(timeout=120)
-assert AsyncCompile.use_process_pool()
-"""
-    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@no_child
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("group", GROUPS)
-def test_in_a_child(group: str) -> None:
-    if group == "cross-compiled":
-        pytest.importorskip("quack")
-    environment = {**os.environ, **GROUPS[group], "KERNELS_TEST_GROUP": group}
+def test_interpreted() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **INTERPRETER}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
     assert re.search(r"^[1-9]\d* passed", done.stdout, re.M), done.stdout
 
@@ -345,32 +321,109 @@ def test_on_the_cpu_everything_is_plain_and_nothing_is_said(capfd):
     assert capfd.readouterr().err == ""
 
 
-# --- compiled for Hopper ------------------------------------------------------------------------------------
+# --- compiled beside the trainer, for Hopper ---------------------------------------------------------------
 
 
-@cross_compiled
-@pytest.mark.parametrize("name", kernels.TILES)
-def test_every_product_compiles_for_hopper(monkeypatch, name: str) -> None:
-    import quack.gemm_runtime.host
-    from torch._subclasses.fake_tensor import FakeTensorMode
+PRETEND = """
+import os, sys, types
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *device: (9, 0)
+torch.cuda.get_device_properties = lambda *device: types.SimpleNamespace(multi_processor_count=132)
+import train_cuda_kernels as kernels
+"""
 
-    from benchmarks.gpu import product_cases
 
-    # This one asks the driver.
-    monkeypatch.setattr(quack.gemm_runtime.host, "get_max_active_clusters", lambda *size, **capability: 66)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
-        kernel = kernels.epilogues(15.0 if name == "softcap_exp" else 0.0)[name]
-    monkeypatch.setattr(kernel, "gemm", partial(kernel.gemm, _launch=False))
-    monkeypatch.setattr(kernels, "row_sums", lambda sums: sums)  # of Triton, the rest is not
+def pretend(script: str, place: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process that takes itself to have a Hopper GPU and keeps its kernels in `place`."""
+    environment = {
+        **os.environ,
+        "QUACK_CACHE_DIR": str(place / "quack"),
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(place / "flash4"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "2",
+        **more,
+    }
+    command = [sys.executable, "-W", "ignore", "-c", PRETEND + script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
 
-    def empty(dtype: torch.dtype) -> Callable:
-        return lambda *shape: torch.empty(*shape, dtype=dtype, device="cuda")
 
-    with FakeTensorMode():
-        operands = product_cases(empty(torch.bfloat16), empty(torch.float32))[name]
+def compiled_in(place: Path) -> set[Path]:
+    return {path.relative_to(place) for path in place.rglob("*.o")}
+
+
+@no_child
+@needs_triton
+@pytest.mark.slow
+def test_triton_kernels_are_compiled_by_forks(tmp_path: Path) -> None:
+    script = """
+import torch._inductor.async_compile as torch_compile
+torch_compile.caching_device_properties = lambda: None  # there are none
+kernels.compile_ahead = lambda *sizes: None
+kernels.start_compilers(128, 15.0)
+pool = torch_compile.AsyncCompile.process_pool()
+assert pool.submit(os.getppid).result(timeout=120) == os.getpid()
+torch_compile.AsyncCompile.wait_pool_ready()
+assert torch_compile.AsyncCompile.use_process_pool()
+"""
+    pretend(script, tmp_path)
+
+
+@no_child
+@needs_triton
+@pytest.mark.slow
+def test_all_that_a_trainer_asks_for_is_compiled_ahead(tmp_path: Path) -> None:
+    """At the sizes of another model nothing is left to compile, and another process knows that it is done."""
+    pytest.importorskip("flash_attn.cute.interface")
+    done = pretend("kernels.compile_ahead(128, 15.0); kernels.wait_for_kernels()", tmp_path)
+    assert done.stderr == ""
+    ahead = compiled_in(tmp_path)
+    products = {path for path in ahead if path.parts[0] == "quack"}
+    assert len(products) == len(kernels.TILES)
+    assert {path.parts[-2] for path in ahead - products} == {"fwd", "bwd", "bwd_pre", "bwd_post"}
+
+    script = """
+from torch._subclasses.fake_tensor import FakeTensorMode
+import quack.gemm_runtime.host
+torch.cuda.is_available = lambda: False  # it would be asked for what it cannot say
+quack.gemm_runtime.host.get_max_active_clusters = lambda *size, **options: 1
+with FakeTensorMode():
+    for name, operands in kernels.product_cases(kernels.empty, 128, 15.0, width=640).items():
         kernels.product(name, **operands)
+    q = kernels.empty(3, 1024, 5, 128)
+    lse = kernels.floats(q, 3, 5, 1024)
+    for window in (200, 1024):
+        kernels.run_flash4_forward(q, q, q, window)
+        kernels.run_flash4_backward(q, q, q, q, lse, q, window)
+"""
+    hopper = {"QUACK_ARCH": "90", "FLASH_ATTENTION_ARCH": "90", "CUTE_DSL_ARCH": "sm_90a"}
+    flash = {"FLASH_ATTENTION_NUM_SMS": "132", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
+    pretend(script, tmp_path, **hopper, **flash)
+    assert compiled_in(tmp_path) == ahead
+
+    pretend("kernels.compile_ahead(128, 15.0); assert not kernels.compiling", tmp_path)
+    pretend("kernels.compile_ahead(96, 15.0); assert not kernels.compiling", tmp_path)
+
+
+@no_child
+@pytest.mark.parametrize(
+    "script, says",
+    [
+        ("raise SystemExit('no such kernel')", "no such kernel"),
+        ("import time; time.sleep(60)", "it took longer than 0.2 s"),
+    ],
+)
+def test_kernels_that_cannot_be_compiled_ahead_are_no_error(
+    monkeypatch, capfd, script: str, says: str
+) -> None:
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    monkeypatch.setattr(kernels, "compiling", [process])
+    if "sleep" in script:
+        monkeypatch.setattr(kernels, "LONGEST_WAIT", 0.2)
+    kernels.wait_for_kernels()
+    assert capfd.readouterr().err == f"Kernels are compiled one by one, not ahead: {says}\n"
+    assert process.poll() is not None and not kernels.compiling
 
 
 GATED = {"h_ptr": "*bf16", "gate_ptr": "*fp32", "table_ptr": "*bf16", "idx_ptr": "*i64"}
