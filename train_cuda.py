@@ -130,7 +130,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     q, k, v: [B, T, H, D]. On the CPU this is over twice as fast, forward and backward, as
     scaled_dot_product_attention. Positions are relative to the first key: blocks of one shape are one kernel.
     """
-    block = 128
+    block = 128  # queries
     B, T, H, D = q.shape
     q, k, v = (t.transpose(1, 2).reshape(B * H, T, D) for t in (q, k, v))
     out = []

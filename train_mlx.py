@@ -437,7 +437,7 @@ def orthogonalize(g: mx.array, dtype: mx.Dtype) -> mx.array:
     tall = x.shape[-2] > x.shape[-1]
     x = x.swapaxes(-1, -2) if tall else x
     for a, b, c in POLAR_EXPRESS:
-        gram = x @ mx.contiguous(x.swapaxes(-1, -2))
+        gram = x @ mx.contiguous(x.swapaxes(-1, -2))  # laid out anew as in linear
         x = mx.addmm(x, mx.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.swapaxes(-1, -2) if tall else x
 
