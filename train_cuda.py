@@ -696,10 +696,11 @@ def main() -> None:
     exp = Experiment()
     torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)
-    if COMPILE:
+    if COMPILE and exp.platform.device_kind == "gpu":
         kernels.start_compilers(HEAD_DIM, SOFTCAP)
     model = build_model(exp.track, exp.platform)
     train_step = warm_up(model, exp)
+    kernels.stop_compilers()
 
     gc.collect()
     gc.freeze()

@@ -4,9 +4,10 @@ Kernels for the model of train_cuda.py on recent NVIDIA GPUs, which PyTorch does
 The trainer asks for one of them and gets it, or plain PyTorch; it does not know which:
 
     start_compilers(head_dim, softcap)  processes that compile beside the trainer (any GPU)
-    flash_attention()                FlashAttention (Hopper and newer), or None
-    fuse_blocks(blocks, wte, rotary) a faster forward for each Block (Hopper, bfloat16)
-    fuse_loss(plain, w, softcap)     a faster function of the loss of a chunk (Hopper, bfloat16)
+    stop_compilers()                    when all is compiled
+    flash_attention()                   FlashAttention (Hopper and newer), or None
+    fuse_blocks(blocks, wte, rotary)    a faster forward for each Block (Hopper, bfloat16)
+    fuse_loss(plain, w, softcap)        a faster function of the loss of a chunk (Hopper, bfloat16)
 
 The last two first compare what the kernels compute with what the trainer computes. An experiment that changed
 its Block or its loss runs as it is written, and a line on stderr says so.
@@ -19,11 +20,12 @@ with quack-kernels and the CuTe DSL, which come with the extra `flash` (see pypr
 # Triton reads its kernels' annotations; their other arguments have none.
 # mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
 
-import hashlib
 import inspect
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -33,7 +35,7 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -60,23 +62,35 @@ TOLERANCE = 0.03  # relative difference of a fused result; rounding to bfloat16 
 
 
 def start_compilers(head_dim: int, softcap: float) -> None:
-    """Start the processes that compile kernels beside this one, if there is a GPU.
+    """Start the processes that compile kernels beside this one, for a model on a GPU.
 
-    PyTorch starts those for Triton kernels at its first kernel. Until they are ready, and that is later than
-    the model's last kernel on a fresh machine, it compiles one after the other itself. The CuTe DSL compiles
-    within this process: what it will be asked for is compiled ahead.
+    The CuTe DSL compiles each kernel when it is first used: they are compiled ahead. For Triton's kernels
+    PyTorch starts processes itself, with its first graph; but by default their parent starts CUDA, and where
+    it cannot, as in our box (see THREADS in launcher/box.py), it ends without a word, and this process
+    compiles one kernel after the other. Forks of this process have what they need to know of the GPU.
     """
-    if triton is None or not torch.cuda.is_available():
+    if triton is None:
         return
     compile_ahead(head_dim, softcap)
-    with suppress(ImportError, AttributeError):  # it is no interface that PyTorch promises
+    try:
         from torch._inductor import config
         from torch._inductor.async_compile import AsyncCompile
-
-        # PyTorch's default, a process that starts CUDA, ends without a word where it cannot: in our box (see
-        # THREADS in launcher/box.py). Forks of this process need no CUDA.
-        config.worker_start_method = "fork"
+    except ImportError:  # PyTorch promises neither
+        return
+    config.worker_start_method = "fork"
+    try:
         AsyncCompile.use_process_pool()
+    except Exception as error:  # a machine may refuse to fork, or to share locks
+        config.compile_threads = 1
+        print(f"Triton's kernels are compiled one by one: {error}", file=sys.stderr, flush=True)
+
+
+def stop_compilers() -> None:
+    """End the processes that compile: none of them computes beside the training, or outlives it."""
+    wait_for_kernels()
+    torch_compile = sys.modules.get("torch._inductor.async_compile")  # not there if nothing was compiled
+    if torch_compile and hasattr(torch_compile, "shutdown_compile_workers"):
+        torch_compile.shutdown_compile_workers()
 
 
 def flash_attention() -> Attention | None:
@@ -95,6 +109,7 @@ def fuse_blocks(blocks: nn.ModuleList, wte: Tensor, rotary: Tensor) -> bool:
     """
     if not (available(wte.device, wte.dtype) and fit(wte.shape[1], rotary.shape[1], len(rotary))):
         return False
+    wait_for_kernels()
     with torch.no_grad():
         if not agree("Block", compared_blocks(blocks, wte, rotary)):
             return False
@@ -118,9 +133,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the fused kernels run on the device, in the dtype."""
     if device.type != "cuda" or dtype != torch.bfloat16 or triton is None:
         return False
-    found = epilogues() is not None and flash4() is not None
-    wait_for_kernels()
-    return found
+    return epilogues() is not None and flash4() is not None
 
 
 def fit(n_embd: int, head_dim: int, seq_len: int) -> bool:
@@ -349,12 +362,11 @@ TILES = {
 }
 
 
-def hopper() -> bool:
-    """Return whether kernels are compiled for Hopper: what QUACK_ARCH names, or else the GPU."""
-    target = os.environ.get("QUACK_ARCH")
-    if target:
-        return target == "90"
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+def for_hopper() -> bool:
+    """Return whether the GPU is a Hopper, or without one QUACK_ARCH says so: then it is compiled for."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability()[0] == 9
+    return os.environ.get("QUACK_ARCH") == "90"
 
 
 @cache
@@ -365,7 +377,7 @@ def epilogues(softcap: float = 0.0) -> dict[str, Any] | None:
     scale [M]. It returns D, what is stored, and may return "sum", which is summed over the columns. Returns
     None without Hopper or quack-kernels.
     """
-    if not hopper():
+    if not for_hopper():
         return None
     try:
         return {
@@ -527,8 +539,6 @@ def product(
         post_init_attrs=(("loads", tile.loads),),
         _launch=not isinstance(a, FakeTensor),
     )
-    if isinstance(a, FakeTensor):
-        return D
     if "sum" in operands:
         return D, row_sums(operands["sum"])
     if "rstd_out" in operands:
@@ -552,13 +562,15 @@ def row_sums(values: Tensor) -> Tensor:
     sums = floats(values, N)
     width = triton.next_power_of_2(n)
     rows = 4096 // width
-    row_sums_kernel[(triton.cdiv(N, rows),)](values, sums, N, n, WIDTH=width, ROWS=rows)
+    if not isinstance(values, FakeTensor):
+        row_sums_kernel[(triton.cdiv(N, rows),)](values, sums, N, n, WIDTH=width, ROWS=rows)
     return sums
 
 
 def by_rows(kernel: Any, first: Tensor, *rest: Any, **sizes: int) -> None:
     """Run a kernel over the rows of its first argument [N, ...], 16 in a program: N is a multiple of 128."""
-    kernel[(len(first) // 16,)](first, *rest, **sizes, ROWS=16)
+    if not isinstance(first, FakeTensor):
+        kernel[(len(first) // 16,)](first, *rest, **sizes, ROWS=16)
 
 
 if triton:
@@ -912,83 +924,110 @@ def target_terms(
 # Compiled ahead
 # ---------------------------------------------------------------------------
 
-PACKAGES = ("flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")  # that compile
-LONGEST_WAIT = 180  # seconds for what is compiled ahead; then the trainer compiles it itself
-compiling: list[subprocess.Popen[str]] = []  # the process that compiles ahead, until it was waited for
+COMPILE_WITH = ("flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")  # packages
+LONGEST_WAIT = 120  # seconds; the trainer then compiles the kernels itself
+
+
+class Compiler(NamedTuple):
+    """A process that compiles kernels, and what it prints."""
+
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+
+
+running: list[Compiler] = []  # at most one, until it was waited for
 
 
 def compile_ahead(head_dim: int, softcap: float) -> None:
-    """Start a process that compiles the kernels of the CuTe DSL side by side, if this machine lacks them.
+    """Start a process that compiles the kernels of the CuTe DSL side by side, if this machine has none.
 
-    One after the other, when each is first used, they take a fresh machine half a minute. It compiles by the
-    sizes alone, without a GPU, into the caches on disk of quack and of FlashAttention-4, where the trainer
-    finds them: their names there depend on head_dim and softcap, and on no other size.
+    One after the other, each when it is first used, they take a fresh machine most of a minute. It compiles
+    by the sizes alone, without a GPU, into the caches on disk of quack and of FlashAttention-4, where the
+    trainer finds them: of all sizes only head_dim and softcap are part of their names there.
     """
-    if not hopper() or head_dim not in HEAD_DIMS:
+    if not for_hopper() or head_dim not in HEAD_DIMS:
         return
-    mark = ahead_mark(head_dim, softcap)
-    if mark is None or mark.exists():
+    done = done_file(head_dim)
+    if done is None or is_done(done):
         return
     major, minor = torch.cuda.get_device_capability()
-    target = {
+    environment = {
+        **os.environ,
         "QUACK_ARCH": f"{major}{minor}",
         "FLASH_ATTENTION_ARCH": f"{major}{minor}",
         "CUTE_DSL_ARCH": f"sm_{major}{minor}a",
         "FLASH_ATTENTION_NUM_SMS": str(torch.cuda.get_device_properties().multi_processor_count),
         "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "PYTHONPATH": str(Path(__file__).parent),
     }
-    # Not by its file: quack's names hold the module's.
-    script = f"import {__name__} as kernels; kernels.compile_all({head_dim}, {softcap}, {str(mark)!r})"
+    # This file is imported there and not run: the names in quack's cache have the names of modules in them.
+    script = f"import {__name__} as kernels; kernels.compile_all({head_dim}, {softcap!r}, {str(done)!r})"
     command = [sys.executable, "-W", "ignore", "-c", script]
-    environment = {**os.environ, **target}
+    log = tempfile.TemporaryFile()  # noqa: SIM115
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
     )
-    compiling.append(process)
+    running.append(Compiler(process, log))
 
 
 def wait_for_kernels() -> None:
-    """Wait for what compile_ahead started. What went wrong there is said on stderr, and no error."""
-    while compiling:
-        process = compiling.pop()
+    """Wait for the process that compile_ahead started. A fault of it is said on stderr and is no error."""
+    while running:
+        process, log = running.pop()
         try:
-            said = process.communicate(timeout=LONGEST_WAIT)[1]
+            code = process.wait(LONGEST_WAIT)
+            problem = f"exit code {code}" if code else ""
         except subprocess.TimeoutExpired:
-            process.kill()
-            said = f"it took longer than {LONGEST_WAIT} s"
-        if process.wait():
-            reason = said.strip().splitlines()[-1:]
-            print("Kernels are compiled one by one, not ahead:", *reason, file=sys.stderr, flush=True)
+            problem = f"that took longer than {LONGEST_WAIT} s"
+        if problem:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its forks, too
+            log.seek(0)
+            last = log.read().decode(errors="replace").strip().rpartition("\n")[2]
+            print(
+                f"Kernels are compiled one by one, not ahead: {problem} {last}", file=sys.stderr, flush=True
+            )
+        process.wait()
+        log.close()
 
 
-def ahead_mark(head_dim: int, softcap: float) -> Path | None:
-    """Return the file that says that the kernels of these sizes are compiled. None: nothing is ahead here.
+def done_file(head_dim: int) -> Path | None:
+    """Return the file that lists the kernels of a head_dim when all are compiled, in the cache of quack.
 
-    It lies where the launcher has quack keep them, and goes with them.
+    Returns None where nothing can be compiled ahead: without the packages, or without a launcher that says
+    where they keep their kernels.
     """
     place = os.environ.get("QUACK_CACHE_DIR")
     if not place:
         return None
     try:
-        versions = [version(name) for name in PACKAGES]
+        versions = [version(name) for name in COMPILE_WITH]
     except PackageNotFoundError:
         return None
-    source = Path(__file__).read_text(encoding="utf-8")
-    made_of = repr((head_dim, softcap, sys.version_info[:2], versions, source))
-    return Path(place, f"ahead-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}")
+    name = "-".join(
+        [f"head{head_dim}", f"python{sys.version_info.major}.{sys.version_info.minor}", *versions]
+    )
+    return Path(place, f"{name}.done")
 
 
-def compile_all(head_dim: int, softcap: float, mark: str) -> None:
-    """Compile every kernel of the CuTe DSL, as many at a time as there are cores, and then make `mark`.
+def is_done(done: Path) -> bool:
+    """Return whether the kernels that a file lists are there: a cache may have been trimmed."""
+    try:
+        return all(os.path.exists(path) for path in done.read_text().splitlines())
+    except OSError:
+        return False
+
+
+def compile_all(head_dim: int, softcap: float, done: str) -> None:
+    """Compile every kernel of the CuTe DSL, as many at a time as there are cores, and then write `done`.
 
     The processes are forks of this one, which has imported what they need and has not touched a GPU.
     """
     import flash_attn.cute.interface  # noqa: F401
     import quack.gemm_runtime.host
 
-    # The driver would be asked for what a launch needs, and no kernel is launched here.
+    # It asks the driver, for the launch of a kernel. None is launched here.
     quack.gemm_runtime.host.get_max_active_clusters = lambda *size, **options: 1
     jobs = [partial(compile_flash4, window, head_dim) for window in (128, 2048)]
     jobs += [partial(compile_flash4_backward, window, head_dim) for window in (128, 2048)]
@@ -997,7 +1036,9 @@ def compile_all(head_dim: int, softcap: float, mark: str) -> None:
     with ProcessPoolExecutor(workers, get_context("fork")) as pool:
         for job in [pool.submit(job) for job in jobs]:
             job.result()
-    Path(mark).touch()
+    places = [os.environ["QUACK_CACHE_DIR"], os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]]
+    kernels = [str(path) for place in places for path in Path(place).rglob("*.o")]
+    Path(done).write_text("\n".join(kernels))
 
 
 def compile_flash4(window: int, head_dim: int) -> None:
@@ -1021,7 +1062,7 @@ def compile_product(name: str, head_dim: int, softcap: float) -> None:
 
 
 def empty(*shape: int) -> Tensor:
-    """Return an empty bfloat16 tensor on the GPU."""
+    """Return a bfloat16 tensor on the GPU, a fake one in FakeTensorMode."""
     return torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
 
 

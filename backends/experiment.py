@@ -102,7 +102,7 @@ class Experiment:
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
         if settings.launcher_fd >= 0:
             self._launcher = socket.socket(fileno=settings.launcher_fd)
-            os.environ.pop("AUTORESEARCH_LAUNCHER_FD")  # the socket is ours alone, not a child's
+            os.environ.pop("AUTORESEARCH_LAUNCHER_FD")  # no program that we start uses it
         self._weights = Path(settings.weights) if settings.weights else None
         self.seed = settings.seed
         self.budget = settings.budget

@@ -10,11 +10,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -356,74 +359,134 @@ def compiled_in(place: Path) -> set[Path]:
 @no_child
 @needs_triton
 @pytest.mark.slow
-def test_triton_kernels_are_compiled_by_forks(tmp_path: Path) -> None:
+def test_triton_kernels_are_compiled_by_forks_that_end_before_the_training(tmp_path: Path) -> None:
     script = """
+import psutil
 import torch._inductor.async_compile as torch_compile
 torch_compile.caching_device_properties = lambda: None  # there are none
 kernels.compile_ahead = lambda *sizes: None
 kernels.start_compilers(128, 15.0)
 pool = torch_compile.AsyncCompile.process_pool()
+assert pool._mp_context.get_start_method() == "fork"
 assert pool.submit(os.getppid).result(timeout=120) == os.getpid()
 torch_compile.AsyncCompile.wait_pool_ready()
 assert torch_compile.AsyncCompile.use_process_pool()
+kernels.stop_compilers()
+assert not psutil.Process().children(recursive=True)
 """
-    pretend(script, tmp_path)
+    assert pretend(script, tmp_path).stderr == ""
+
+
+@no_child
+@needs_triton
+@pytest.mark.slow
+def test_a_machine_that_does_not_fork_compiles_one_by_one(tmp_path: Path) -> None:
+    script = """
+import torch._inductor.async_compile as torch_compile
+def refuse():
+    raise BlockingIOError("Resource temporarily unavailable")
+torch_compile.caching_device_properties = lambda: None
+kernels.compile_ahead = lambda *sizes: None
+os.fork = refuse
+kernels.start_compilers(128, 15.0)
+assert not torch_compile.AsyncCompile.use_process_pool()
+kernels.stop_compilers()
+"""
+    said = pretend(script, tmp_path).stderr
+    assert said == "Triton's kernels are compiled one by one: Resource temporarily unavailable\n"
+
+
+ASK_FOR_ALL = """
+from torch._subclasses.fake_tensor import FakeTensorMode
+import quack.gemm_runtime.host
+torch.cuda.is_available = lambda: False  # it would be asked for what it cannot say
+quack.gemm_runtime.host.get_max_active_clusters = lambda *size, **options: 1
+run = lambda operation, *operands: operation._init_fn(*operands)  # not what says the shapes of its results
+with FakeTensorMode():
+    B, T, D, heads, V = 3, 1024, 640, 5, 1024
+    h, residual, dout = (kernels.empty(B, T, D) for _ in range(3))
+    out, fc, proj = kernels.empty(D, D), kernels.empty(4 * D, D), kernels.empty(D, 4 * D)
+    w, angles = kernels.empty(3 * D, D), kernels.empty(B * T, 128).half()
+    gated = kernels.floats(h, heads, 32), kernels.empty(V, D), kernels.empty(B, T).long()
+    for window, gate in ((200, gated), (1024, (None, None, None))):
+        run(kernels.attention_forward, h, w, angles, window, *gate)
+        kept = kernels.attention_forward(h, w, angles, window, *gate)
+        run(kernels.attention_backward, dout, h, w, angles, *gate, *kept, window)
+    run(kernels.mlp_forward, residual, h, out, fc, proj)
+    _, *kept = kernels.mlp_forward(residual, h, out, fc, proj)
+    run(kernels.mlp_backward, dout, h, *kept, out, fc, proj)
+    x, head, targets = h.flatten(0, 1)[:1024], kernels.empty(V, D), kernels.empty(1024).long()
+    kernels.compiled = lambda function: function
+    kernels.fused_loss_chunk(x, head, targets, 1024, kernels.empty(1024, D), kernels.floats(h, V, D), 15.0)
+"""
 
 
 @no_child
 @needs_triton
 @pytest.mark.slow
 def test_all_that_a_trainer_asks_for_is_compiled_ahead(tmp_path: Path) -> None:
-    """At the sizes of another model nothing is left to compile, and another process knows that it is done."""
+    """Another model, through the functions that the trainer calls, finds each of its kernels."""
     pytest.importorskip("flash_attn.cute.interface")
-    done = pretend("kernels.compile_ahead(128, 15.0); kernels.wait_for_kernels()", tmp_path)
-    assert done.stderr == ""
+    assert pretend("kernels.compile_ahead(128, 15.0); kernels.stop_compilers()", tmp_path).stderr == ""
     ahead = compiled_in(tmp_path)
     products = {path for path in ahead if path.parts[0] == "quack"}
     assert len(products) == len(kernels.TILES)
     assert {path.parts[-2] for path in ahead - products} == {"fwd", "bwd", "bwd_pre", "bwd_post"}
 
-    script = """
-from torch._subclasses.fake_tensor import FakeTensorMode
-import quack.gemm_runtime.host
-torch.cuda.is_available = lambda: False  # it would be asked for what it cannot say
-quack.gemm_runtime.host.get_max_active_clusters = lambda *size, **options: 1
-with FakeTensorMode():
-    for name, operands in kernels.product_cases(kernels.empty, 128, 15.0, width=640).items():
-        kernels.product(name, **operands)
-    q = kernels.empty(3, 1024, 5, 128)
-    lse = kernels.floats(q, 3, 5, 1024)
-    for window in (200, 1024):
-        kernels.run_flash4_forward(q, q, q, window)
-        kernels.run_flash4_backward(q, q, q, q, lse, q, window)
-"""
-    hopper = {"QUACK_ARCH": "90", "FLASH_ATTENTION_ARCH": "90", "CUTE_DSL_ARCH": "sm_90a"}
+    target = {"QUACK_ARCH": "90", "FLASH_ATTENTION_ARCH": "90", "CUTE_DSL_ARCH": "sm_90a"}
     flash = {"FLASH_ATTENTION_NUM_SMS": "132", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
-    pretend(script, tmp_path, **hopper, **flash)
+    pretend(ASK_FOR_ALL, tmp_path, **target, **flash)
     assert compiled_in(tmp_path) == ahead
 
-    pretend("kernels.compile_ahead(128, 15.0); assert not kernels.compiling", tmp_path)
-    pretend("kernels.compile_ahead(96, 15.0); assert not kernels.compiling", tmp_path)
+    pretend("kernels.compile_ahead(128, 30.0); assert not kernels.running", tmp_path)
+    pretend("kernels.compile_ahead(96, 15.0); assert not kernels.running", tmp_path)
+    (tmp_path / products.pop()).unlink()  # the cache was trimmed
+    again = "kernels.LONGEST_WAIT = 0; kernels.compile_ahead(128, 15.0); assert kernels.running"
+    pretend(f"{again}; kernels.stop_compilers()", tmp_path)
 
 
 @no_child
 @pytest.mark.parametrize(
-    "script, says",
+    "ends, says",
     [
-        ("raise SystemExit('no such kernel')", "no such kernel"),
-        ("import time; time.sleep(60)", "it took longer than 0.2 s"),
+        ("sys.exit('no such kernel')", "exit code 1 no such kernel"),
+        ("os.kill(os.getpid(), 9)", "exit code -9 "),
+        ("time.sleep(60)", "that took longer than 1 s "),
     ],
 )
-def test_kernels_that_cannot_be_compiled_ahead_are_no_error(
-    monkeypatch, capfd, script: str, says: str
+def test_a_compiler_that_fails_ends_with_its_forks_and_is_no_error(
+    monkeypatch, capfd, tmp_path: Path, ends: str, says: str
 ) -> None:
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-    monkeypatch.setattr(kernels, "compiling", [process])
-    if "sleep" in script:
-        monkeypatch.setattr(kernels, "LONGEST_WAIT", 0.2)
-    kernels.wait_for_kernels()
+    script = f"""
+import os, sys, time
+fork = os.fork()
+if not fork:
+    time.sleep(60)
+open("fork", "w").write(str(fork))
+{ends}
+"""
+    monkeypatch.setattr(kernels, "LONGEST_WAIT", 1 if "sleep(60)" in ends else 60)
+    with open(tmp_path / "log", "w+b") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+        )
+        monkeypatch.setattr(kernels, "running", [kernels.Compiler(process, log)])
+        kernels.stop_compilers()
     assert capfd.readouterr().err == f"Kernels are compiled one by one, not ahead: {says}\n"
-    assert process.poll() is not None and not kernels.compiling
+    assert process.returncode is not None and not kernels.running
+    fork = int((tmp_path / "fork").read_text())
+    assert ends_soon(fork)
+
+
+def ends_soon(pid: int) -> bool:
+    """Whether a process is gone within ten seconds, or waits only for the one that adopted it."""
+    with suppress(psutil.NoSuchProcess):
+        for _ in range(1000):
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+            time.sleep(0.01)
+        return False
+    return True
 
 
 GATED = {"h_ptr": "*bf16", "gate_ptr": "*fp32", "table_ptr": "*bf16", "idx_ptr": "*i64"}
