@@ -32,7 +32,7 @@ from contextlib import suppress
 from copy import deepcopy
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import MethodType
 from typing import IO, Any, NamedTuple
@@ -82,11 +82,13 @@ def start_compilers(head_dim: int, softcap: float) -> None:
         AsyncCompile.use_process_pool()
     except Exception as error:  # a machine may refuse to fork, or to share locks
         config.compile_threads = 1
+        for fork in active_children():  # those that began wait for work that does not come
+            fork.kill()
         print(f"Triton's kernels are compiled one by one: {error}", file=sys.stderr, flush=True)
 
 
 def stop_compilers() -> None:
-    """End the processes that compile: none of them computes beside the training, or outlives it."""
+    """End the processes that compile: they would hold the launcher's socket and the GPU, and may compute."""
     wait_for_kernels()
     torch_compile = sys.modules.get("torch._inductor.async_compile")  # not there if nothing was compiled
     if torch_compile and hasattr(torch_compile, "shutdown_compile_workers"):

@@ -101,8 +101,10 @@ def start_boxed(
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "",  # it goes where compiled.environment() says
         "PYTHONNOUSERSITE": "1",
-        # A process that the trainer starts, as one that compiles, may not name threads (see box.THREADS). So
-        # it cannot start CUDA, but it can ask whether a GPU is there.
+        # A process that a boxed one starts may not name threads (see box.THREADS), and so cannot start CUDA.
+        # PyTorch's own for compiling does, and what waits for it fails, or compiles one kernel after the
+        # other. Forks need no CUDA of their own; they ask whether a GPU is there.
+        "TORCHINDUCTOR_WORKER_START": "fork",
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "HF_HUB_OFFLINE": "1",  # there is no network: what is not there is known at once
         "TMPDIR": str(temporary),
@@ -135,7 +137,8 @@ def hidden(track: Track, data: Prepared) -> Iterator[Path]:
     """Yield what is out of reach although it may lie below something readable."""
     yield from (home() / "runs", home() / "results.tsv")
     yield from (ROOT / name for name in (".git", "runs", "results.tsv"))
-    yield from cache_dir().glob("*-*")  # prepared data
+    # Prepared data. The folders of a device have a dash in their names too.
+    yield from set(cache_dir().glob("*-*")) - {compiled.folder(), compiled.bytecode_folder()}
     yield data.path
     yield from set(hub_cache().glob("*")) - set(kernels())
     for path in held_out_files(track):
