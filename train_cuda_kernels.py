@@ -1016,9 +1016,10 @@ def done_file(head_dim: int) -> Path | None:
 def is_done(done: Path) -> bool:
     """Return whether the kernels that a file lists are there: a cache may have been trimmed."""
     try:
-        return all(os.path.exists(path) for path in done.read_text().splitlines())
+        kernels = done.read_text().splitlines()
     except OSError:
         return False
+    return bool(kernels) and all(map(os.path.exists, kernels))
 
 
 def compile_all(head_dim: int, softcap: float, done: str) -> None:
@@ -1039,8 +1040,10 @@ def compile_all(head_dim: int, softcap: float, done: str) -> None:
         for job in [pool.submit(job) for job in jobs]:
             job.result()
     places = [os.environ["QUACK_CACHE_DIR"], os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]]
-    kernels = [str(path) for place in places for path in Path(place).rglob("*.o")]
-    Path(done).write_text("\n".join(kernels))
+    kernels = [str(path) for place in places for path in Path(place).rglob("[!.]*.o")]  # .*: being written
+    new = Path(f"{done}.{os.getpid()}")
+    new.write_text("\n".join(kernels))
+    new.replace(done)
 
 
 def compile_flash4(window: int, head_dim: int) -> None:
