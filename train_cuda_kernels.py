@@ -64,10 +64,9 @@ TOLERANCE = 0.03  # relative difference of a fused result; rounding to bfloat16 
 def start_compilers(head_dim: int, softcap: float) -> None:
     """Start the processes that compile kernels beside this one, for a model on a GPU.
 
-    The CuTe DSL compiles each kernel when it is first used: they are compiled ahead. For Triton's kernels
-    PyTorch starts processes itself, with its first graph; but by default their parent starts CUDA, and where
-    it cannot, as in our box (see THREADS in launcher/box.py), it ends without a word, and this process
-    compiles one kernel after the other. Forks of this process have what they need to know of the GPU.
+    The CuTe DSL compiles a kernel when the kernel is first used. So another process compiles all of them now.
+    Triton's kernels are compiled by processes of PyTorch. It starts them with its first graph; until they are
+    ready, this process compiles one kernel after the other. launcher/walls.py says how they are started.
     """
     if triton is None:
         return
@@ -77,7 +76,6 @@ def start_compilers(head_dim: int, softcap: float) -> None:
         from torch._inductor.async_compile import AsyncCompile
     except ImportError:  # PyTorch promises neither
         return
-    config.worker_start_method = "fork"
     try:
         AsyncCompile.use_process_pool()
     except Exception as error:  # a machine may refuse to fork, or to share locks
@@ -88,7 +86,7 @@ def start_compilers(head_dim: int, softcap: float) -> None:
 
 
 def stop_compilers() -> None:
-    """End the processes that compile: they would hold the launcher's socket and the GPU, and may compute."""
+    """End the processes that compile. In the training they would hold the launcher's socket and the GPU."""
     wait_for_kernels()
     torch_compile = sys.modules.get("torch._inductor.async_compile")  # not there if nothing was compiled
     if torch_compile and hasattr(torch_compile, "shutdown_compile_workers"):
@@ -264,18 +262,18 @@ def edges(window: int, seq_len: int) -> tuple[int | None, int | None]:
     return (None, None) if window >= seq_len else (window - 1, 0)
 
 
-@torch.library.custom_op("autoresearch::flash4_forward", mutates_args=())
-def flash4_forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Return the result [B, T, H, D] and the logarithms of the softmax's sums, float32 [B, H, T]."""
-    return run_flash4_forward(q, k, v, window)
-
-
 def run_flash4_forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Return what flash4_forward returns. Of fake tensors the kernel is only compiled."""
+    """Return the result [B, T, H, D] and the logarithms of the softmax's sums, float32 [B, H, T].
+
+    For fake tensors the kernel is only compiled.
+    """
     from flash_attn.cute.interface import flash_attn_func
 
     size = edges(window, q.shape[1])
     return flash_attn_func(q, k, v, causal=True, window_size=size, return_lse=True)[:2]
+
+
+flash4_forward = torch.library.custom_op("autoresearch::flash4_forward", run_flash4_forward, mutates_args=())
 
 
 @flash4_forward.register_fake
@@ -284,18 +282,13 @@ def _(q, k, v, window):
     return q.new_empty(q.shape), floats(q, B, H, T)
 
 
-@torch.library.custom_op("autoresearch::flash4_backward", mutates_args=())
-def flash4_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int
-) -> Tensor:
-    """Return the gradients of q, k and v in one tensor, [B, T, 3, H, D]."""
-    return run_flash4_backward(q, k, v, out, lse, dout, window)
-
-
 def run_flash4_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int
 ) -> Tensor:
-    """Return what flash4_backward returns. Of fake tensors the kernels are only compiled."""
+    """Return the gradients of q, k and v in one tensor, [B, T, 3, H, D].
+
+    For fake tensors the kernels are only compiled.
+    """
     from flash_attn.cute.interface import _flash_attn_bwd
 
     B, T, H, D = q.shape
@@ -312,6 +305,11 @@ def run_flash4_backward(
         dv=dv,
     )
     return dqkv
+
+
+flash4_backward = torch.library.custom_op(
+    "autoresearch::flash4_backward", run_flash4_backward, mutates_args=()
+)
 
 
 @flash4_backward.register_fake
@@ -365,7 +363,7 @@ TILES = {
 
 
 def for_hopper() -> bool:
-    """Return whether the GPU is a Hopper, or without one QUACK_ARCH says so: then it is compiled for."""
+    """Return whether kernels are made for Hopper. Where there is no GPU, QUACK_ARCH says what for."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability()[0] == 9
     return os.environ.get("QUACK_ARCH") == "90"
@@ -508,7 +506,7 @@ def product(
 
     If the epilogue gives more, return a pair: sums float32 [M], or for norm_rotary rstd float32 [M, heads].
     c, x: [M, N], but for norm_rotary x is float16 [M, head_dim]; scale: float32 [M]; out: where the result
-    goes. Of fake tensors the kernel is only compiled.
+    goes. For fake tensors the kernel is only compiled.
     """
     from quack.gemm_sm90 import GemmSm90
 
@@ -927,7 +925,7 @@ def target_terms(
 # ---------------------------------------------------------------------------
 
 COMPILE_WITH = ("flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")  # packages
-LONGEST_WAIT = 120  # seconds; the trainer then compiles the kernels itself
+LONGEST_WAIT = 120  # seconds that the trainer waits; then it compiles the kernels itself
 
 
 class Compiler(NamedTuple):
@@ -941,11 +939,11 @@ running: list[Compiler] = []  # at most one, until it was waited for
 
 
 def compile_ahead(head_dim: int, softcap: float) -> None:
-    """Start a process that compiles the kernels of the CuTe DSL side by side, if this machine has none.
+    """Start a process that compiles the kernels of the CuTe DSL side by side, unless this machine has them.
 
-    One after the other, each when it is first used, they take a fresh machine most of a minute. It compiles
-    by the sizes alone, without a GPU, into the caches on disk of quack and of FlashAttention-4, where the
-    trainer finds them: of all sizes only head_dim and softcap are part of their names there.
+    One after the other they take a fresh machine most of a minute. The process needs no GPU, and of the
+    model only head_dim and softcap. The kernels go to the caches of quack and of FlashAttention-4 on disk,
+    where the trainer finds them.
     """
     if not for_hopper() or head_dim not in HEAD_DIMS:
         return
@@ -959,11 +957,10 @@ def compile_ahead(head_dim: int, softcap: float) -> None:
         "FLASH_ATTENTION_ARCH": f"{major}{minor}",
         "CUTE_DSL_ARCH": f"sm_{major}{minor}a",
         "FLASH_ATTENTION_NUM_SMS": str(torch.cuda.get_device_properties().multi_processor_count),
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(Path(__file__).parent),
     }
-    # This file is imported there and not run: the names in quack's cache have the names of modules in them.
+    # Not run as a script: the name of this module is part of a kernel's name in quack's cache.
     script = f"import {__name__} as kernels; kernels.compile_all({head_dim}, {softcap!r}, {str(done)!r})"
     command = [sys.executable, "-W", "ignore", "-c", script]
     log = tempfile.TemporaryFile()  # noqa: SIM115
@@ -974,7 +971,7 @@ def compile_ahead(head_dim: int, softcap: float) -> None:
 
 
 def wait_for_kernels() -> None:
-    """Wait for the process that compile_ahead started. A fault of it is said on stderr and is no error."""
+    """Wait for the process that compile_ahead started. If it failed, say so on stderr and go on."""
     while running:
         process, log = running.pop()
         try:
@@ -995,10 +992,9 @@ def wait_for_kernels() -> None:
 
 
 def done_file(head_dim: int) -> Path | None:
-    """Return the file that lists the kernels of a head_dim when all are compiled, in the cache of quack.
+    """Return the file that lists the kernels for a head_dim. It is written when all of them are compiled.
 
-    Returns None where nothing can be compiled ahead: without the packages, or without a launcher that says
-    where they keep their kernels.
+    Returns None where nothing is compiled ahead: a package is missing, or no launcher said where kernels go.
     """
     place = os.environ.get("QUACK_CACHE_DIR")
     if not place:
@@ -1007,14 +1003,13 @@ def done_file(head_dim: int) -> Path | None:
         versions = [version(name) for name in COMPILE_WITH]
     except PackageNotFoundError:
         return None
-    name = "-".join(
-        [f"head{head_dim}", f"python{sys.version_info.major}.{sys.version_info.minor}", *versions]
-    )
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    name = "-".join([f"head{head_dim}", python, *versions])
     return Path(place, f"{name}.done")
 
 
 def is_done(done: Path) -> bool:
-    """Return whether the kernels that a file lists are there: a cache may have been trimmed."""
+    """Return whether all kernels that a file lists are there. A cache may have been trimmed."""
     try:
         kernels = done.read_text().splitlines()
     except OSError:
@@ -1025,12 +1020,12 @@ def is_done(done: Path) -> bool:
 def compile_all(head_dim: int, softcap: float, done: str) -> None:
     """Compile every kernel of the CuTe DSL, as many at a time as there are cores, and then write `done`.
 
-    The processes are forks of this one, which has imported what they need and has not touched a GPU.
+    This process imports what they need and touches no GPU. Then its forks compile.
     """
-    import flash_attn.cute.interface  # noqa: F401
     import quack.gemm_runtime.host
 
-    # It asks the driver, for the launch of a kernel. None is launched here.
+    flash4()
+    # This asks the driver how to launch a kernel. No kernel is launched here.
     quack.gemm_runtime.host.get_max_active_clusters = lambda *size, **options: 1
     jobs = [partial(compile_flash4, window, head_dim) for window in (128, 2048)]
     jobs += [partial(compile_flash4_backward, window, head_dim) for window in (128, 2048)]
@@ -1072,14 +1067,14 @@ def empty(*shape: int) -> Tensor:
 
 
 def product_cases(
-    tensor: Callable[..., Tensor], head_dim: int = 128, softcap: float = 15.0, width: int = 512
+    tensor: Callable[..., Tensor], head_dim: int = 128, softcap: float = 15.0
 ) -> dict[str, dict[str, Any]]:
-    """Return the operands of every product of TILES, as a model of a width has them.
+    """Return the operands of every product of TILES, at the shapes of a model of width 512.
 
     tensor: makes a bfloat16 tensor of a shape
     """
     N = 2**18  # tokens of a pass
-    D = width
+    D = 512
     V = 8192
     C = 2**15  # tokens of a chunk of the loss
     x = tensor(N, D)

@@ -374,7 +374,7 @@ assert torch_compile.AsyncCompile.use_process_pool()
 kernels.stop_compilers()
 assert not psutil.Process().children(recursive=True)
 """
-    assert pretend(script, tmp_path).stderr == ""
+    assert pretend(script, tmp_path, TORCHINDUCTOR_WORKER_START="fork").stderr == ""
 
 
 @no_child
@@ -392,7 +392,7 @@ kernels.start_compilers(128, 15.0)
 assert not torch_compile.AsyncCompile.use_process_pool()
 kernels.stop_compilers()
 """
-    said = pretend(script, tmp_path).stderr
+    said = pretend(script, tmp_path, TORCHINDUCTOR_WORKER_START="fork").stderr
     assert said == "Triton's kernels are compiled one by one: Resource temporarily unavailable\n"
 
 
