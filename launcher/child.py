@@ -37,7 +37,7 @@ from backends.protocol import (
     parse_event,
     write_json,
 )
-from launcher import compiled, shared_memory
+from launcher import bytecode, compiled, shared_memory
 from launcher.box import Policy
 from launcher.device import Watch
 from launcher.disk_space import LONGEST_LOG, DiskSpace, size_of
@@ -204,6 +204,7 @@ class Supervision:
         self._channel, theirs = socket.socketpair()
         stack.callback(self._channel.close)
         setting = self.setting
+        bytecode.compile_packages()
         policy = common_policy(self.trainer, setting.track, setting.data)
         try:
             with defer_signals(), theirs:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from launcher import compiled
+from launcher import bytecode, compiled
 from launcher.console import print_object
 from launcher.ledger import missing_runs, warn
 from launcher.runs import ledger, record_killed_runs, runs_dir, runs_to_keep
@@ -67,7 +67,7 @@ def compiled_code() -> Iterator[Item]:
     """
     needed = bool(runs_under_way()) or device_is_held()
     of_code = sorted(cache_dir().glob(f"{compiled.NAME}*"))
-    of_bytecode = sorted(cache_dir().glob(f"{compiled.BYTECODE}*"))
+    of_bytecode = sorted(cache_dir().glob(f"{bytecode.NAME}*"))
     for folder in dict.fromkeys([compiled.folder(), *of_code, *of_bytecode]):
         if folder.is_dir():
             yield Item(folder, needed, folder_size(folder))

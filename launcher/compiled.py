@@ -3,9 +3,9 @@ The compiled code of earlier runs: a folder for each device, which its next run 
 
 A dry run compiles an edit, and the run that follows finds its code here. The system's folder for temporary
 files, where PyTorch would put it, is emptied by a reboot and grows without a bound. What a run writes here
-after it has seen training rows is forgotten: nothing that was learned reaches the next run. Python's bytecode
-is kept in the same way, beside it. Devices share neither folder: a run on one would forget what a run on
-another has just compiled, or read what that one wrote after it had seen training rows.
+after it has seen training rows is forgotten: nothing that was learned reaches the next run. Devices do not
+share the folder: a run on one would forget what a run on another has just compiled, or read what that one
+wrote after it had seen training rows.
 """
 
 import getpass
@@ -28,7 +28,6 @@ TRIMMED_BYTES = 6 * 2**30  # that are left when it held more
 CLOCK_TICK = 0.02  # seconds by which the time of a change may lie behind the clock
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # what torch.compile makes, its Triton kernels too
 NAME = "compiled"  # of the folder, with the part of the machine behind it
-BYTECODE = "bytecode"  # likewise
 LONGEST_NAME = 60  # of a part, in characters
 TRITON_GROUP = "__grp__"  # begins the name of such a list
 KERNELS = "kernels"  # below that folder: what the trainer's own kernels are compiled to
@@ -56,18 +55,12 @@ def shortened(name: str) -> str:
     return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def bytecode_folder() -> Path:
-    """Return where Python keeps the bytecode of what boxed processes import: they cannot write beside it."""
-    return cache_dir() / f"{BYTECODE}{part_of_machine()}"
-
-
 def environment(place: Path | None = None) -> dict[str, str]:
     """Return the variables that tell a process where to keep compiled code: in `place`, folder() if None."""
     place = place or folder()
     kernels = place / KERNELS
     return {
         VARIABLE: str(place),
-        "PYTHONPYCACHEPREFIX": str(bytecode_folder()),
         # Each library of kernels for a GPU has a place of its own, below the home folder or in the temporary
         # one, where a boxed process cannot write or what it wrote is soon gone.
         "TRITON_HOME": str(kernels),
@@ -125,7 +118,7 @@ def changed_since(moment: float, place: Path | None = None) -> dict[Path, bool]:
     A file's time of its last change is the kernel's: unlike the others, a process cannot set it.
     """
     changed = {}
-    for path in (*paths_below(place or folder()), *paths_below(bytecode_folder())):
+    for path in paths_below(place or folder()):
         with suppress(OSError):  # another run removed it
             status = path.lstat()
             if status.st_ctime > moment - CLOCK_TICK:
@@ -165,7 +158,7 @@ def remove_since(moment: float, place: Path | None = None) -> int:
             remove_tree(path)
             removed += 1
     folders = holders | {path for path, is_folder in changed.items() if is_folder}
-    folders -= {place or folder(), bytecode_folder()}
+    folders -= {place or folder()}
     for path in sorted(folders, key=lambda path: len(path.parts), reverse=True):
         with suppress(OSError):  # not empty
             path.rmdir()

@@ -13,11 +13,12 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from glob import glob
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import IO
 
 from backends.protocol import RunSettings
-from launcher import compiled
+from launcher import bytecode, compiled
 from launcher.box import DEVICES, GPUS, SHARED_MEMORY, SYSTEM, Policy, parents
 from launcher.processes import Guarded, start_guarded
 from launcher.runs import home
@@ -37,7 +38,7 @@ PREPARED = ("meta.json", "tokenizer.json", "token_bytes.npy")  # what a trainer 
 def common_policy(trainer: Path, track: Track, data: Prepared) -> Policy:
     """Return what all of them may touch: the system, Python, the harness, the data's description."""
     python = [sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
-    read = [*SYSTEM, *python, *packages(), str(compiled.bytecode_folder()), *map(str, kernels())]
+    read = [*SYSTEM, *python, *packages(), str(bytecode.folder()), *map(str, kernels())]
     files = [*ROOT.glob("*.py"), *(ROOT / "backends").glob("*.py"), config_path(), trainer]
     files += [data.path / name for name in PREPARED]
     names = [ROOT, data.path]
@@ -54,8 +55,8 @@ def common_policy(trainer: Path, track: Track, data: Prepared) -> Policy:
 
 
 def trainer_policy(common: Policy, folder: Path) -> Policy:
-    """Return what a trainer may touch: it writes in `folder`, compiled code, and bytecode."""
-    more = (folder, compiled.folder(), compiled.bytecode_folder(), SHARED_MEMORY)
+    """Return what a trainer may touch: it writes in `folder`, and compiled code."""
+    more = (folder, compiled.folder(), SHARED_MEMORY)
     return replace(common, write=(*common.write, *map(str, more)))
 
 
@@ -90,8 +91,7 @@ def start_boxed(
     """
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
-    for place in (code or compiled.folder(), compiled.bytecode_folder()):
-        place.mkdir(parents=True, exist_ok=True)
+    (code or compiled.folder()).mkdir(parents=True, exist_ok=True)
     compiled.link_from(temporary, folder.name, code)
     environment = {
         **os.environ,
@@ -99,7 +99,8 @@ def start_boxed(
         **settings.to_env(),
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "",  # it goes where compiled.environment() says
+        "PYTHONPYCACHEPREFIX": str(bytecode.folder()),
+        "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONNOUSERSITE": "1",
         # A process that a boxed one starts may not name threads (see box.THREADS), and so cannot start CUDA.
         # PyTorch's own for compiling does, and what waits for it fails, or compiles one kernel after the
@@ -137,12 +138,13 @@ def hidden(track: Track, data: Prepared) -> Iterator[Path]:
     """Yield what is out of reach although it may lie below something readable."""
     yield from (home() / "runs", home() / "results.tsv")
     yield from (ROOT / name for name in (".git", "runs", "results.tsv"))
-    # Prepared data. The folders of a device have a dash in their names too.
-    yield from set(cache_dir().glob("*-*")) - {compiled.folder(), compiled.bytecode_folder()}
+    # Prepared data. The folder of compiled code of a device has a dash in its name too.
+    yield from set(cache_dir().glob("*-*")) - {compiled.folder()}
     yield data.path
     yield from set(hub_cache().glob("*")) - set(kernels())
     for path in held_out_files(track):
-        yield path
+        # A module's bytecode has its strings.
+        yield from (path, bytecode.of(path), Path(cache_from_source(path)))
         for folder in SYSTEM_PACKAGES:  # another copy, of the system's Python
             yield from (Path(found) for found in glob(f"{folder}/{path.name}"))
 

@@ -3,45 +3,63 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.util import cache_from_source, find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from launcher import compiled
+from launcher import bytecode, compiled
 from launcher.box import missing_walls
-from launcher.walls import common_policy, scorer_policy, start_boxed, trainer_policy
+from launcher.walls import common_policy, hidden, scorer_policy, start_boxed, trainer_policy
 from prepare import ROOT, load_track
 
+NO_WALLS = pytest.mark.skipif(bool(missing_walls()), reason="this machine has no walls")
 
-@pytest.mark.skipif(bool(missing_walls()), reason="this machine has no walls")
+
+def outcome(policy, expression: str) -> str:
+    """Return what a boxed process makes of an expression: its value, or the name of the error."""
+    command = policy.command([sys.executable, "-I", "-S", "-c", f"print({expression})"])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return done.stdout.strip() or done.stderr.strip().splitlines()[-1].partition(":")[0]
+
+
+@NO_WALLS
 @pytest.mark.parametrize("gpus", ["", "GPU-1c2d-3e4f", "0,1"])
-def test_a_scorer_reads_the_bytecode_of_its_device_and_no_prepared_data(
+def test_bytecode_is_read_and_not_written_and_that_of_held_out_text_is_hidden(
     monkeypatch, tmp_path, gpus: str
 ) -> None:
-    """Else each process that scores would compile the sources of PyTorch, at every start."""
+    """What a boxed process could write there, the next run would execute."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(compiled.VARIABLE, raising=False)
+    track = replace(load_track("pysource"), packages=["mpmath", "networkx"], held_out=["networkx"])
     data = SimpleNamespace(path=tmp_path / "cache" / "pysource-0123")
-    bytecode = compiled.bytecode_folder()
-    for folder in (data.path, bytecode):
-        folder.mkdir(parents=True)
-        (folder / "file").write_text(folder.name)
-    common = common_policy(ROOT / "train_cuda.py", load_track("pysource"), data)
-    for compiles in (True, False):
-        policy = scorer_policy(common, tmp_path / "scorer", compiles)
-
-        def read(path, policy=policy) -> str:
-            script = f"print(open({str(path)!r}).read())"
-            command = policy.command([sys.executable, "-I", "-S", "-c", script])
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-            return done.stdout.strip() or done.stderr.strip().splitlines()[-1].partition(":")[0]
-
-        assert read(bytecode / "file") == bytecode.name
-        assert read(data.path / "file") == "PermissionError"
+    shown, held_out = (bytecode.of(Path(find_spec(name).origin)) for name in track.packages)
+    for file in (data.path / "file", shown, held_out):
+        file.parent.mkdir(parents=True)
+        file.write_text("text")
+    common = common_policy(ROOT / "train_cuda.py", track, data)
+    scorers = [scorer_policy(common, tmp_path / "scorer", compiles) for compiles in (True, False)]
+    for policy in (trainer_policy(common, tmp_path / "run"), *scorers):
+        assert outcome(policy, f"open({str(shown)!r}).read()") == "text"
+        assert outcome(policy, f"open({str(shown)!r}, 'a')") == "PermissionError"
+        assert outcome(policy, f"open({str(shown.parent / 'new')!r}, 'w')") == "PermissionError"
+        assert outcome(policy, f"open({str(held_out)!r}).read()") == "PermissionError"
+        assert outcome(policy, f"open({str(data.path / 'file')!r}).read()") == "PermissionError"
 
 
-@pytest.mark.skipif(bool(missing_walls()), reason="this machine has no walls")
+def test_bytecode_beside_a_held_out_module_is_hidden(monkeypatch, tmp_path):
+    """Python writes it there when anything outside a box imports the module."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    track = replace(load_track("pysource"), packages=["typing-extensions"], held_out=["typing-extensions"])
+    origin = Path(find_spec("typing_extensions").origin)
+    paths = set(hidden(track, SimpleNamespace(path=tmp_path / "pysource-0123")))
+    assert {origin, Path(cache_from_source(origin)), bytecode.of(origin)} <= paths
+
+
+@NO_WALLS
 def test_pytorch_is_told_to_compile_by_forks(monkeypatch, tmp_path) -> None:
     """A process that it starts in the box by default cannot start CUDA."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
