@@ -7,24 +7,27 @@ folder that a boxed process only reads: no run leaves code there that another on
 """
 
 import hashlib
+import marshal
 import os
 import re
 import site
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from filelock import FileLock
 
 from launcher.console import say
-from launcher.processes import defer_signals, start_guarded
+from launcher.device import acquire
+from launcher.processes import defer_signals, remove_tree, start_guarded
 from prepare import ROOT, cache_dir
 
-NAME = "bytecode"  # of the folder
-# What trainers and compilers import, where it has many files. A process compiles the rest for itself.
+NAME = "pycache"  # of the folder; "bytecode", of earlier versions, was written by trainers
+# What trainers and compilers import, where it is a package of many files. The rest a process compiles itself.
 PACKAGES = (
     "torch",
     "triton",
@@ -43,40 +46,134 @@ PACKAGES = (
 )
 NEVER_IMPORTED = ("test", "tests", "benchmarks", "idlelib", "lib2to3", "tkinter", "ensurepip")  # folders
 INSTALLED = ("site-packages", "dist-packages")  # may lie below the standard library, and are no part of it
+LONGEST = 600  # seconds that a compiler may take
+MOST_MISTAKES = 0.01  # share of the sources that may have a mistake, and so no bytecode
+HEADER = 16  # bytes of a file of bytecode, before the code
 
 
 def folder() -> Path:
-    """Return where the bytecode is kept."""
-    return cache_dir() / NAME
+    """Return where the bytecode is of the packages as they are installed now. It is there or it is whole.
+
+    An update of a package changes its folder, and so the name of ours.
+    """
+    known = [(str(path), path.stat().st_mtime_ns) for path in (standard_library(), *installed_packages())]
+    name = hashlib.sha256(repr([sys.version, known]).encode()).hexdigest()[:12]
+    return cache_dir().absolute() / NAME / name
 
 
-def of(source: Path) -> Path:
-    """Return where the bytecode is of a source file, or of a folder with such."""
-    place = Path(f"{folder()}{source.absolute()}")
-    return place if source.is_dir() else place.with_suffix(f".{sys.implementation.cache_tag}.pyc")
+def bytecode_path(source: Path, below: Path | None = None) -> Path:
+    """Return where the bytecode is of a source file, or of a folder with such.
+
+    below: the folder of all bytecode, folder() if None
+    """
+    place = Path(f"{below or folder()}{source.absolute()}")
+    return place.with_suffix(f".{sys.implementation.cache_tag}.pyc") if source.suffix == ".py" else place
 
 
 def compile_packages() -> None:
-    """Compile what a run imports, where that was not done since it was installed. It takes some seconds.
+    """Compile what a run imports, unless it is compiled already. It takes some seconds.
 
-    Without it, as on a full disk, all works: each process of a run compiles for itself.
+    Where that fails, as on a full disk, all works, more slowly: each process of a run compiles for itself.
     """
-    standard = Path(sysconfig.get_path("stdlib"))
-    packages = installed_packages()
-    done = folder() / f"{fingerprint([standard, *packages])}.done"
-    if done.exists():
+    if folder().is_dir():
         return
-    with suppress(OSError):
-        folder().mkdir(parents=True, exist_ok=True)
-        with FileLock(folder() / "compile.lock"):
-            if done.exists():  # another command did it meanwhile
-                return
-            say("compiling the packages that a run imports to Python's bytecode, once")
-            for place in dict.fromkeys(package.parent for package in packages):
-                compile_below(place, [path for path in packages if path.parent == place], NEVER_IMPORTED)
-            compile_below(standard, [standard], NEVER_IMPORTED + INSTALLED)
-            if all(of(path).exists() for path in packages):
-                done.touch()
+    try:
+        locks = cache_dir() / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / f"{NAME}.lock")
+        acquire(lock, lambda: "another command compiles Python's bytecode")
+        try:
+            if not folder().is_dir():
+                compile_to(folder())
+        finally:
+            lock.release()
+    except OSError as error:
+        say(f"each process of the run compiles Python's bytecode for itself: {error}")
+
+
+def compile_to(place: Path) -> None:
+    """Compile the packages and the standard library to a folder, which is not there.
+
+    Raises:
+        OSError: they cannot be compiled.
+    """
+    say("compiling the packages that a run imports to Python's bytecode, once")
+    new = place.with_suffix(".new")
+    remove_tree(new)  # of a command that was killed
+    new.mkdir(parents=True)
+    packages = installed_packages()
+    try:
+        for site_packages in dict.fromkeys(package.parent for package in packages):
+            there = [package for package in packages if package.parent == site_packages]
+            compile_below(site_packages, there, NEVER_IMPORTED, new)
+        compile_below(standard_library(), [standard_library()], NEVER_IMPORTED + INSTALLED, new)
+        new.rename(place)
+    finally:
+        remove_tree(new)
+
+
+def compile_below(place: Path, folders: Sequence[Path], excluded: Sequence[str], new: Path) -> None:
+    """Compile the sources in some folders on all cores. Nothing of them is executed.
+
+    Args:
+        place: where the folders lie, or the only one.
+        excluded: names of folders, anywhere below `place`, that are left out.
+        new: where the bytecode goes.
+
+    Raises:
+        OSError: the compiler failed, or what it wrote is not whole.
+    """
+    pattern = rf"^{re.escape(str(place))}/(.*/)?({'|'.join(map(re.escape, excluded))})/"
+    options = ["-qq", "-j", "0", "-x", pattern]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "compileall", *options, *map(str, folders)]
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(new), "PYTHONOPTIMIZE": ""}
+    with tempfile.TemporaryFile() as log, ExitStack() as stack:
+        with defer_signals():
+            child = start_guarded(command, ROOT, environment, stdout=log)
+            stack.callback(child.end)
+        try:
+            code = child.wait(LONGEST)
+        except subprocess.TimeoutExpired:
+            raise ChildProcessError(f"it takes longer than {LONGEST} s") from None
+        log.seek(0)
+        said = log.read().decode(errors="replace").strip()
+    if code not in (0, 1) or said:  # 1: a source has a mistake, of which it says nothing
+        last = said.rpartition("\n")[2]
+        raise ChildProcessError(f"exit code {code} {last}")
+    check(list(sources_below(place, folders, excluded)), new)
+
+
+def check(sources: Sequence[Path], new: Path) -> None:
+    """Make sure that sources have bytecode, and that no file of it is cut off, as the disk was full.
+
+    Raises:
+        OSError: something is missing.
+    """
+    missing = 0
+    for source in sources:
+        path = bytecode_path(source, new)
+        if path.exists():
+            try:
+                marshal.loads(path.read_bytes()[HEADER:])
+            except (EOFError, ValueError, TypeError):
+                raise OSError(f"{path} is cut off") from None
+        else:
+            missing += 1
+    if missing > MOST_MISTAKES * len(sources):
+        raise OSError(f"{missing} of {len(sources)} modules were not compiled; the disk may be full")
+
+
+def sources_below(place: Path, folders: Sequence[Path], excluded: Sequence[str]) -> Iterator[Path]:
+    """Yield the sources that compile_below compiles."""
+    for path in folders:
+        for above, names, files in os.walk(path):
+            names[:] = [name for name in names if name not in excluded]
+            yield from (Path(above, file) for file in files if file.endswith(".py"))
+
+
+def standard_library() -> Path:
+    """Return the folder of Python's own modules."""
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def installed_packages() -> list[Path]:
@@ -84,29 +181,3 @@ def installed_packages() -> list[Path]:
     places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     paths = [Path(place, name) for place in dict.fromkeys(places) for name in PACKAGES]
     return [path for path in paths if path.is_dir()]
-
-
-def fingerprint(sources: Sequence[Path]) -> str:
-    """Return a name of these folders as they are installed: an update of a package changes its folder."""
-    known = [(str(path), path.stat().st_mtime_ns) for path in sources]
-    return hashlib.sha256(repr([sys.version, known]).encode()).hexdigest()[:12]
-
-
-def compile_below(place: Path, sources: Sequence[Path], but_not: Sequence[str]) -> None:
-    """Compile the sources in some folders on all cores. One that has a mistake gets no bytecode.
-
-    Nothing of them is executed.
-
-    Args:
-        place: where the folders lie, or the only one.
-        but_not: names of folders, anywhere below `place`, that are left out.
-    """
-    left_out = rf"^{re.escape(str(place))}/(.*/)?({'|'.join(map(re.escape, but_not))})/"
-    options = ["-qq", "-f", "-j", "0", "-x", left_out]
-    command = [sys.executable, "-P", "-m", "compileall", *options, *map(str, sources)]
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder())}
-    with ExitStack() as stack:
-        with defer_signals():
-            child = start_guarded(command, ROOT, environment, stdout=subprocess.DEVNULL)
-            stack.callback(child.end)
-        child.wait()

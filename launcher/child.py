@@ -174,9 +174,6 @@ class Supervision:
 
     def run(self) -> Outcome:
         """Start the child, follow it, end it, score it. Returns the outcome."""
-        startup = self.setting.platform.startup_seconds
-        message = f"no exp.start within {startup:.0f} s: compilation or warm-up takes too long"
-        self._set_deadline(startup, message)
         self.run_dir.box.mkdir()
         with ExitStack() as stack:
             events = stack.enter_context(open(self.run_dir.events, "w"))
@@ -205,6 +202,9 @@ class Supervision:
         stack.callback(self._channel.close)
         setting = self.setting
         bytecode.compile_packages()
+        startup = setting.platform.startup_seconds
+        message = f"no exp.start within {startup:.0f} s: compilation or warm-up takes too long"
+        self._set_deadline(startup, message)
         policy = common_policy(self.trainer, setting.track, setting.data)
         try:
             with defer_signals(), theirs:

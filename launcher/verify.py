@@ -12,6 +12,7 @@ from pathlib import Path
 
 from backends.dtype import BFLOAT16
 from backends.platforms import StartSizes, from_json
+from launcher import bytecode
 from launcher.console import print_object, say
 from launcher.device import DeviceLock
 from launcher.disk_space import DiskSpace
@@ -147,6 +148,7 @@ def score_again(
     progress: what shows it; None: a line on the terminal
     """
     settings = setting.boxed_settings(row.seed, row.run)
+    bytecode.compile_packages()
     policy = common_policy(trainer, setting.track, setting.data)
     run = run_dir(row.run)
     job = Job(trainer, run, settings, policy, setting.data, setting.bf16, DiskSpace(run.path))

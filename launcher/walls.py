@@ -13,7 +13,6 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from glob import glob
-from importlib.util import cache_from_source
 from pathlib import Path
 from typing import IO
 
@@ -101,6 +100,7 @@ def start_boxed(
         "PYTHONUNBUFFERED": "1",
         "PYTHONPYCACHEPREFIX": str(bytecode.folder()),
         "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONOPTIMIZE": "",
         "PYTHONNOUSERSITE": "1",
         # A process that a boxed one starts may not name threads (see box.THREADS), and so cannot start CUDA.
         # PyTorch's own for compiling does, and what waits for it fails, or compiles one kernel after the
@@ -143,8 +143,10 @@ def hidden(track: Track, data: Prepared) -> Iterator[Path]:
     yield data.path
     yield from set(hub_cache().glob("*")) - set(kernels())
     for path in held_out_files(track):
-        # A module's bytecode has its strings.
-        yield from (path, bytecode.of(path), Path(cache_from_source(path)))
+        yield path
+        if track.packages:  # bytecode has the strings of its source
+            yield bytecode.bytecode_path(path)
+            yield from path.parent.glob(f"__pycache__/{path.stem}.*")  # of a module alone
         for folder in SYSTEM_PACKAGES:  # another copy, of the system's Python
             yield from (Path(found) for found in glob(f"{folder}/{path.name}"))
 

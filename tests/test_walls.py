@@ -4,15 +4,15 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import cache_from_source, find_spec
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from launcher import bytecode, compiled
+from launcher import bytecode, compiled, walls
 from launcher.box import missing_walls
-from launcher.walls import common_policy, hidden, scorer_policy, start_boxed, trainer_policy
+from launcher.walls import common_policy, scorer_policy, start_boxed, trainer_policy
 from prepare import ROOT, load_track
 
 NO_WALLS = pytest.mark.skipif(bool(missing_walls()), reason="this machine has no walls")
@@ -36,7 +36,7 @@ def test_bytecode_is_read_and_not_written_and_that_of_held_out_text_is_hidden(
     monkeypatch.delenv(compiled.VARIABLE, raising=False)
     track = replace(load_track("pysource"), packages=["mpmath", "networkx"], held_out=["networkx"])
     data = SimpleNamespace(path=tmp_path / "cache" / "pysource-0123")
-    shown, held_out = (bytecode.of(Path(find_spec(name).origin)) for name in track.packages)
+    shown, held_out = (bytecode.bytecode_path(Path(find_spec(name).origin)) for name in track.packages)
     for file in (data.path / "file", shown, held_out):
         file.parent.mkdir(parents=True)
         file.write_text("text")
@@ -53,10 +53,16 @@ def test_bytecode_is_read_and_not_written_and_that_of_held_out_text_is_hidden(
 def test_bytecode_beside_a_held_out_module_is_hidden(monkeypatch, tmp_path):
     """Python writes it there when anything outside a box imports the module."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
-    track = replace(load_track("pysource"), packages=["typing-extensions"], held_out=["typing-extensions"])
-    origin = Path(find_spec("typing_extensions").origin)
-    paths = set(hidden(track, SimpleNamespace(path=tmp_path / "pysource-0123")))
-    assert {origin, Path(cache_from_source(origin)), bytecode.of(origin)} <= paths
+    module = tmp_path / "module.py"
+    files = [
+        tmp_path / "__pycache__" / f"module.cpython-311{end}" for end in (".pyc", ".opt-1.pyc", ".pyc.1234")
+    ]
+    files[0].parent.mkdir()
+    for file in (module, *files):
+        file.touch()
+    monkeypatch.setattr(walls, "held_out_files", lambda track: [module])
+    paths = set(walls.hidden(load_track("pysource"), SimpleNamespace(path=tmp_path / "pysource-0123")))
+    assert {module, bytecode.bytecode_path(module), *files} <= paths
 
 
 @NO_WALLS
