@@ -126,7 +126,12 @@ def compile_below(place: Path, folders: Sequence[Path], excluded: Sequence[str],
     pattern = rf"^{re.escape(str(place))}/(.*/)?({'|'.join(map(re.escape, excluded))})/"
     options = ["-qq", "-j", "0", "-x", pattern]
     command = [sys.executable, "-P", "-W", "ignore", "-m", "compileall", *options, *map(str, folders)]
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(new), "PYTHONOPTIMIZE": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPYCACHEPREFIX": str(new),
+        "PYTHONDONTWRITEBYTECODE": "1",  # that of its own imports; what it is asked for, it writes
+        "PYTHONOPTIMIZE": "",
+    }
     with tempfile.TemporaryFile() as log, ExitStack() as stack:
         with defer_signals():
             child = start_guarded(command, ROOT, environment, stdout=log)
