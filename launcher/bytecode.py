@@ -26,7 +26,7 @@ from launcher.device import acquire
 from launcher.processes import defer_signals, remove_tree, start_guarded
 from prepare import ROOT, cache_dir
 
-NAME = "pycache"  # of the folder; "bytecode", of earlier versions, was written by trainers
+NAME = "pycache"  # of the folder; not "bytecode": trainers of earlier versions could write there
 # What trainers and compilers import, where it is a package of many files. The rest a process compiles itself.
 PACKAGES = (
     "torch",
@@ -52,13 +52,13 @@ HEADER = 16  # bytes of a file of bytecode, before the code
 
 
 def folder() -> Path:
-    """Return where the bytecode is of the packages as they are installed now. It is there or it is whole.
+    """Return where the bytecode is of the packages as they are installed now. It is complete, or not there.
 
-    An update of a package changes its folder, and so the name of ours.
+    Each set of versions has its own: installers keep a version in the name of a folder beside the package.
     """
-    known = [(str(path), path.stat().st_mtime_ns) for path in (standard_library(), *installed_packages())]
-    name = hashlib.sha256(repr([sys.version, known]).encode()).hexdigest()[:12]
-    return cache_dir().absolute() / NAME / name
+    installed = sorted(str(path) for place in package_folders() for path in place.glob("*.dist-info"))
+    known = [sys.version, str(standard_library()), installed]
+    return cache_dir().absolute() / NAME / hashlib.sha256(repr(known).encode()).hexdigest()[:12]
 
 
 def bytecode_path(source: Path, below: Path | None = None) -> Path:
@@ -73,7 +73,7 @@ def bytecode_path(source: Path, below: Path | None = None) -> Path:
 def compile_packages() -> None:
     """Compile what a run imports, unless it is compiled already. It takes some seconds.
 
-    Where that fails, as on a full disk, all works, more slowly: each process of a run compiles for itself.
+    If that fails, for example on a full disk, runs still work but start more slowly.
     """
     if folder().is_dir():
         return
@@ -116,7 +116,7 @@ def compile_below(place: Path, folders: Sequence[Path], excluded: Sequence[str],
     """Compile the sources in some folders on all cores. Nothing of them is executed.
 
     Args:
-        place: where the folders lie, or the only one.
+        place: their parent folder, or the folder itself if it is the only one.
         excluded: names of folders, anywhere below `place`, that are left out.
         new: where the bytecode goes.
 
@@ -142,14 +142,14 @@ def compile_below(place: Path, folders: Sequence[Path], excluded: Sequence[str],
             raise ChildProcessError(f"it takes longer than {LONGEST} s") from None
         log.seek(0)
         said = log.read().decode(errors="replace").strip()
-    if code not in (0, 1) or said:  # 1: a source has a mistake, of which it says nothing
+    if code not in (0, 1) or said:  # 1: a source has a syntax error; -qq does not print it
         last = said.rpartition("\n")[2]
         raise ChildProcessError(f"exit code {code} {last}")
     check(list(sources_below(place, folders, excluded)), new)
 
 
 def check(sources: Sequence[Path], new: Path) -> None:
-    """Make sure that sources have bytecode, and that no file of it is cut off, as the disk was full.
+    """Make sure that sources have bytecode, and that no file was cut off because the disk was full.
 
     Raises:
         OSError: something is missing.
@@ -181,8 +181,13 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
+def package_folders() -> list[Path]:
+    """Return the folders that packages are installed in."""
+    places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    return [Path(place) for place in dict.fromkeys(places)]
+
+
 def installed_packages() -> list[Path]:
     """Return the folders of PACKAGES that are installed."""
-    places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
-    paths = [Path(place, name) for place in dict.fromkeys(places) for name in PACKAGES]
+    paths = [place / name for place in package_folders() for name in PACKAGES]
     return [path for path in paths if path.is_dir()]

@@ -67,7 +67,10 @@ def compiled_code() -> Iterator[Item]:
     """
     needed = bool(runs_under_way()) or device_is_held()
     of_code = sorted(cache_dir().glob(f"{compiled.NAME}*"))
-    of_bytecode = [cache_dir() / bytecode.NAME, *sorted(cache_dir().glob("bytecode*"))]  # of earlier versions
+    of_bytecode = [
+        cache_dir() / bytecode.NAME,
+        *sorted(cache_dir().glob("bytecode*")),
+    ]  # "bytecode*": of earlier versions
     for folder in dict.fromkeys([compiled.folder(), *of_code, *of_bytecode]):
         if folder.is_dir():
             yield Item(folder, needed, folder_size(folder))

@@ -146,7 +146,7 @@ def hidden(track: Track, data: Prepared) -> Iterator[Path]:
         yield path
         if track.packages:  # bytecode has the strings of its source
             yield bytecode.bytecode_path(path)
-            yield from path.parent.glob(f"__pycache__/{path.stem}.*")  # of a module alone
+            yield from path.parent.glob(f"__pycache__/{path.stem}.*")  # of a module that is a single file
         for folder in SYSTEM_PACKAGES:  # another copy, of the system's Python
             yield from (Path(found) for found in glob(f"{folder}/{path.name}"))
 

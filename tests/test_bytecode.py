@@ -71,6 +71,9 @@ def test_an_update_is_compiled_to_another_folder(package):
     bytecode.compile_packages()
     before = bytecode.folder()
     (package / "new.py").write_text("x = 1\n")
+    (package / "__pycache__").mkdir()  # an import outside the box makes it
+    assert bytecode.folder() == before
+    (package.parent / "torch-2.0.dist-info").mkdir()
     assert bytecode.folder() != before
     bytecode.compile_packages()
     assert compiled_names() == ["model", "new", "this"]
