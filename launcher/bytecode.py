@@ -27,7 +27,7 @@ from launcher.processes import defer_signals, remove_tree, start_guarded
 from prepare import ROOT, cache_dir
 
 NAME = "pycache"  # of the folder; not "bytecode": trainers of earlier versions could write there
-# What trainers and compilers import, where it is a package of many files. The rest a process compiles itself.
+# Packages with many files that trainers and compilers import. Each process compiles the others itself.
 PACKAGES = (
     "torch",
     "triton",
@@ -75,7 +75,8 @@ def compile_packages() -> None:
 
     If that fails, for example on a full disk, runs still work but start more slowly.
     """
-    if folder().is_dir():
+    place = folder()
+    if place.is_dir():
         return
     try:
         locks = cache_dir() / "locks"
@@ -83,8 +84,8 @@ def compile_packages() -> None:
         lock = FileLock(locks / f"{NAME}.lock")
         acquire(lock, lambda: "another command compiles Python's bytecode")
         try:
-            if not folder().is_dir():
-                compile_to(folder())
+            if not place.is_dir():  # the other command may have made it
+                compile_to(place)
         finally:
             lock.release()
     except OSError as error:
@@ -92,7 +93,7 @@ def compile_packages() -> None:
 
 
 def compile_to(place: Path) -> None:
-    """Compile the packages and the standard library to a folder, which is not there.
+    """Compile the packages and the standard library to a new folder.
 
     Raises:
         OSError: they cannot be compiled.
@@ -101,11 +102,11 @@ def compile_to(place: Path) -> None:
     new = place.with_suffix(".new")
     remove_tree(new)  # of a command that was killed
     new.mkdir(parents=True)
-    packages = installed_packages()
     try:
-        for site_packages in dict.fromkeys(package.parent for package in packages):
-            there = [package for package in packages if package.parent == site_packages]
-            compile_below(site_packages, there, NEVER_IMPORTED, new)
+        for parent in package_folders():
+            packages = [parent / name for name in PACKAGES if (parent / name).is_dir()]
+            if packages:
+                compile_below(parent, packages, NEVER_IMPORTED, new)
         compile_below(standard_library(), [standard_library()], NEVER_IMPORTED + INSTALLED, new)
         new.rename(place)
     finally:
@@ -129,7 +130,7 @@ def compile_below(place: Path, folders: Sequence[Path], excluded: Sequence[str],
     environment = {
         **os.environ,
         "PYTHONPYCACHEPREFIX": str(new),
-        "PYTHONDONTWRITEBYTECODE": "1",  # that of its own imports; what it is asked for, it writes
+        "PYTHONDONTWRITEBYTECODE": "1",  # none of its own imports; it writes what it is told to compile
         "PYTHONOPTIMIZE": "",
     }
     with tempfile.TemporaryFile() as log, ExitStack() as stack:
@@ -185,9 +186,3 @@ def package_folders() -> list[Path]:
     """Return the folders that packages are installed in."""
     places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     return [Path(place) for place in dict.fromkeys(places)]
-
-
-def installed_packages() -> list[Path]:
-    """Return the folders of PACKAGES that are installed."""
-    paths = [place / name for place in package_folders() for name in PACKAGES]
-    return [path for path in paths if path.is_dir()]

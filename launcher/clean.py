@@ -67,11 +67,9 @@ def compiled_code() -> Iterator[Item]:
     """
     needed = bool(runs_under_way()) or device_is_held()
     of_code = sorted(cache_dir().glob(f"{compiled.NAME}*"))
-    of_bytecode = [
-        cache_dir() / bytecode.NAME,
-        *sorted(cache_dir().glob("bytecode*")),
-    ]  # "bytecode*": of earlier versions
-    for folder in dict.fromkeys([compiled.folder(), *of_code, *of_bytecode]):
+    of_earlier_versions = sorted(cache_dir().glob("bytecode*"))
+    places = [compiled.folder(), *of_code, cache_dir() / bytecode.NAME, *of_earlier_versions]
+    for folder in dict.fromkeys(places):
         if folder.is_dir():
             yield Item(folder, needed, folder_size(folder))
 

@@ -7,7 +7,6 @@ corpus of held-out text, or the home folder.
 """
 
 import os
-import site
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -117,9 +116,9 @@ def start_boxed(
 
 def packages() -> Iterator[str]:
     """Yield the folders of the installed packages, and where links in them lead."""
-    for folder in {*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        if os.path.isdir(folder):
-            yield folder
+    for folder in bytecode.package_folders():
+        if folder.is_dir():
+            yield str(folder)
             yield from (os.path.realpath(entry) for entry in os.scandir(folder) if entry.is_symlink())
 
 

@@ -1,4 +1,4 @@
-"""What the boxed processes of a run may touch: the folders of the device that it is on."""
+"""What the boxed processes of a run may touch, and what they are told."""
 
 import os
 import subprocess
